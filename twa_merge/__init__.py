@@ -1,0 +1,23 @@
+"""twa-merge: one better model out of the checkpoints of a training run."""
+
+from __future__ import annotations
+
+import importlib
+
+__version__ = "0.1.0"
+
+# Resolved on first use, so that `twa-merge --help` does not wait for torch.
+_PUBLIC = {
+    "merge": "pipeline",
+    "average": "pipeline",
+    "Task": "task",
+    "TwaMergeError": "errors",
+}
+
+__all__ = ["Task", "TwaMergeError", "__version__", "average", "merge"]
+
+
+def __getattr__(name: str) -> object:
+    if name in _PUBLIC:
+        return getattr(importlib.import_module(f".{_PUBLIC[name]}", __name__), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

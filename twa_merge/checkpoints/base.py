@@ -1,0 +1,106 @@
+"""The one interface through which every checkpoint format is read."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """Shape and dtype of a saved tensor, as its header says."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def rows(self) -> int:
+        """Size of dimension 0; a 0-d tensor counts as one row."""
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def row_numel(self) -> int:
+        """Numbers in one row."""
+        return math.prod(self.shape[1:])
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def nbytes(self) -> int:
+        return self.numel * self.dtype.itemsize
+
+
+@dataclass(frozen=True)
+class WeightFile:
+    """One file of weights inside a checkpoint: what the writer needs to write another like it."""
+
+    path: Path
+    names: tuple[str, ...]
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
+
+class Reader(Protocol):
+    """Reads one checkpoint. Headers are read when it is built, rows when they are asked for."""
+
+    tensors: Mapping[str, TensorInfo]
+    files: tuple[WeightFile, ...]
+    aliases: Mapping[str, str]
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        """Rows [start, stop) of dimension 0, on the CPU, in the saved dtype.
+
+        Shape (stop - start, *shape[1:]); a 0-d tensor is its own single row and comes back with
+        shape (). The memory may be a mapping of the file: never write into it.
+        """
+        ...
+
+    def close(self) -> None: ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """One saved set of weights.
+
+    Attributes:
+        path: the folder or file, as the user would name it.
+        step: training step, where one is known.
+        format: ``huggingface``, ``safetensors`` or ``pickle`` (more formats may follow).
+        reader: reads it.
+    """
+
+    path: Path
+    step: int | None
+    format: str
+    reader: Reader
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]:
+        """Name → shape and dtype, in file order."""
+        return self.reader.tensors
+
+    @property
+    def files(self) -> tuple[WeightFile, ...]:
+        return self.reader.files
+
+    @property
+    def aliases(self) -> Mapping[str, str]:
+        """Name → name of the tensor that it shares its storage with (tied weights)."""
+        return self.reader.aliases
+
+    @property
+    def nbytes(self) -> int:
+        return sum(info.nbytes for info in self.tensors.values())
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        return self.reader.rows(name, start, stop)
+
+    def close(self) -> None:
+        self.reader.close()

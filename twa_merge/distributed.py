@@ -1,0 +1,135 @@
+"""The process group: the only module that knows how many processes there are and what joins them."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from .errors import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: ``rank`` of ``size``, computing on ``device``.
+
+    Every method is a collective: all ranks call it, in the same order. With one process each is
+    the identity.
+    """
+
+    rank: int = 0
+    size: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_zero(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """Sum of ``tensor`` over the ranks, on the device that it came from.
+
+        Small tensors only. They are gathered and added in rank order, so that the sum does not
+        depend on which rank was first.
+        """
+        if self.size == 1:
+            return tensor
+        parts = self._gather_tensor(tensor)
+        return torch.stack(parts).sum(0).to(tensor.device)
+
+    def max(self, value: float) -> float:
+        return max(self.gather(value))
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's picklable ``value``, in rank order, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank zero's picklable ``value``, on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0)
+        return box[0]
+
+    def barrier(self) -> None:
+        if self.size > 1:
+            self.sum(torch.zeros(1))
+
+    def share(self, rows: int) -> tuple[int, int]:
+        """Rows [start, stop) of a dimension 0 of ``rows`` that this rank owns.
+
+        The same split as ``torch.chunk`` and FSDP2's ``Shard(0)``: ceil(rows / size) rows a rank,
+        the last ranks may own fewer or none.
+        """
+        step = -(-rows // self.size)
+        return min(self.rank * step, rows), min((self.rank + 1) * step, rows)
+
+    def _gather_tensor(self, tensor: Tensor) -> list[Tensor]:
+        local = tensor.detach().to(self.device).contiguous()
+        parts = [torch.empty_like(local) for _ in range(self.size)]
+        dist.all_gather(parts, local)
+        return parts
+
+
+def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
+    """Joins the process group that ``torchrun`` describes in the environment, if there is one.
+
+    Args:
+        device: ``auto`` (a GPU where there is one), ``cpu``, ``cuda`` or ``cuda:N``.
+        timeout_minutes: how long a collective waits for a rank before the run is given up.
+
+    Raises:
+        ConfigError: the device does not exist.
+    """
+    size = int(os.environ.get("WORLD_SIZE", "1"))
+    rank = int(os.environ.get("RANK", "0"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    where = _device(device, local_rank)
+    if size > 1 and not dist.is_initialized():
+        dist.init_process_group(
+            "nccl" if where.type == "cuda" else "gloo",
+            timeout=datetime.timedelta(minutes=timeout_minutes),
+            device_id=where if where.type == "cuda" else None,
+        )
+    return World(rank, size, where)
+
+
+def stop() -> None:
+    """Leaves the process group."""
+    if dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _device(name: str, local_rank: int) -> torch.device:
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"There is no device called {name!r}.", expected="auto, cpu, cuda or cuda:N"
+        ) from error
+    if device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ConfigError(
+                "No GPU can be used here.", found=f"--device {name}", remedy="use --device cpu"
+            )
+        index = device.index if device.index is not None else local_rank
+        if index >= torch.cuda.device_count():
+            raise ConfigError(
+                "There are fewer GPUs than processes on this node.",
+                expected=f"at most {torch.cuda.device_count()} processes a node",
+                found=f"local rank {local_rank}",
+            )
+        device = torch.device("cuda", index)
+        torch.cuda.set_device(device)
+    return device

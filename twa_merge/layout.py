@@ -1,0 +1,194 @@
+"""Names, shapes and dtypes of all checkpoints → what is averaged, what is copied, what is tied."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .checkpoints.base import Checkpoint, TensorInfo
+from .errors import CheckpointError, ConfigError, listing
+
+# Batch-norm statistics are re-estimated after a merge and have no gradient; their scale would
+# drown the weights in the metric of the subspace.
+_STATISTICS = ("running_mean", "running_var")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What happens to one saved tensor.
+
+    Attributes:
+        averaged: float tensors are averaged, all others are copied from the newest checkpoint.
+        statistic: a batch-norm running statistic: averaged, but no part of the subspace.
+        tied_to: the earlier tensor that shares its storage; it follows that one in everything.
+    """
+
+    name: str
+    info: TensorInfo
+    averaged: bool
+    statistic: bool = False
+    tied_to: str | None = None
+
+    @property
+    def in_subspace(self) -> bool:
+        return self.averaged and not self.statistic and self.tied_to is None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The tensors that all checkpoints have in common, in the first checkpoint's file order."""
+
+    entries: Mapping[str, Entry]
+
+    def __getitem__(self, name: str) -> Entry:
+        return self.entries[name]
+
+    @property
+    def averaged(self) -> list[str]:
+        return [e.name for e in self.entries.values() if e.averaged]
+
+    @property
+    def copied(self) -> list[str]:
+        return [e.name for e in self.entries.values() if not e.averaged]
+
+    @property
+    def in_subspace(self) -> list[str]:
+        return [e.name for e in self.entries.values() if e.in_subspace]
+
+
+@dataclass(frozen=True)
+class Blocks:
+    """Groups of tensors that share one set of coefficients.
+
+    Attributes:
+        kind: ``global``, ``layers`` or ``tensors``.
+        names: one name a block; B of them.
+        index: averaged tensor → its block, 0..B-1.
+    """
+
+    kind: str
+    names: tuple[str, ...]
+    index: Mapping[str, int]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def members(self) -> list[list[str]]:
+        """Tensors of each block, B lists."""
+        groups: list[list[str]] = [[] for _ in self.names]
+        for tensor, block in self.index.items():
+            groups[block].append(tensor)
+        return groups
+
+
+def make_layout(checkpoints: Sequence[Checkpoint]) -> Layout:
+    """Checks that all checkpoints hold the same tensors, from headers alone.
+
+    Raises:
+        CheckpointError: a tensor is missing, added, or of another shape or dtype.
+    """
+    first = checkpoints[0]
+    for other in checkpoints[1:]:
+        _require_same(first, other)
+    entries = {}
+    for name, info in first.tensors.items():
+        averaged = info.dtype.is_floating_point or info.dtype.is_complex
+        # Tied in the first is not enough: untied weights may have drifted apart later.
+        root = first.aliases.get(name)
+        tied = root if all(c.aliases.get(name) == root for c in checkpoints) else None
+        entries[name] = Entry(
+            name=name,
+            info=info,
+            averaged=averaged,
+            statistic=averaged and name.rpartition(".")[2] in _STATISTICS,
+            tied_to=tied,
+        )
+    if not any(e.in_subspace for e in entries.values()):
+        raise CheckpointError(
+            "There is no float tensor to average.",
+            checkpoint=first.path,
+            found=listing(entries) or "no tensors",
+        )
+    return Layout(entries)
+
+
+def _require_same(first: Checkpoint, other: Checkpoint) -> None:
+    missing = [name for name in first.tensors if name not in other.tensors]
+    added = [name for name in other.tensors if name not in first.tensors]
+    if missing or added:
+        raise CheckpointError(
+            f"A tensor is {'missing' if missing else 'in this checkpoint only'}.",
+            checkpoint=other.path,
+            tensor=listing(missing or added),
+            expected=f"the same {len(first.tensors)} tensors as {first.path}",
+            found=f"{len(missing)} missing, {len(added)} more",
+            remedy="merge checkpoints of one model only, or leave this one out",
+        )
+    for name, info in first.tensors.items():
+        found = other.tensors[name]
+        if found.shape != info.shape:
+            raise CheckpointError(
+                "A tensor has another shape.",
+                checkpoint=other.path,
+                tensor=name,
+                expected=f"{list(info.shape)} as in {first.path}",
+                found=list(found.shape),
+                remedy="merge checkpoints of one model only, or leave this one out",
+            )
+        if found.dtype != info.dtype:
+            raise CheckpointError(
+                "A tensor has another dtype.",
+                checkpoint=other.path,
+                tensor=name,
+                expected=f"{_short(info.dtype)} as in {first.path}",
+                found=_short(found.dtype),
+                remedy="save all checkpoints in one dtype, or leave this one out",
+            )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def global_block(layout: Layout) -> Blocks:
+    """One block: the whole model."""
+    return Blocks("global", ("global",), dict.fromkeys(layout.averaged, 0))
+
+
+def tensor_blocks(layout: Layout, same: Mapping[str, str] | None = None) -> Blocks:
+    """One block a tensor; tied tensors, and those that ``same`` maps to one key, share theirs."""
+    same = same or {}
+    return grouped_blocks(
+        "tensors",
+        {
+            name: same.get(root, root)
+            for name in layout.averaged
+            for root in (layout[name].tied_to or name,)
+        },
+    )
+
+
+def grouped_blocks(kind: str, group_of: Mapping[str, str]) -> Blocks:
+    """Blocks from tensor → name of its group, in order of first appearance."""
+    names = tuple(dict.fromkeys(group_of.values()))
+    number = {name: i for i, name in enumerate(names)}
+    return Blocks(kind, names, {tensor: number[g] for tensor, g in group_of.items()})
+
+
+def blocks_from_members(kind: str, members: Mapping[str, Iterable[str]], layout: Layout) -> Blocks:
+    """Blocks as an earlier report lists them.
+
+    Raises:
+        ConfigError: the report speaks of other tensors than these checkpoints have.
+    """
+    index = {tensor: i for i, tensors in enumerate(members.values()) for tensor in tensors}
+    wrong = set(index) ^ set(layout.averaged)
+    if wrong:
+        raise ConfigError(
+            "The report's blocks do not fit these checkpoints.",
+            tensor=listing(sorted(wrong)),
+            remedy="use the checkpoints that the report was made from",
+        )
+    return Blocks(kind, tuple(members), index)

@@ -1,0 +1,172 @@
+"""What the user supplies: a model, a small dataset, a loss per example."""
+
+from __future__ import annotations
+
+import inspect
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset, Subset, default_collate
+
+from .errors import TaskError
+
+
+@runtime_checkable
+class Task(Protocol):
+    """What a merge is trained for.
+
+    Besides the three methods below a task may have
+
+    - ``collate(examples) -> batch``: ``torch.utils.data.default_collate`` otherwise;
+    - ``metrics(model, batch) -> {name: Tensor (batch,)}``: reported next to the loss;
+    - ``groups() -> Sequence``: one hashable label per example of ``dataset()``; examples of one
+      group stay on one side of the split (several crops of one image, sequences of one text);
+    - ``split(guard_fraction, seed) -> (fit, guard)``: takes the splitting over altogether;
+    - ``test_dataset()``: examples that are only ever reported on;
+    - ``no_split_modules``: class names of the modules that are sharded as one.
+    """
+
+    def build_model(self) -> nn.Module:
+        """The architecture. Its weights are loaded by twa-merge."""
+        ...
+
+    def dataset(self) -> Dataset[Any]:
+        """A map-style dataset: ``len(d)``, ``d[i]`` → one example, the same one every time."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Any) -> Tensor:
+        """One loss per example: shape (batch,), float."""
+        ...
+
+
+@dataclass(frozen=True)
+class Splits:
+    """The task's data: coefficients are fitted on ``fit``, the winner is picked on ``guard``,
+    ``test`` is only reported on."""
+
+    fit: Dataset[Any]
+    guard: Dataset[Any]
+    test: Dataset[Any] | None = None
+
+
+def call_factory(factory: Callable[..., Any], name: str, data: str | None) -> Task:
+    """The task object that a user's function returns.
+
+    The function is called with ``data=`` (the --data argument) if it takes such a parameter.
+
+    Raises:
+        TaskError: it takes no data although some was given, or returns something else than a task.
+    """
+    parameters = inspect.signature(factory).parameters
+    takes_data = "data" in parameters or any(
+        p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
+    )
+    if data is not None and not takes_data:
+        raise TaskError(
+            f"The task {name} takes no data.",
+            expected="a parameter called data",
+            found=f"{factory.__name__}{inspect.signature(factory)}",
+            remedy="leave --data out, or give the function a parameter `data`",
+        )
+    task = factory(data=data) if takes_data and data is not None else factory()
+    return check_task(task, name)
+
+
+def check_task(task: Any, name: str) -> Task:
+    """``task`` itself, if it has what a task needs.
+
+    Raises:
+        TaskError: a method is missing.
+    """
+    missing = [
+        m for m in ("build_model", "dataset", "loss") if not callable(getattr(task, m, None))
+    ]
+    if missing:
+        raise TaskError(
+            f"The task {name} is incomplete.",
+            expected="an object with the methods build_model, dataset and loss",
+            found=f"{type(task).__name__} without {', '.join(missing)}",
+        )
+    return task
+
+
+def split(task: Task, guard_fraction: float, seed: int, test: Task | None = None) -> Splits:
+    """Fit and guard parts of the task's data, disjoint, by group where there are groups.
+
+    Args:
+        guard_fraction: share of the examples that goes to the guard split.
+        test: a second task whose whole dataset is the test data.
+
+    Raises:
+        TaskError: there are too few examples for two parts.
+    """
+    test_data = test.dataset() if test is not None else _call(task, "test_dataset")
+    if callable(getattr(task, "split", None)):
+        fit, guard = task.split(guard_fraction, seed)  # type: ignore[attr-defined]
+    else:
+        data = task.dataset()
+        groups = _call(task, "groups")
+        fit_index, guard_index = split_groups(
+            list(range(len(data))) if groups is None else list(groups),  # type: ignore[arg-type]
+            guard_fraction,
+            seed,
+        )
+        fit, guard = Subset(data, fit_index), Subset(data, guard_index)
+    if len(fit) < 1 or len(guard) < 1:  # type: ignore[arg-type]
+        raise TaskError(
+            "There is too little data to be split.",
+            expected="at least one example to fit and one to guard with",
+            found=f"{len(fit)} and {len(guard)}",  # type: ignore[arg-type]
+            remedy="give more data",
+        )
+    return Splits(fit, guard, test_data)
+
+
+def split_groups(
+    groups: Sequence[Any], guard_fraction: float, seed: int
+) -> tuple[list[int], list[int]]:
+    """Indices of the fit and of the guard part, whole groups on one side.
+
+    Groups are shuffled by ``seed`` and go to the guard part until it has its share; both parts
+    keep at least one group where there are two.
+    """
+    members: dict[Any, list[int]] = {}
+    for i, group in enumerate(groups):
+        members.setdefault(group, []).append(i)
+    shuffled = list(members.values())
+    random.Random(seed).shuffle(shuffled)
+    wanted = guard_fraction * len(groups)
+    guard: list[int] = []
+    while len(shuffled) > 1 and len(guard) < max(1.0, wanted):
+        guard += shuffled.pop()
+    return sorted(i for group in shuffled for i in group), sorted(guard)
+
+
+def collate_of(task: Task) -> Callable[[list[Any]], Any]:
+    return getattr(task, "collate", None) or default_collate
+
+
+def metrics_of(task: Task) -> Callable[[nn.Module, Any], Mapping[str, Tensor]] | None:
+    return getattr(task, "metrics", None)
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with every tensor in it on ``device``; tuples, lists and mappings are walked."""
+    if isinstance(batch, Tensor):
+        return batch.to(device)
+    if isinstance(batch, Mapping):
+        return {k: to_device(v, device) for k, v in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(v, device) for v in batch))
+    if isinstance(batch, (list, tuple)):
+        return type(batch)(to_device(v, device) for v in batch)
+    return batch
+
+
+def _call(task: Task, method: str) -> Any:
+    found = getattr(task, method, None)
+    return found() if callable(found) else None
