@@ -1,10 +1,10 @@
-"""The process group: the only module that knows how many processes there are and what joins them."""
+"""The process group: the only module that knows how many processes there are."""
 
 from __future__ import annotations
 
 import datetime
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ class World:
 
     rank: int = 0
     size: int = 1
-    device: torch.device = torch.device("cpu")
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
     @property
     def is_zero(self) -> bool:

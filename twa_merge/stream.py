@@ -1,4 +1,4 @@
-"""Aligned row slices of one tensor across all checkpoints: the unit of every pass over the files."""
+"""Aligned row slices of one tensor across all checkpoints: the unit of every pass."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .checkpoints.base import Checkpoint
 from .errors import CheckpointError
 from .layout import Layout
 
-# Numbers of one checkpoint in flight at a time: 2 MB of float64 stay in a core's second-level cache.
+# Numbers of one checkpoint in flight: 2 MB of float64 stay in a core's second-level cache.
 SLICE_NUMEL = 1 << 18
 
 Share = Callable[[int], tuple[int, int]]

@@ -1,0 +1,230 @@
+"""Every choice a user can make, validated when it is made."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import ConfigError
+
+BLOCKS = ("auto", "global", "layers", "tensors")
+OPTIMIZERS = ("lbfgs", "sgd", "adamw")
+SCHEDULES = ("constant", "step", "linear", "cosine")
+BATCH_NORM = ("auto", "reestimate", "average", "newest")
+STORES = ("auto", "device", "host", "disk")
+STORE_DTYPES = ("auto", "float32", "bfloat16", "int8", "int4", "int1")
+PRECISIONS = ("fp32", "bf16")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(
+            f"{option} does not know {value!r}.", expected=", ".join(allowed), found=value
+        )
+
+
+def _at_least(option: str, value: float | None, least: float) -> None:
+    if value is not None and not (math.isfinite(value) and value >= least):
+        raise ConfigError(
+            f"{option} is out of range.", expected=f"a number of at least {least}", found=value
+        )
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which checkpoints of a run take part.
+
+    Attributes:
+        last: only the last K of those left by the other options.
+        every: every K-th, counted back from the newest, which always stays.
+        from_step, to_step: training steps, both ends included.
+    """
+
+    last: int | None = None
+    every: int | None = None
+    from_step: int | None = None
+    to_step: int | None = None
+
+    def __post_init__(self) -> None:
+        _at_least("--last", self.last, 1)
+        _at_least("--every", self.every, 1)
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """How the task's data is divided and batched.
+
+    Attributes:
+        guard_fraction: share of the examples that picks the winner and fits nothing.
+        seed: of the split and of everything else that is drawn.
+        batch_size: examples a forward pass.
+        sample: examples of the fit split to use at most; None grows the sample by itself.
+    """
+
+    guard_fraction: float = 0.25
+    seed: int = 0
+    batch_size: int = 16
+    sample: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.guard_fraction < 1.0:
+            raise ConfigError(
+                "--guard-fraction is out of range.",
+                expected="a number between 0 and 1",
+                found=self.guard_fraction,
+            )
+        _at_least("--batch-size", self.batch_size, 1)
+        _at_least("--fit-examples", self.sample, 1)
+
+
+@dataclass(frozen=True)
+class FitConfig:
+    """How the coefficients are trained.
+
+    Attributes:
+        blocks: what shares one set of coefficients.
+        optimizer: ``lbfgs`` needs no learning rate; ``sgd`` and ``adamw`` are the paper's training.
+        ridge: weight of ‖z‖²/2, in units of the loss per standard deviation squared; None chooses
+            it on data that the fit did not see.
+        max_evaluations: of loss and gradient over the whole fit split, each stage.
+        tolerance: relative decrease of the loss under which the fit has converged.
+        start: ``auto``, ``mean``, ``last`` or a training step.
+        span: ``affine`` (around the mean, Σ α = 1) or the paper's uncentred ``linear`` span.
+        subspace: ``checkpoints``, ``pca:R`` or ``random:R``.
+        lr, momentum, weight_decay, epochs, schedule: of ``sgd`` and ``adamw``.
+        label_smoothing: mixed into the loss by tasks that know it (``causal-lm``).
+        sharpness: radius of sharpness-aware steps in coordinates; 0 for none.
+    """
+
+    blocks: str = "auto"
+    optimizer: str = "lbfgs"
+    ridge: float | None = None
+    max_evaluations: int = 40
+    tolerance: float = 1e-7
+    start: str = "auto"
+    span: str = "affine"
+    subspace: str = "checkpoints"
+    lr: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    epochs: int = 10
+    schedule: str = "cosine"
+    label_smoothing: float = 0.0
+    sharpness: float = 0.0
+
+    def __post_init__(self) -> None:
+        _one_of("--blocks", self.blocks, BLOCKS)
+        _one_of("--optimizer", self.optimizer, OPTIMIZERS)
+        _one_of("--schedule", self.schedule, SCHEDULES)
+        _one_of("--span", self.span, ("affine", "linear"))
+        _at_least("--ridge", self.ridge, 0.0)
+        _at_least("--max-evaluations", self.max_evaluations, 1)
+        _at_least("--lr", self.lr, 0.0)
+        _at_least("--momentum", self.momentum, 0.0)
+        _at_least("--weight-decay", self.weight_decay, 0.0)
+        _at_least("--epochs", self.epochs, 1)
+        _at_least("--label-smoothing", self.label_smoothing, 0.0)
+        _at_least("--sharpness", self.sharpness, 0.0)
+        if self.start not in ("auto", "mean", "last") and not self.start.isdigit():
+            raise ConfigError(
+                "--start is not known.", expected="auto, mean, last or a step", found=self.start
+            )
+        parse_subspace(self.subspace)
+
+
+@dataclass(frozen=True)
+class StoreConfig:
+    """Where the offsets live and how wide they are."""
+
+    kind: str = "auto"
+    dtype: str = "auto"
+
+    def __post_init__(self) -> None:
+        _one_of("--store", self.kind, STORES)
+        _one_of("--store-dtype", self.dtype, STORE_DTYPES)
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    """How the winner is picked.
+
+    Attributes:
+        candidates: ``quick``, ``all`` or names separated by commas.
+        select: ``loss`` or ``metric:NAME`` (larger is better).
+        require_improvement: fail unless the winner beats the best single checkpoint for certain.
+        batch_norm: where running statistics come from; ``auto`` lets the guard choose.
+    """
+
+    candidates: str = "all"
+    select: str = "loss"
+    require_improvement: bool = False
+    batch_norm: str = "auto"
+
+    def __post_init__(self) -> None:
+        _one_of("--batch-norm", self.batch_norm, BATCH_NORM)
+        if self.select != "loss" and not self.select.removeprefix("metric:"):
+            raise ConfigError("--select names no metric.", expected="loss or metric:NAME")
+        if self.select != "loss" and not self.select.startswith("metric:"):
+            raise ConfigError(
+                "--select is not known.", expected="loss or metric:NAME", found=self.select
+            )
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """How the result is written.
+
+    Attributes:
+        dtype: of averaged tensors; None keeps each tensor's saved dtype.
+        overwrite: replace an earlier merge in the same place (never anything else).
+        fresh: forget the state of an interrupted run instead of continuing it.
+    """
+
+    dtype: str | None = None
+    overwrite: bool = False
+    fresh: bool = False
+
+    def __post_init__(self) -> None:
+        if self.dtype is not None:
+            _one_of("--dtype", self.dtype, DTYPES)
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """What the fit computes on and in.
+
+    Attributes:
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        precision: of forward and backward passes.
+        activation_checkpointing: recompute activations of repeated layers to save memory.
+    """
+
+    device: str = "auto"
+    precision: str = "fp32"
+    activation_checkpointing: bool = False
+
+    def __post_init__(self) -> None:
+        _one_of("--precision", self.precision, PRECISIONS)
+
+
+def parse_subspace(text: str) -> tuple[str, int | None]:
+    """``checkpoints`` → (that, None); ``pca:R`` and ``random:R`` → (the word, R).
+
+    Raises:
+        ConfigError: anything else.
+    """
+    word, _, number = text.partition(":")
+    if word == "checkpoints" and not number:
+        return word, None
+    if word in ("pca", "random") and number.isdigit() and int(number) > 0:
+        return word, int(number)
+    raise ConfigError(
+        "--subspace is not known.", expected="checkpoints, pca:R or random:R", found=text
+    )
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """The choices of a config as plain values, for reports."""
+    return dict(vars(config))
