@@ -9,12 +9,14 @@ __version__ = "0.1.0"
 # Resolved on first use, so that `twa-merge --help` does not wait for torch.
 _PUBLIC = {
     "merge": "pipeline",
-    "average": "pipeline",
+    "average": "averaging",
+    "evaluate": "evaluation",
+    "inspect": "inspection",
     "Task": "task",
     "TwaMergeError": "errors",
 }
 
-__all__ = ["Task", "TwaMergeError", "__version__", "average", "merge"]
+__all__ = ["Task", "TwaMergeError", "__version__", "average", "evaluate", "inspect", "merge"]
 
 
 def __getattr__(name: str) -> object:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset, default_collate
 
-from .errors import TaskError
+from .errors import TaskError, listing
 
 
 @runtime_checkable
@@ -59,9 +59,23 @@ def call_factory(factory: Callable[..., Any], name: str, data: str | None) -> Ta
     The function is called with ``data=`` (the --data argument) if it takes such a parameter.
 
     Raises:
-        TaskError: it takes no data although some was given, or returns something else than a task.
+        TaskError: it takes no data although some was given, wants what it cannot get, or returns
+            something else than a task.
     """
     parameters = inspect.signature(factory).parameters
+    wanted = [
+        p.name
+        for p in parameters.values()
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    if wanted == ["data"] and data is None:
+        raise TaskError(f"The task {name} needs data.", found="no --data", remedy="give --data")
+    if wanted not in ([], ["data"]):
+        raise TaskError(
+            f"The task {name} wants more than it can be given.",
+            expected="no parameter without a default but `data`",
+            found=f"{factory.__name__}{inspect.signature(factory)}",
+        )
     takes_data = "data" in parameters or any(
         p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
     )
@@ -109,12 +123,7 @@ def split(task: Task, guard_fraction: float, seed: int, test: Task | None = None
         fit, guard = task.split(guard_fraction, seed)  # type: ignore[attr-defined]
     else:
         data = task.dataset()
-        groups = _call(task, "groups")
-        fit_index, guard_index = split_groups(
-            list(range(len(data))) if groups is None else list(groups),  # type: ignore[arg-type]
-            guard_fraction,
-            seed,
-        )
+        fit_index, guard_index = split_groups(_labels(task, data), guard_fraction, seed)
         fit, guard = Subset(data, fit_index), Subset(data, guard_index)
     if len(fit) < 1 or len(guard) < 1:  # type: ignore[arg-type]
         raise TaskError(
@@ -127,23 +136,39 @@ def split(task: Task, guard_fraction: float, seed: int, test: Task | None = None
 
 
 def split_groups(
-    groups: Sequence[Any], guard_fraction: float, seed: int
+    groups: Sequence[Any],
+    guard_fraction: float,
+    seed: int,
+    sizes: Sequence[int] | None = None,
 ) -> tuple[list[int], list[int]]:
     """Indices of the fit and of the guard part, whole groups on one side.
 
-    Groups are shuffled by ``seed`` and go to the guard part until it has its share; both parts
-    keep at least one group where there are two.
+    Groups are shuffled by ``seed``; each goes to the guard part if that brings the part closer to
+    its share, so that one huge group does not swallow it. Both parts keep at least one group
+    where there are two.
+
+    Args:
+        groups: label of each example, hashable.
+        guard_fraction: share of the examples, weighted by ``sizes``, for the guard part.
+        sizes: of the examples; all alike by default.
     """
     members: dict[Any, list[int]] = {}
     for i, group in enumerate(groups):
         members.setdefault(group, []).append(i)
+    weigh = (lambda group: sum(sizes[i] for i in group)) if sizes is not None else len
     shuffled = list(members.values())
     random.Random(seed).shuffle(shuffled)
-    wanted = guard_fraction * len(groups)
-    guard: list[int] = []
-    while len(shuffled) > 1 and len(guard) < max(1.0, wanted):
-        guard += shuffled.pop()
-    return sorted(i for group in shuffled for i in group), sorted(guard)
+    missing = guard_fraction * weigh(range(len(groups)))
+    guard: list[list[int]] = []
+    for group in shuffled:
+        if len(guard) < len(shuffled) - 1 and weigh(group) <= 2 * missing:
+            guard.append(group)
+            missing -= weigh(group)
+    if not guard and len(shuffled) > 1:
+        guard = [min(shuffled, key=weigh)]
+    chosen = sorted(i for group in guard for i in group)
+    taken = set(chosen)
+    return [i for i in range(len(groups)) if i not in taken], chosen
 
 
 def collate_of(task: Task) -> Callable[[list[Any]], Any]:
@@ -156,7 +181,8 @@ def metrics_of(task: Task) -> Callable[[nn.Module, Any], Mapping[str, Tensor]] |
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with every tensor in it on ``device``; tuples, lists and mappings are walked."""
-    if isinstance(batch, Tensor):
+    # Tensors, packed sequences, transformers' encodings, graphs: what moves itself knows how.
+    if callable(getattr(batch, "to", None)):
         return batch.to(device)
     if isinstance(batch, Mapping):
         return {k: to_device(v, device) for k, v in batch.items()}
@@ -165,6 +191,29 @@ def to_device(batch: Any, device: torch.device) -> Any:
     if isinstance(batch, (list, tuple)):
         return type(batch)(to_device(v, device) for v in batch)
     return batch
+
+
+def _labels(task: Task, data: Dataset[Any]) -> list[Any]:
+    """One label per example that decides which examples stay together."""
+    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
+        raise TaskError(
+            "The task's dataset cannot be split.",
+            expected="a map-style dataset: len(d) and d[i]",
+            found=type(data).__name__,
+            remedy="return a list or a torch.utils.data.Dataset with __len__",
+        )
+    groups = _call(task, "groups")
+    if groups is None:
+        return list(range(len(data)))
+    # Tensors are hashed by identity: every example would be a group of its own.
+    labels = [g.tolist() if isinstance(g, Tensor) else g for g in groups]
+    if len(labels) != len(data) or not all(isinstance(label, Hashable) for label in labels):
+        raise TaskError(
+            "The task's groups do not fit its dataset.",
+            expected=f"{len(data)} hashable labels, one an example",
+            found=f"{len(labels)} of type {listing({type(label).__name__ for label in labels})}",
+        )
+    return labels
 
 
 def _call(task: Task, method: str) -> Any:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from ..errors import CheckpointError
 
 
 @dataclass(frozen=True)
@@ -40,15 +43,26 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class WeightFile:
-    """One file of weights inside a checkpoint: what the writer needs to write another like it."""
+    """One file of weights inside a checkpoint: what the writer needs to write another like it.
+
+    Attributes:
+        names: the tensors in it, by the names of ``Checkpoint.tensors``.
+        raw_names: the same tensors in the same order, by their names in the file, which may carry
+            the prefixes of wrappers (``module.``, ``_orig_mod.``).
+        metadata: the header's ``__metadata__``; empty for formats without one.
+    """
 
     path: Path
     names: tuple[str, ...]
     metadata: Mapping[str, str] = field(default_factory=dict)
+    raw_names: tuple[str, ...] = ()
 
 
 class Reader(Protocol):
-    """Reads one checkpoint. Headers are read when it is built, rows when they are asked for."""
+    """Reads one checkpoint. Headers are read when it is built, rows when they are asked for.
+
+    ``rows`` may be called from several threads at once.
+    """
 
     tensors: Mapping[str, TensorInfo]
     files: tuple[WeightFile, ...]
@@ -72,7 +86,8 @@ class Checkpoint:
     Attributes:
         path: the folder or file, as the user would name it.
         step: training step, where one is known.
-        format: ``huggingface``, ``safetensors`` or ``pickle`` (more formats may follow).
+        format: ``huggingface`` (a folder with safetensors), ``safetensors`` (bare files) or
+            ``pickle`` (whatever ``torch.save`` wrote, in a folder or bare); more may follow.
         reader: reads it.
     """
 
@@ -83,7 +98,7 @@ class Checkpoint:
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:
-        """Name → shape and dtype, in file order."""
+        """Name → shape and dtype, in file order; names without the prefixes of wrappers."""
         return self.reader.tensors
 
     @property
@@ -104,3 +119,48 @@ class Checkpoint:
 
     def close(self) -> None:
         self.reader.close()
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Turns what the operating system says about ``path`` into an error for the user.
+
+    Raises:
+        CheckpointError: an OSError was raised inside.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            "A file or folder cannot be read.",
+            checkpoint=path,
+            found=error.strerror or str(error),
+            remedy="check the path and its permissions",
+        ) from error
+
+
+def require_file(path: Path) -> int:
+    """Size of the file in bytes.
+
+    Raises:
+        CheckpointError: it is missing, no regular file, or a Git LFS pointer instead of weights.
+    """
+    with reading(path):
+        if not path.is_file():
+            raise CheckpointError(
+                "A file of weights is missing.",
+                checkpoint=path,
+                expected="a file",
+                found="something else" if path.exists() else "nothing",
+                remedy="copy or download the checkpoint again",
+            )
+        size = path.stat().st_size
+        if size < 1024:
+            with path.open("rb") as file:
+                if file.read(24).startswith(b"version https://git-lfs"):
+                    raise CheckpointError(
+                        "A file is a Git LFS pointer, not the weights themselves.",
+                        checkpoint=path,
+                        remedy="run `git lfs pull` in that folder",
+                    )
+        return size

@@ -1,0 +1,60 @@
+"""The command group. Commands are loaded when they are asked for, torch when they run."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from typing import NoReturn
+
+import click
+
+from twa_merge import __version__
+
+from .boundary import debug_option, run
+
+# Command → the module of this package that defines it.
+COMMANDS = {
+    "train": "train",
+    "average": "average",
+    "eval": "evaluate",
+    "inspect": "inspect",
+    "demo": "demo",
+}
+
+EPILOG = """\b
+Start here:
+  twa-merge demo
+  twa-merge inspect RUN_DIR
+  twa-merge train RUN_DIR --task causal-lm --data held_out.txt -o merged/
+
+\b
+Exit codes:
+  0    done
+  1    internal error
+  2    wrong input or usage
+  3    no improvement (with --require-improvement)
+  130  interrupted; the same command continues
+"""
+
+
+class LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module = importlib.import_module(f".{COMMANDS[cmd_name]}", __package__)
+        return module.command
+
+
+@click.group(cls=LazyGroup, epilog=EPILOG, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="twa-merge", message="%(prog)s %(version)s")
+@debug_option
+def cli() -> None:
+    """A folder of saved checkpoints goes in, one better model comes out."""
+
+
+def main(argv: list[str] | None = None) -> NoReturn:
+    """The entry point: runs the command line and exits."""
+    sys.exit(run(cli, sys.argv[1:] if argv is None else argv))

@@ -1,0 +1,244 @@
+"""Option groups, one for each dataclass of ``twa_merge.config``."""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import click
+
+from twa_merge import config
+from twa_merge.errors import ConfigError
+
+from .boundary import Session
+from .command import TopicOption, given
+from .groups import Decorator, Function, NumberOrAuto, group, opt
+
+
+@dataclass(frozen=True)
+class TaskChoice:
+    """What is trained for: the task, its data and what only some tasks know."""
+
+    task: str
+    data: str | None
+    test_data: str | None
+    options: dict[str, Any]
+
+
+def _task_choice(task: str, data: str | None, test_data: str | None, **own: Any) -> TaskChoice:
+    return TaskChoice(task, data, test_data, dict(given(**own)))
+
+
+@dataclass(frozen=True)
+class Launch:
+    nproc: int
+    max_restarts: int
+
+
+def checkpoints_argument(name: str = "checkpoints") -> Decorator:
+    """A run folder, several checkpoints, or files."""
+    return click.argument(name, nargs=-1, required=True)
+
+
+def _remember_output(ctx: click.Context, _: click.Parameter, value: Path) -> Path:
+    session = ctx.find_object(Session)
+    if session is not None:
+        session.output = value
+    return value
+
+
+output_option: Decorator = click.option(
+    "-o",
+    "--output",
+    cls=TopicOption,
+    topic="Output",
+    type=click.Path(path_type=Path, file_okay=False),
+    required=True,
+    callback=_remember_output,
+    metavar="DIR",
+    help="Folder to write; it appears complete or not at all.",
+)
+
+json_option: Decorator = click.option(
+    "--json",
+    "as_json",
+    is_flag=True,
+    cls=TopicOption,
+    topic="Output",
+    help="One JSON document on stdout, everything else on stderr.",
+)
+
+
+selection_options = group(
+    "selection",
+    config.Selection,
+    {
+        "Which checkpoints": [
+            opt("last", "--last", "The last K only.", type=int, metavar="K"),
+            opt("every", "--every", "Every K-th, back from the newest.", type=int, metavar="K"),
+            opt("from_step", "--from-step", "From this step on.", type=int, metavar="STEP"),
+            opt("to_step", "--to-step", "Up to this step.", type=int, metavar="STEP"),
+        ]
+    },
+)
+
+task_options = group(
+    "choice",
+    _task_choice,
+    {
+        "Task and data": [
+            opt(
+                "task",
+                "--task",
+                "causal-lm, path/task.py or package.module:function.",
+                required=True,
+                metavar="TASK",
+            ),
+            opt("data", "--data", "Small dataset to fit and guard with.", metavar="DATA"),
+            opt("test_data", "--test-data", "Only ever reported on.", metavar="DATA"),
+        ],
+        "Task causal-lm": [
+            opt("model", "--model", "Architecture and tokenizer, if not the checkpoint's own.",
+                metavar="MODEL"),
+            opt("max_length", "--max-length", "Tokens a sequence.", type=click.IntRange(2),
+                metavar="N"),
+            opt("text_field", "--text-field", "Field of .jsonl and .parquet.  [default: text]",
+                metavar="NAME"),
+            opt("trust_remote_code", "--trust-remote-code", "Run model code from the folder.",
+                is_flag=True),
+        ],
+    },
+)  # fmt: skip
+
+data_options = group(
+    "data_config",
+    config.DataConfig,
+    {
+        "Task and data": [
+            opt("guard_fraction", "--guard-fraction", "Share that picks the winner."),
+            opt("seed", "--seed", "Of the split and of all that is drawn."),
+            opt("batch_size", "--batch-size", "Examples a forward pass."),
+            opt("sample", "--fit-examples", "Fit on so many at most.", type=NumberOrAuto(int),
+                default="auto", show_default=True),
+        ]
+    },
+)  # fmt: skip
+
+fit_options = group(
+    "fit",
+    config.FitConfig,
+    {
+        "Fit": [
+            opt("blocks", "--blocks", "What shares one set of coefficients.",
+                type=click.Choice(config.BLOCKS)),
+            opt("ridge", "--ridge", "Pull towards the start.", type=NumberOrAuto(),
+                default="auto", show_default=True),
+            opt("max_evaluations", "--max-evaluations", "Of the fit loss, each stage."),
+            opt("tolerance", "--tolerance", "Relative decrease that counts as converged."),
+            opt("start", "--start", "auto, mean, last or a step.", metavar="WHERE"),
+            opt("subspace", "--subspace", "checkpoints, pca:R or random:R.", metavar="KIND"),
+            opt("span", "--span", "affine (sums to 1) or the paper's linear.",
+                type=click.Choice(("affine", "linear"))),
+            opt("label_smoothing", "--label-smoothing", "Mixed into the loss."),
+            opt("sharpness", "--sharpness", "Radius of sharpness-aware steps."),
+        ],
+        "Fit as in the paper (sgd, adamw)": [
+            opt("optimizer", "--optimizer", "lbfgs needs no learning rate.",
+                type=click.Choice(config.OPTIMIZERS)),
+            opt("lr", "--lr", "Learning rate."),
+            opt("momentum", "--momentum", "Of sgd."),
+            opt("weight_decay", "--weight-decay", "Of the coordinates."),
+            opt("epochs", "--epochs", "Passes over the fit split."),
+            opt("schedule", "--schedule", "Of the learning rate.",
+                type=click.Choice(config.SCHEDULES)),
+        ],
+    },
+)  # fmt: skip
+
+guard_options = group(
+    "guard",
+    config.GuardConfig,
+    {
+        "Guard": [
+            opt("candidates", "--candidates", "quick, all or names with commas.", metavar="WHICH"),
+            opt("select", "--select", "loss or metric:NAME (larger is better).", metavar="BY"),
+            opt("require_improvement", "--require-improvement",
+                "Exit 3 unless the best single is surely beaten."),
+            opt("batch_norm", "--batch-norm", "Where running statistics come from.",
+                type=click.Choice(config.BATCH_NORM)),
+        ]
+    },
+)  # fmt: skip
+
+store_options = group(
+    "store",
+    config.StoreConfig,
+    {
+        "Memory and speed": [
+            opt("kind", "--store", "Where offsets live.", type=click.Choice(config.STORES)),
+            opt("dtype", "--store-dtype", "How wide they are.",
+                type=click.Choice(config.STORE_DTYPES)),
+        ]
+    },
+)  # fmt: skip
+
+engine_options = group(
+    "engine",
+    config.EngineConfig,
+    {
+        "Memory and speed": [
+            opt("device", "--device", "auto, cpu, cuda or cuda:N.", metavar="DEVICE"),
+            opt("precision", "--precision", "Of forward and backward passes.",
+                type=click.Choice(config.PRECISIONS)),
+            opt("activation_checkpointing", "--activation-checkpointing",
+                "Recompute activations to save memory."),
+        ]
+    },
+)  # fmt: skip
+
+_OUT = [
+    opt("dtype", "--dtype", "Of averaged tensors.  [default: as saved]",
+        type=click.Choice(config.DTYPES)),
+    opt("overwrite", "--overwrite", "Replace an earlier merge in the same place."),
+]  # fmt: skip
+_FRESH = opt("fresh", "--fresh", "Start an interrupted run over.")
+
+average_out_options = group("out", config.OutputConfig, {"Output": _OUT})
+train_out_options = group("out", config.OutputConfig, {"Output": [*_OUT, _FRESH]})
+
+
+def launch_options(function: Function) -> Function:
+    """``--nproc`` and ``--max-restarts``. The last decorator of a command: it may never return."""
+
+    def start(launch: Launch, **values: Any) -> Any:
+        inside = os.environ.get("LOCAL_WORLD_SIZE")
+        if inside is not None:
+            if launch.nproc not in (1, int(inside)):
+                raise ConfigError(
+                    "--nproc is given inside of torchrun.",
+                    expected=f"no --nproc: torchrun has started {inside} processes",
+                    found=launch.nproc,
+                )
+        elif launch.nproc > 1:
+            from .launch import relaunch
+
+            session = click.get_current_context().find_object(Session)
+            relaunch(session or Session([]), launch.nproc, launch.max_restarts)
+        return function(**values)
+
+    functools.update_wrapper(start, function)
+    return group(
+        "launch",
+        Launch,
+        {
+            "Memory and speed": [
+                opt("nproc", "--nproc", "Processes on this machine.", type=click.IntRange(1),
+                    default=1, show_default=True),
+                opt("max_restarts", "--max-restarts", "After a process died.",
+                    type=click.IntRange(0), default=0),
+            ]
+        },
+    )(start)  # fmt: skip

@@ -1,0 +1,114 @@
+"""Bars and heat maps out of characters; in ASCII where the terminal knows nothing else."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from rich.text import Text
+
+_SHADES = " ░▒▓█"
+_ASCII_SHADES = " .:*#"
+_EIGHTHS = " ▏▎▍▌▋▊▉"
+_POSITIVE, _NEGATIVE = "blue", "red"
+_LABEL_WIDTH = 28
+
+
+def bars(
+    labels: Sequence[str], values: Sequence[float], *, width: int, ascii_only: bool, digits: int = 4
+) -> list[Text]:
+    """One line a value: label, number, bar; negative ones to the left of a common axis."""
+    low, high = min(0.0, *values), max(0.0, *values)
+    span = (high - low) or 1.0
+    names = [_short(label, ascii_only) for label in labels]
+    label_width = max(len(name) for name in names)
+    figures = [f"{v:+.{digits}f}" if low < 0 else f"{v:.{digits}f}" for v in values]
+    figure_width = max(len(f) for f in figures)
+    cells = max(10, width - label_width - figure_width - 6)
+    left = math.ceil(-low / span * cells)
+    axis = "|" if ascii_only else "│"
+    lines = []
+    for name, figure, value in zip(names, figures, values, strict=True):
+        line = Text(f"  {name:<{label_width}}  {figure:>{figure_width}}  ", no_wrap=True)
+        length = abs(value) / span * cells
+        if left:
+            line.append(_leftward(length if value < 0 else 0, left, ascii_only), _NEGATIVE)
+            line.append(axis, "dim")
+        line.append(_rightward(length if value > 0 else 0, ascii_only), _POSITIVE)
+        lines.append(line)
+    return lines
+
+
+def signed_map(
+    labels: Sequence[str], rows: Sequence[Sequence[float]], *, width: int, ascii_only: bool
+) -> list[Text]:
+    """One line a row, one shaded cell a value, darkest at the largest magnitude of all.
+
+    A minus stands before the shade of negative values, so that the map needs no colour.
+    """
+    shades = _ASCII_SHADES if ascii_only else _SHADES
+    names = [_short(label, ascii_only) for label in labels]
+    label_width = max(len(name) for name in names)
+    columns, step = _every(len(rows[0]), (width - label_width - 4) // 2)
+    top = max((abs(v) for row in rows for v in row), default=0.0) or 1.0
+    lines = []
+    for name, row in zip(names, rows, strict=True):
+        line = Text(f"  {name:<{label_width}}  ", no_wrap=True)
+        for column in columns:
+            value = row[column]
+            shade = shades[min(4, round(abs(value) / top * 4))]
+            sign = "-" if value < 0 and shade != " " else " "
+            line.append(sign + shade, _NEGATIVE if value < 0 else _POSITIVE)
+        lines.append(line)
+    lines.append(_legend(shades, f"{top:.3g}", step, label_width))
+    return lines
+
+
+def distance_map(
+    labels: Sequence[str], rows: Sequence[Sequence[float]], *, width: int, ascii_only: bool
+) -> list[Text]:
+    """A square of shaded blocks, empty at zero distance, full at the largest."""
+    shades = _ASCII_SHADES if ascii_only else _SHADES
+    names = [_short(label, ascii_only) for label in labels]
+    label_width = max(len(name) for name in names)
+    shown, step = _every(len(rows), (width - label_width - 4) // 2)
+    top = max((v for row in rows for v in row), default=0.0) or 1.0
+    lines = []
+    for i in shown:
+        cells = "".join(2 * shades[min(4, math.ceil(rows[i][j] / top * 4))] for j in shown)
+        lines.append(
+            Text.assemble(f"  {names[i]:<{label_width}}  ", (cells, _POSITIVE), no_wrap=True)
+        )
+    lines.append(_legend(shades, f"{top:.3g}", step, label_width))
+    return lines
+
+
+def _legend(shades: str, top: str, step: int, indent: int) -> Text:
+    text = f"  {'':<{indent}}  0 {''.join(2 * s for s in shades[1:])} {top}"
+    return Text(text + (f"   (every {step}. one is shown)" if step > 1 else ""), "dim")
+
+
+def _every(count: int, room: int) -> tuple[list[int], int]:
+    """The newest of ``count`` and as many before it, evenly spread, as there is room for."""
+    step = max(1, math.ceil(count / max(1, room)))
+    return list(range((count - 1) % step, count, step)), step
+
+
+def _rightward(length: float, ascii_only: bool) -> str:
+    if ascii_only:
+        return "#" * round(length)
+    eighths = round(length * 8)
+    return ("█" * (eighths // 8) + _EIGHTHS[eighths % 8]).rstrip()
+
+
+def _leftward(length: float, width: int, ascii_only: bool) -> str:
+    if ascii_only:
+        return f"{'=' * round(length):>{width}}"
+    halves = round(length * 2)
+    return f"{'▐' * (halves % 2) + '█' * (halves // 2):>{width}}"
+
+
+def _short(label: str, ascii_only: bool) -> str:
+    """The end of a long label: that is where names differ."""
+    dots = "..." if ascii_only else "…"
+    return label if len(label) <= _LABEL_WIDTH else dots + label[len(dots) - _LABEL_WIDTH :]

@@ -1,0 +1,229 @@
+"""Documents → what a person reads in the terminal.
+
+Names come from files: every one goes through ``plain``, and consoles take no markup.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from twa_merge.document import (
+    GLOBAL,
+    Document,
+    checkpoint_labels,
+    decimals,
+    interval,
+    leading_candidates,
+    verdict,
+    written_coefficients,
+    written_name,
+)
+
+from .console import plain
+from .figures import NONE, amount, duration, number, size
+from .pictures import bars, signed_map
+
+_LOSSES = ("fit_loss", "guard_loss", "test_loss")
+
+# More rows than this are a list to search, not a table to read; the document has them all.
+_MOST_CANDIDATES = 16
+_MOST_BARS = 40
+
+
+def show_train(document: Document, console: Console, output: Path) -> None:
+    """Candidates, the winner in a sentence, its coefficients, where it lies."""
+    console.print()
+    console.print(candidatesnew_table(document))
+    for sentence in verdict(document):
+        uncertain = "within noise" in sentence or sentence.startswith("No candidate")
+        console.print(Text(plain(sentence), "yellow" if uncertain else "green"))
+    _show_notes(document, console)
+    show_coefficients(document, console)
+    _show_written(document, console, output)
+
+
+def show_average(document: Document, console: Console, output: Path) -> None:
+    """The effective coefficients, and where the result lies."""
+    show_coefficients(document, console)
+    _show_notes(document, console)
+    _show_written(document, console, output)
+
+
+def show_evaluation(document: Document, console: Console) -> None:
+    """One row a model, one column a figure."""
+    models = document["models"]
+    columns = [key for key in (*_LOSSES, "loss") if _any(models, key)]
+    metrics = sorted({name for model in models for name in model.get("metrics") or {}})
+    digits = {key: decimals([m.get(key) for m in models]) for key in columns}
+    table = new_table("model", *(c.replace("_", " ") for c in columns), *map(plain, metrics))
+    for model in models:
+        values = [number(model.get(key), digits[key]) for key in columns]
+        values += [_metric((model.get("metrics") or {}).get(name)) for name in metrics]
+        table.add_row(Text(plain(model.get("path", "")), overflow="fold"), *values)
+    console.print(table)
+    _show_notes(document, console)
+
+
+def candidatesnew_table(document: Document) -> Table:
+    """Candidates by guard loss, the chosen one marked."""
+    everything = document["candidates"]
+    rows = leading_candidates(document, _MOST_CANDIDATES)
+    keys = [key for key in _LOSSES if _any(everything, key)]
+    digits = max((decimals([row.get(key) for row in rows]) for key in keys), default=4)
+    with_interval = {key for key in keys if _any(everything, _interval_key(key))}
+    metrics = sorted({name for row in everything for name in row.get("test_metrics") or {}})
+    headings = [h for key in keys for h in (key.replace("_", " "), *_plus(key in with_interval))]
+    headings += [f"test {plain(name)}" for name in metrics]
+    table = new_table("candidate", *headings, *(["cost"] if _any(everything, "cost") else []))
+    for row in rows:
+        chosen = row["name"] == document.get("chosen")
+        cells = [Text(("> " if chosen else "  ") + plain(row["name"]))]
+        for key in keys:
+            cells.append(Text(number(row.get(key), digits)))
+            if key in with_interval:
+                cells.append(Text(_half_width(row, key, digits), "dim"))
+        cells += [Text(_metric((row.get("test_metrics") or {}).get(name))) for name in metrics]
+        if _any(everything, "cost"):
+            cells.append(Text(_cost(row.get("cost"))))
+        table.add_row(*cells, style="bold green" if chosen else None)
+    if len(rows) < len(everything):
+        table.caption = f"and {len(everything) - len(rows)} more in twa_merge.json"
+        table.caption_justify = "left"
+    return table
+
+
+def show_coefficients(document: Document, console: Console) -> None:
+    """Bars of the coefficients, or a map by block where there are several blocks."""
+    blocks = written_coefficients(document)
+    if not blocks:
+        return
+    name = plain(written_name(document))
+    labels = [plain(label) for label in checkpoint_labels(document["checkpoints"])]
+    console.print(Text(f"\nCoefficients of {name}", "bold"))
+    if len(blocks) == 1:
+        _show_bars(labels, next(iter(blocks.values())), console)
+        return
+    shared = document["coefficients"].get(GLOBAL)
+    console.print(Text(f"  one column a checkpoint, {labels[0]} to {labels[-1]}", "dim"))
+    rows = {**({"(before, all blocks)": shared} if shared else {}), **blocks}
+    lines = signed_map(
+        [plain(name) for name in rows],
+        list(rows.values()),
+        width=console.width,
+        ascii_only=console.options.ascii_only,
+    )
+    for line in lines:
+        console.print(line)
+
+
+def show_inspection(document: Document, console: Console) -> None:
+    """Checkpoints, tensors, differences; geometry and plan where they were asked for."""
+    from .inspection import show_geometry, show_plan
+
+    table = new_table("checkpoint", "step", "format", "size", "tensors")
+    for checkpoint in document["checkpoints"]:
+        step = checkpoint.get("step")
+        table.add_row(
+            Text(plain(checkpoint["path"]), overflow="fold"),
+            NONE if step is None else str(step),
+            plain(checkpoint["format"]),
+            size(checkpoint["bytes"]),
+            str(checkpoint["tensors"]),
+        )
+    console.print(table)
+    console.print(_tensor_summary(document))
+    for difference in document.get("differences") or []:
+        console.print(Text.assemble(("difference: ", "yellow"), plain(difference)))
+    _show_notes(document, console)
+    if document.get("geometry"):
+        labels = [plain(label) for label in checkpoint_labels(document["checkpoints"])]
+        show_geometry(document["geometry"], labels, console)
+    if document.get("plan"):
+        show_plan(document["plan"], console)
+
+
+def _tensor_summary(document: Document) -> Text:
+    tensors = document["tensors"]
+    kinds = ", ".join(
+        f"{tensors[kind]} {kind}"
+        for kind in ("averaged", "copied", "tied", "statistics")
+        if tensors.get(kind)
+    )
+    text = Text.assemble((amount(document["parameters"]), "bold"), f" parameters; tensors: {kinds}")
+    for dtype, held in (tensors.get("by_dtype") or {}).items():
+        text.append(
+            f"\n  {plain(dtype)}: {held['tensors']} tensors, {amount(held['parameters'])} numbers, "
+            f"{size(held['bytes'])} a checkpoint"
+        )
+    return text
+
+
+def _show_bars(labels: list[str], values: Sequence[float], console: Console) -> None:
+    order = sorted(range(len(values)), key=lambda i: -abs(values[i]))[:_MOST_BARS]
+    kept = sorted(order)
+    lines = bars(
+        [labels[i] for i in kept],
+        [values[i] for i in kept],
+        width=console.width,
+        ascii_only=console.options.ascii_only,
+    )
+    for line in lines:
+        console.print(line)
+    if len(kept) < len(values):
+        rest = max(abs(v) for i, v in enumerate(values) if i not in set(kept))
+        console.print(Text(f"  and {len(values) - len(kept)} more within ±{rest:.4f}", "dim"))
+
+
+def _show_notes(document: Document, console: Console) -> None:
+    for note in document.get("notes") or []:
+        console.print(Text.assemble(("note: ", "yellow"), plain(note)))
+
+
+def _show_written(document: Document, console: Console, output: Path) -> None:
+    seconds = (document.get("timings") or {}).get("total")
+    took = f" in {duration(seconds)}" if seconds is not None else ""
+    text = Text.assemble("\nWritten to ", (plain(output), "bold"), took)
+    console.print(text, soft_wrap=True)
+
+
+def new_table(first: str, *others: str) -> Table:
+    from rich import box
+
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table.add_column(first, overflow="fold")
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
+
+
+def _any(rows: Sequence[Document], key: str) -> bool:
+    return any(row.get(key) is not None for row in rows)
+
+
+def _interval_key(key: str) -> str:
+    return key.replace("_loss", "_ci95")
+
+
+def _plus(wanted: bool) -> list[str]:
+    return ["± 95 %"] if wanted else []
+
+
+def _half_width(row: Document, key: str, digits: int) -> str:
+    found = interval(row, key.removesuffix("_loss"))
+    return number((found[1] - found[0]) / 2, digits) if found else NONE
+
+
+def _metric(value: Any) -> str:
+    return number(value) if isinstance(value, (int, float)) else plain(value or NONE)
+
+
+def _cost(cost: Any) -> str:
+    if cost is None:
+        return NONE
+    return f"{cost:.3g}" if isinstance(cost, float) else plain(cost)

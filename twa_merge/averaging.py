@@ -1,0 +1,104 @@
+"""Fixed coefficients: a merge that needs no data and no model."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import report
+from .candidates import parse_weights
+from .checkpoints import open_checkpoints
+from .config import OutputConfig, Selection
+from .distributed import start
+from .errors import ConfigError
+from .layout import global_block, make_layout
+from .model_card import model_card
+from .progress import Progress, silent
+from .run import Clock
+from .writer import check_output, write_merge
+
+Paths = Sequence[str | PathLike[str]]
+
+
+def average(
+    checkpoints: Paths,
+    output: str | PathLike[str],
+    *,
+    weights: str = "uniform",
+    selection: Selection | None = None,
+    out: OutputConfig | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Averages checkpoints with fixed coefficients; needs no data and no model.
+
+    Args:
+        weights: ``uniform``, ``ema:DECAY``, ``linear``, ``1-sqrt``, numbers that add up to one, or
+            ``@report.json`` for the coefficients of an earlier merge.
+
+    Returns:
+        The document that is also written as ``twa_merge.json``.
+
+    Raises:
+        TwaMergeError: of the kind that says what is wrong; nothing has been written then.
+    """
+    out = out or OutputConfig()
+    clock, target = Clock(), Path(output)
+    with clock.part("open"):
+        found = open_checkpoints(checkpoints, selection or Selection())
+        layout = make_layout(found)
+        check_output(target, found, out.overwrite)
+        world = start("cpu")
+        if weights.startswith("@"):
+            path = Path(weights[1:])
+            blocks, alphas = report.coefficients_from_report(
+                _read_json(path), path, len(found), layout
+            )
+        else:
+            blocks, alphas = global_block(layout), parse_weights(weights, len(found))[None]
+    coefficients: dict[str, Any] = (
+        {"global": alphas[0].tolist()}
+        if len(blocks) == 1
+        else {"blocks": report.coefficient_values(alphas, blocks)}
+    )
+    document = report.header("average") | {
+        "weights": weights,
+        "checkpoints": report.checkpoint_list(found),
+        "coefficients": coefficients,
+        "options": {"dtype": out.dtype},
+        "world_size": world.size,
+    }
+    if len(blocks) > 1:
+        document["blocks"] = report.members(blocks)
+    with clock.part("write"):
+        write_merge(
+            found,
+            layout,
+            blocks,
+            alphas,
+            target,
+            dtype=getattr(torch, out.dtype) if out.dtype else None,
+            documents={
+                "twa_merge.json": json.dumps(document, indent=1) + "\n",
+                "README.md": model_card(document),
+            },
+            overwrite=out.overwrite,
+            world=world,
+            progress=progress,
+        )
+    document["timings"] = clock.rounded()
+    document["peak_memory_bytes"] = report.peak_memory_bytes(world.device)
+    return document
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "The report cannot be read.", checkpoint=path, found=str(error)
+        ) from error

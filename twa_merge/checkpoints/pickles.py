@@ -1,0 +1,168 @@
+"""Reads what torch.save wrote: .pt, .pth, .bin and .ckpt files, never running code from them."""
+
+from __future__ import annotations
+
+import re
+import warnings
+import zipfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, listing
+from .base import TensorInfo, WeightFile, reading, require_file
+from .names import resolve_names
+from .shards import read_index, require_all_shards, require_consistent
+from .state_dicts import WEIGHTS_ALONE, aliases_of, named_tensors, state_dict_of, step_of
+
+
+class PickleReader:
+    """Reads a checkpoint from one pickle, or from the shards that an index names.
+
+    Files in torch.save's zip format are mapped; the older format has to be loaded into memory.
+
+    Args:
+        files: one file, or all shards; ignored where there is an index.
+        index: ``pytorch_model.bin.index.json`` or another like it.
+
+    Attributes:
+        step: the training step that the file itself speaks of, if it does.
+
+    Raises:
+        CheckpointError: a file is missing, damaged, holds no weights, or asks for code to be run.
+    """
+
+    def __init__(self, files: Sequence[Path], index: Path | None = None) -> None:
+        weight_map = read_index(index) if index else {}
+        paths = sorted(set(weight_map.values())) if index else list(files)
+        if not index:
+            require_all_shards(paths)
+        loaded = {path: load(path) for path in paths}
+        states = {path: state_dict_of(document, path) for path, document in loaded.items()}
+        require_consistent(index, weight_map, states)
+        short = resolve_names(name for state in states.values() for name in state)
+        self._tensors = {short[n]: t for state in states.values() for n, t in state.items()}
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: TensorInfo(tuple(t.shape), t.dtype) for name, t in self._tensors.items()
+        }
+        self.files = tuple(
+            WeightFile(path, tuple(short[n] for n in state), raw_names=tuple(state))
+            for path, state in states.items()
+        )
+        self.aliases: Mapping[str, str] = aliases_of(self._tensors)
+        self.step = next(map(step_of, loaded.values()))
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        tensor = self._tensors[name]
+        if tensor.dim() == 0:
+            return tensor if start < stop else tensor.reshape(1)[:0]
+        return tensor[start:stop]
+
+    def close(self) -> None:
+        self._tensors = {}
+
+
+def load(path: Path) -> Any:
+    """Whatever torch.save put into the file, tensors on the CPU and mapped where possible.
+
+    Raises:
+        CheckpointError: the file is damaged, or asks for more than tensors and plain containers.
+    """
+    require_file(path)
+    try:
+        with reading(path), warnings.catch_warnings():
+            # The unpickler's own warnings would reach the user without the name of the file.
+            warnings.simplefilter("ignore")
+            entries = _entries(path)
+            mapped = bool(entries) and all(e.compress_type == zipfile.ZIP_STORED for e in entries)
+            document = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+    except CheckpointError:
+        raise
+    except Exception as error:  # a hostile pickle can end in any exception there is
+        raise _refused(path, error) from error
+    if mapped and isinstance(document, Mapping):
+        _require_records(path, document, entries)
+    return document
+
+
+def _entries(path: Path) -> list[zipfile.ZipInfo]:
+    """What the zip archive holds; nothing for the older format, which is none.
+
+    Raises:
+        CheckpointError: it is a TorchScript archive.
+    """
+    with path.open("rb") as file:
+        if file.read(4) != b"PK\x03\x04":
+            return []
+        with zipfile.ZipFile(file) as archive:
+            entries = archive.infolist()
+    if any(entry.filename.endswith("/constants.pkl") for entry in entries):
+        raise CheckpointError(
+            "A file is a TorchScript program, not a set of weights.",
+            checkpoint=path,
+            remedy="torch.save(torch.jit.load(path).state_dict(), new_path), and merge those",
+        )
+    return entries
+
+
+def _require_records(
+    path: Path, document: Mapping[Any, Any], entries: Sequence[zipfile.ZipInfo]
+) -> None:
+    """Checks that tensors are as long as their records: a mapping would read on into the next."""
+    records = Counter(entry.file_size for entry in entries if "/data/" in entry.filename)
+    storages = {}
+    for _, state in named_tensors(document):
+        for name, tensor in state.items():
+            if tensor.layout == torch.strided and not tensor.is_meta:
+                storage = tensor.untyped_storage()
+                storages[storage.data_ptr()] = (storage.nbytes(), name)
+    for nbytes, name in storages.values():
+        if nbytes and records[nbytes] == 0:
+            raise CheckpointError(
+                "A tensor is not as long as the file says.",
+                checkpoint=path,
+                tensor=name,
+                expected=f"a record of {nbytes} bytes",
+                found="no such record",
+                remedy="save or download this file again, or leave it out",
+            )
+        records[nbytes] -= 1
+
+
+def _refused(path: Path, error: Exception) -> CheckpointError:
+    refused = _refused_globals(path, str(error))
+    if refused:
+        return CheckpointError(
+            "A pickle asks for more than tensors, which could run code, and was refused.",
+            checkpoint=path,
+            expected="tensors, numbers, texts and containers of them",
+            found=listing(refused),
+            remedy=WEIGHTS_ALONE,
+        )
+    text = (str(error).strip() or "nothing more is known").splitlines()[0]
+    return CheckpointError(
+        "A file is damaged, or torch.save did not write it.",
+        checkpoint=path,
+        found=f"{type(error).__name__}: {text[:200]}",
+        remedy="save or download this file again, or leave it out",
+    )
+
+
+def _refused_globals(path: Path, message: str) -> list[str]:
+    """What the pickle wanted to import: all of it where that can be told, else the first."""
+    first = re.findall(
+        r"(?:GLOBAL|unrecognized function|imported to load) (.+?)(?: was not|[ .]*$| whose)",
+        message,
+        re.M,
+    )
+    if not first:
+        return []
+    try:
+        every = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+    except Exception:  # not a zip archive, or damaged beyond what was read so far
+        every = []
+    return sorted({first[0], *every})

@@ -1,0 +1,171 @@
+"""Finds the model's own weights in what a training script has saved around them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import CheckpointError, listing
+
+WEIGHTS_ALONE = "save the weights alone, with torch.save(model.state_dict(), path), and merge those"
+# Names that training scripts give to the model's own weights, the most telling first.
+_CONTAINERS = (
+    "model",
+    "state_dict",
+    "module",
+    "model_state_dict",
+    "model_state",
+    "model_dict",
+    "net",
+    "network",
+    "weights",
+    "params",
+)
+# Tensors under these keys are no weights at all.
+_NOT_WEIGHTS = re.compile(
+    r"(^|[^a-z])(optim[a-z]*|opt|(lr)?sched[a-z]*|scaler|rng|random|callbacks?|loops?|args?"
+    r"|config|hparams?|hyper[a-z]*)([^a-z]|$)",
+    re.I,
+)
+# Averages of the weights that a script keeps beside them.
+_BESIDE = re.compile(r"(^|[^a-z])(ema|averaged?|swa|shadow)([^a-z]|$)", re.I)
+# What optimizers keep for each parameter.
+_MOMENTS = frozenset({"exp_avg", "momentum_buffer", "square_avg", "exp_inf"})
+_STEP_KEYS = ("global_step", "global_steps", "iter_num", "iteration", "step")
+_DEPTH = 3
+
+
+def state_dict_of(document: Any, path: Path) -> dict[str, Tensor]:
+    """The model's weights in what a pickle holds.
+
+    The mapping from names to tensors with the most tensors, up to three levels deep. Known
+    containers come first (``model``, ``state_dict``, ``module``, ``model_state_dict`` …): where
+    two of them have as many tensors, the earlier in that list, so ``model`` is preferred to
+    ``state_dict``. Averages that a script keeps beside the model (``ema``) are taken only where there
+    is nothing else, the states of optimizers never. Entries that are no tensors are left out.
+
+    Raises:
+        CheckpointError: there is no such mapping, several that could be meant, or a tensor that
+            is not dense on the CPU.
+    """
+    if not isinstance(document, Mapping):
+        raise CheckpointError(
+            "A file holds no mapping from names to tensors.",
+            checkpoint=path,
+            expected="a state dict, alone or in a dict",
+            found=type(document).__name__,
+            remedy=WEIGHTS_ALONE,
+        )
+    found = sorted(named_tensors(document), key=_preference)
+    if not found:
+        raise CheckpointError(
+            "A file holds no named tensors.",
+            checkpoint=path,
+            expected="a state dict, alone or in a dict",
+            found=f"a dict of {listing(str(key) for key in document)}",
+            remedy=WEIGHTS_ALONE,
+        )
+    keys, state = found[0]
+    rivals = [k for k, s in found[1:] if _rank(k) == _rank(keys) and 10 * len(s) >= len(state)]
+    if rivals and _rank(keys) == 1:
+        raise CheckpointError(
+            "A file holds several sets of weights, and it is not clear which one is the model.",
+            checkpoint=path,
+            expected="one state dict",
+            found=listing(".".join(k) or "the file itself" for k in [keys, *rivals]),
+            remedy=WEIGHTS_ALONE,
+        )
+    for name, tensor in state.items():
+        _require_dense(path, name, tensor)
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def named_tensors(document: Mapping[Any, Any]) -> list[tuple[tuple[str, ...], dict[str, Tensor]]]:
+    """Every mapping with named tensors, but for the states of optimizers and their like.
+
+    Each as the keys that lead to it and the tensors in it.
+    """
+    found = []
+    seen: set[int] = set()  # a hostile mapping can contain itself
+    level: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), document)]
+    while level:
+        deeper = []
+        for keys, mapping in level:
+            if id(mapping) in seen:
+                continue
+            seen.add(id(mapping))
+            tensors = {
+                k: v for k, v in mapping.items() if isinstance(k, str) and isinstance(v, Tensor)
+            }
+            if tensors and not _MOMENTS & tensors.keys():
+                found.append((keys, tensors))
+            if len(keys) < _DEPTH:
+                deeper += [
+                    ((*keys, str(k)), v)
+                    for k, v in mapping.items()
+                    if isinstance(v, Mapping) and not _NOT_WEIGHTS.search(str(k))
+                ]
+        level = deeper
+    return found
+
+
+def _preference(found: tuple[tuple[str, ...], dict[str, Tensor]]) -> tuple[int, int, int]:
+    keys, tensors = found
+    place = _CONTAINERS.index(keys[-1]) if keys and keys[-1] in _CONTAINERS else len(_CONTAINERS)
+    return _rank(keys), -len(tensors), place
+
+
+def _rank(keys: tuple[str, ...]) -> int:
+    """0 for the model's own weights by name, 2 for averages beside them, 1 otherwise."""
+    if any(_BESIDE.search(key) for key in keys):
+        return 2
+    return 0 if keys and keys[-1] in _CONTAINERS else 1
+
+
+def _require_dense(path: Path, name: str, tensor: Tensor) -> None:
+    plain = type(tensor) in (Tensor, torch.nn.Parameter)
+    if not plain or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+        raise CheckpointError(
+            "A tensor is not a plain dense one.",
+            checkpoint=path,
+            tensor=name,
+            expected="a dense torch.Tensor",
+            found=f"{type(tensor).__name__}, {tensor.layout}, {tensor.dtype} on {tensor.device}",
+            remedy="save it dense, or leave it out of the state dict",
+        )
+
+
+def aliases_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    """Later name → earlier name of the very same numbers in the file."""
+    first: dict[object, str] = {}
+    aliases = {}
+    for name, tensor in tensors.items():
+        if tensor.numel() == 0:
+            continue  # all empty storages begin at address zero
+        same = (
+            tensor.untyped_storage().data_ptr(),
+            tensor.storage_offset(),
+            tensor.shape,
+            tensor.stride(),
+            tensor.dtype,
+        )
+        root = first.setdefault(same, name)
+        if root != name:
+            aliases[name] = root
+    return aliases
+
+
+def step_of(document: Mapping[str, Any]) -> int | None:
+    """The training step that a script has saved beside the weights, if it has."""
+    for key in _STEP_KEYS:
+        value = document.get(key)
+        if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
+            value = value.item()
+        if type(value) is int and value >= 0:
+            return value
+    return None

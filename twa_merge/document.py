@@ -1,0 +1,129 @@
+"""Reads the ``twa_merge.json`` document: the same for the model card, the report, the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import PurePath
+from typing import Any
+
+Document = Mapping[str, Any]
+
+GLOBAL = "global"
+
+# Always worth a row; of the others (windows, singles, averages with other decays) only the best.
+_NAMED = ("last", "best_single", "uniform", "greedy", "twa", "twa-layers")
+
+
+def written_name(document: Document) -> str:
+    """What was written: the chosen candidate, or the method where nothing was chosen."""
+    return str(document.get("chosen") or document.get("method") or "average")
+
+
+def written_coefficients(document: Document) -> dict[str, list[float]]:
+    """Block → coefficients (n,) of what was written; one block ``global`` where all share them."""
+    for candidate in document.get("candidates") or []:
+        if candidate["name"] == document.get("chosen"):
+            return _by_block(candidate.get("coefficients"))
+    top = document.get("coefficients") or {}
+    return _by_block(top.get("blocks") or top.get(GLOBAL) or top)
+
+
+def _by_block(value: Any) -> dict[str, list[float]]:
+    """From (n,) for all blocks or block → (n,)."""
+    blocks = value if isinstance(value, Mapping) else {GLOBAL: value or []}
+    return {str(name): list(row) for name, row in blocks.items() if row}
+
+
+def checkpoint_labels(checkpoints: Sequence[Document]) -> list[str]:
+    """The shortest endings of the paths that tell the checkpoints apart."""
+    parts = [
+        [p for p in PurePath(str(c["path"])).parts if p not in ("/", "..")] for c in checkpoints
+    ]
+    for depth in range(1, max(map(len, parts), default=1) + 1):
+        labels = ["/".join(p[-depth:]) for p in parts]
+        if len(set(labels)) == len(labels):
+            return labels
+    return ["/".join(p[-1:]) for p in parts]
+
+
+def folder_name(path: object) -> str:
+    """The last part of a path: reports are published, so they name no machine's folders."""
+    return PurePath(str(path)).name or str(path)
+
+
+def leading_candidates(document: Document, most: int) -> list[Document]:
+    """Candidates by guard loss: the chosen and the named ones, and the best of the others.
+
+    Args:
+        most: how many altogether, if the chosen and the named ones are not more already.
+    """
+    ordered = sorted(document.get("candidates") or [], key=lambda c: sortable(c.get("guard_loss")))
+    important: Collection[str] = (*_NAMED, document.get("chosen") or "")
+    kept = [c["name"] for c in ordered if c["name"] in important]
+    others = [c["name"] for c in ordered if c["name"] not in important]
+    kept += others[: max(0, most - len(kept))]
+    return [c for c in ordered if c["name"] in kept]
+
+
+def improvements(document: Document) -> list[Document]:
+    """Paired differences of the winner to others: ``{over, mean, ci95}``, positive is better."""
+    found = document.get("improvements") or [document.get("improvement")]
+    return [i for i in found if i and i.get("mean") is not None]
+
+
+def interval(candidate: Document, split: str) -> tuple[float, float] | None:
+    """95 % interval of a candidate's loss on the ``guard`` or ``test`` split, where it is known."""
+    found = candidate.get(f"{split}_ci95")
+    if found is None or not all(is_finite(v) for v in found):
+        return None
+    return found[0], found[1]
+
+
+def is_finite(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value)
+
+
+def sortable(value: Any) -> float:
+    """A loss to sort by; missing ones and NaN last."""
+    return float(value) if is_finite(value) else math.inf
+
+
+def decimals(values: Sequence[Any]) -> int:
+    """How many, 4 to 7, tell ``values`` apart."""
+    known = [float(v) for v in values if is_finite(v)]
+    spread = max(known) - min(known) if known else 0.0
+    return min(7, max(4, 2 - math.floor(math.log10(spread)))) if spread > 0 else 4
+
+
+def verdict(document: Document) -> list[str]:
+    """Who won and by how much, in sentences; plainly, where the difference is within noise."""
+    chosen = written_name(document)
+    found = improvements(document)
+    others = [i for i in found if i["over"] != chosen]
+    if others:
+        return [_sentence(chosen, other) for other in others]
+    # Nothing is compared with itself: a winner without others is the yardstick.
+    return [f"No candidate beat {spoken(chosen)}." if found else f"{spoken(chosen)} was written."]
+
+
+def _sentence(chosen: str, improvement: Document) -> str:
+    mean = improvement["mean"]
+    interval = improvement.get("ci95") or (None, None)
+    low, high = (v if is_finite(v) else None for v in interval)
+    places = decimals([0.0, mean, low, high])
+    how = "better" if mean >= 0 else "worse"
+    text = f"{spoken(chosen)} is {how} than {spoken(improvement['over'])} by {abs(mean):.{places}f}"
+    if low is None or high is None:
+        return f"{text}."
+    text += f" (95 % interval {low:.{places}f} to {high:.{places}f})"
+    return f"{text}." if low > 0 or high < 0 else f"{text}: within noise."
+
+
+def spoken(name: str) -> str:
+    """A candidate's name as it reads in a sentence."""
+    return {
+        "best_single": "the best single checkpoint",
+        "last": "the last checkpoint",
+        "uniform": "the uniform mean",
+    }.get(name, name)

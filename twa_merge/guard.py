@@ -1,0 +1,93 @@
+"""Picks the winner on the guard split, with its confidence interval."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from .candidates import Candidate
+
+RESAMPLES = 2000
+
+
+@dataclass
+class Scored:
+    """A candidate and how it did.
+
+    Attributes:
+        guard: loss per example of the guard split, (N,) float64.
+        metrics: name → (N,) float64, on the guard split.
+        fit_loss, test_loss: means, where they were taken.
+        batch_norm: where its running statistics came from, where there are any.
+    """
+
+    candidate: Candidate
+    guard: Tensor
+    metrics: dict[str, Tensor] = field(default_factory=dict)
+    fit_loss: float | None = None
+    test_loss: float | None = None
+    test_metrics: dict[str, float] = field(default_factory=dict)
+    batch_norm: str | None = None
+
+    @property
+    def name(self) -> str:
+        return self.candidate.name
+
+    def cost_of(self, select: str) -> Tensor:
+        """What the winner has least of, per example: the loss, or minus the selected metric."""
+        return self.guard if select == "loss" else -self.metrics[select.removeprefix("metric:")]
+
+
+@dataclass(frozen=True)
+class Improvement:
+    """Mean of a paired difference on the guard split and its 95 % interval; positive is better."""
+
+    over: str
+    mean: float
+    low: float
+    high: float
+
+    @property
+    def certain(self) -> bool:
+        return self.low > 0.0
+
+
+def pick(scored: Sequence[Scored], select: str) -> Scored:
+    """The candidate of least mean cost; ties go to the simpler one, then to the earlier one.
+
+    Candidates whose guard loss is not finite cannot win.
+    """
+
+    def key(item: Scored) -> tuple[bool, float, int]:
+        mean = float(item.cost_of(select).mean())
+        finite = bool(item.guard.isfinite().all()) and mean == mean
+        # Equal up to the rounding of a mean over float32 losses counts as a tie.
+        return not finite, float(f"{mean:.7g}"), item.candidate.rank
+
+    return min(scored, key=key)
+
+
+def improvement(winner: Scored, other: Scored, select: str, seed: int) -> Improvement:
+    """How much better the winner is than another candidate on the same examples.
+
+    A paired percentile bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, chapter
+    13) over examples, 2,000 resamples, drawn from ``seed``.
+    """
+    difference = other.cost_of(select) - winner.cost_of(select)
+    low, high = bootstrap_interval(difference, seed)
+    return Improvement(other.name, float(difference.mean()), low, high)
+
+
+def bootstrap_interval(values: Tensor, seed: int) -> tuple[float, float]:
+    """95 % percentile interval of the mean of ``values`` (N,) float64."""
+    generator = torch.Generator().manual_seed(seed)
+    size = len(values)
+    means = torch.empty(RESAMPLES, dtype=torch.float64)
+    for i in range(RESAMPLES):
+        drawn = torch.randint(size, (size,), generator=generator)
+        means[i] = values[drawn].mean()
+    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    return low, high

@@ -1,0 +1,312 @@
+"""The live model: built from the task, its weights replaced in place, its gradients read off.
+
+Every rank owns the rows of every parameter that FSDP2's ``Shard(0)`` gives it; with one process
+that is all of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from .checkpoints.base import Checkpoint
+from .distributed import World
+from .errors import TaskError, TwaMergeError, listing
+from .layout import Layout
+from .task import Task
+
+
+class LiveModel:
+    """A module whose parameters and buffers are addressed by the names in the checkpoints.
+
+    Attributes:
+        module: in evaluation mode, float parameters in float32.
+        names: checkpoint tensor → name in the module; tensors the module lacks are left out.
+    """
+
+    def __init__(self, module: nn.Module, names: Mapping[str, str], layout: Layout) -> None:
+        self.module = module
+        self.names = dict(names)
+        self._layout = layout
+        self._parameters = dict(module.named_parameters(remove_duplicate=False))
+        self._buffers = dict(module.named_buffers(remove_duplicate=False))
+
+    def targets(self) -> dict[str, Tensor]:
+        """This rank's rows of every averaged tensor: name → tensor, written to in place.
+
+        Parameters that the module ties come once.
+        """
+        seen: set[int] = set()
+        targets = {}
+        for name, own in self.names.items():
+            if not self._layout[name].averaged:
+                continue
+            tensor = self._parameters.get(own, self._buffers.get(own))
+            assert tensor is not None
+            if id(tensor) not in seen:
+                seen.add(id(tensor))
+                targets[name] = _local(tensor.detach())
+        return targets
+
+    def gradients(self) -> dict[str, Tensor]:
+        """This rank's rows of the gradients: name → tensor of the same shape as in ``targets``."""
+        return {
+            name: _local(parameter.grad)
+            for name in self.targets()
+            if (parameter := self._parameters.get(self.names[name])) is not None
+            and parameter.grad is not None
+        }
+
+    def zero_gradients(self) -> None:
+        self.module.zero_grad(set_to_none=False)
+
+    def is_statistic(self, name: str) -> bool:
+        """Whether the tensor is a running statistic of batch norm."""
+        return self._layout[name].statistic
+
+    def is_shared(self, name: str) -> bool:
+        """Whether every rank holds all rows of this tensor: buffers are not sharded."""
+        return self.names.get(name) in self._buffers
+
+    def tied_groups(self) -> dict[str, str]:
+        """Checkpoint tensor → the first one that the module keeps in the same parameter."""
+        first: dict[int, str] = {}
+        return {
+            name: first.setdefault(id(self._parameters.get(own, self._buffers.get(own))), name)
+            for name, own in self.names.items()
+        }
+
+    @torch.no_grad()
+    def round_to_saved(self, dtype: torch.dtype | None = None) -> None:
+        """Rounds the weights to the dtype that they will be written in."""
+        for name, target in self.targets().items():
+            saved = dtype or self._layout[name].info.dtype
+            if saved.itemsize < target.element_size():
+                target.copy_(target.to(saved))
+
+
+def build(
+    task: Task,
+    layout: Layout,
+    newest: Checkpoint,
+    world: World,
+    *,
+    precision: str = "fp32",
+    activation_checkpointing: bool = False,
+) -> LiveModel:
+    """Builds the task's model on this rank's device, without weights.
+
+    With several processes it is built on the meta device and sharded by FSDP2 before any memory
+    is taken. Tensors that are not averaged come from ``newest``.
+
+    Raises:
+        TaskError: the model cannot be built, or lacks or adds parameters.
+    """
+    meta = world.size > 1
+    module = _build_module(task, meta)
+    names = match_names(module, layout)
+    _require_cover(module, names, layout)
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    if activation_checkpointing:
+        _checkpoint_activations(module, task)
+    if meta or precision == "bf16":
+        _shard(module, task, world, precision)
+    module._apply(
+        lambda t: torch.empty_like(t, device=world.device) if t.is_meta else t.to(world.device)
+    )
+    module.eval()
+    live = LiveModel(module, names, layout)
+    _load_copied(live, layout, newest)
+    return live
+
+
+def _build_module(task: Task, meta: bool) -> nn.Module:
+    try:
+        if meta:
+            with parameters_on_meta():
+                module = task.build_model()
+        else:
+            module = task.build_model()
+    except TwaMergeError:
+        raise
+    except Exception as error:
+        raise TaskError(
+            "The task could not build its model.",
+            expected="build_model() returns a torch.nn.Module"
+            + (" (its parameters are on the meta device while it is built)" if meta else ""),
+            found=f"{type(error).__name__}: {error}",
+        ) from error
+    if not isinstance(module, nn.Module):
+        raise TaskError(
+            "The task did not build a model.",
+            expected="build_model() returns a torch.nn.Module",
+            found=type(module).__name__,
+        )
+    return module
+
+
+@contextmanager
+def parameters_on_meta() -> Iterator[None]:
+    """Modules made inside hold their parameters on the meta device, their buffers for real.
+
+    Buffers that are computed when a module is made and never saved (rotary frequencies) would be
+    lost on the meta device.
+    """
+    register = nn.Module.register_parameter
+
+    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        register(self, name, param)
+        if param is not None and not param.is_meta:
+            moved = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
+            self._parameters[name] = moved
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def match_names(module: nn.Module, layout: Layout) -> dict[str, str]:
+    """Checkpoint tensor → name in the module.
+
+    Names match as they are, or all after one outer prefix is added or removed (``model.``,
+    ``transformer.``): a base model's checkpoint and the same model under a head.
+    """
+    own = dict(module.named_parameters(remove_duplicate=False))
+    own |= dict(module.named_buffers(remove_duplicate=False))
+    prefixes = dict.fromkeys(name.partition(".")[0] + "." for name in own)
+
+    def renamings() -> Iterator[dict[str, str]]:
+        yield {name: name for name in layout.entries}
+        for prefix in prefixes:
+            yield {name: prefix + name for name in layout.entries}
+        for prefix in dict.fromkeys(name.partition(".")[0] + "." for name in layout.entries):
+            yield {name: name.removeprefix(prefix) for name in layout.entries}
+
+    matches = [{n: m for n, m in renaming.items() if m in own} for renaming in renamings()]
+    exact = matches[0]
+    best = max(matches, key=len)
+    return best if len(best) > len(exact) else exact
+
+
+def _require_cover(module: nn.Module, names: Mapping[str, str], layout: Layout) -> None:
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    covered = {id(parameters[own]) for own in names.values() if own in parameters}
+    missing = [name for name, p in parameters.items() if id(p) not in covered]
+    if missing:
+        raise TaskError(
+            "The model has parameters that the checkpoints lack.",
+            tensor=listing(missing),
+            expected=f"every parameter in the checkpoints, e.g. {next(iter(layout.entries))}",
+            found=f"{len(missing)} of {len(parameters)} parameters missing",
+            remedy="let build_model() return the architecture that was trained",
+        )
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    for name, own in names.items():
+        shape = tuple(parameters.get(own, buffers.get(own)).shape)  # type: ignore[union-attr]
+        if shape != layout[name].info.shape:
+            raise TaskError(
+                "The model's tensor has another shape than the checkpoints'.",
+                tensor=name,
+                expected=list(layout[name].info.shape),
+                found=list(shape),
+                remedy="let build_model() return the architecture that was trained",
+            )
+
+
+def repeated_layers(module: nn.Module) -> dict[str, nn.Module]:
+    """The layers of the longest ``ModuleList`` or ``Sequential``: name → module, in order."""
+    best: tuple[str, Sequence[tuple[str, nn.Module]]] = ("", [])
+    for name, child in module.named_modules():
+        if isinstance(child, (nn.ModuleList, nn.Sequential)):
+            layers = [
+                (k, layer)
+                for k, layer in child.named_children()
+                if any(True for _ in layer.parameters())
+            ]
+            if len(layers) > len(best[1]):
+                best = (name, layers)
+    prefix = best[0] + "." if best[0] else ""
+    return {prefix + k: layer for k, layer in best[1]}
+
+
+def layer_groups(module: nn.Module, names: Mapping[str, str], layout: Layout) -> dict[str, str]:
+    """Averaged tensor → the layer that it belongs to: before, each repeated layer, after.
+
+    Tensors in front of the first repeated layer in the module tree form ``before``, those behind
+    the last one ``after``. A tensor that the module lacks goes with ``before``.
+    """
+    layers = list(repeated_layers(module))
+    order = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    order += [name for name, _ in module.named_buffers(remove_duplicate=False)]
+    inside = {own: _layer_of(own, layers) for own in order}
+    first = next((i for i, own in enumerate(order) if inside[own]), len(order))
+    position = {own: i for i, own in enumerate(order)}
+    groups = {}
+    for name in layout.averaged:
+        own = names.get(name)
+        layer = inside.get(own) if own else None
+        behind = own is not None and position.get(own, 0) > first
+        groups[name] = layer or ("after" if behind else "before")
+    return groups
+
+
+def _layer_of(name: str, layers: Sequence[str]) -> str | None:
+    return next((layer for layer in layers if name.startswith(layer + ".")), None)
+
+
+def _shardable(module: nn.Module, task: Task) -> list[nn.Module]:
+    classes = getattr(task, "no_split_modules", None) or getattr(module, "_no_split_modules", None)
+    if classes:
+        found = [m for m in module.modules() if type(m).__name__ in set(classes)]
+        if found:
+            return found
+    return list(repeated_layers(module).values())
+
+
+def _shard(module: nn.Module, task: Task, world: World, precision: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if precision == "bf16" else None,
+        reduce_dtype=torch.float32 if precision == "bf16" else None,
+    )
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": True}
+    parts = [part for part in _shardable(module, task) if part is not module]
+    for part in parts:
+        fully_shard(part, **options)
+    root = fully_shard(module, **options)
+    # Batches carry their own weights, so gradients add up over the ranks instead of averaging.
+    for part in [*parts, root]:
+        part.set_gradient_divide_factor(1.0)  # type: ignore[operator]
+        part.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
+
+
+def _checkpoint_activations(module: nn.Module, task: Task) -> None:
+    from torch.distributed._composable import checkpoint
+
+    for part in _shardable(module, task):
+        checkpoint(part)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def _load_copied(live: LiveModel, layout: Layout, newest: Checkpoint) -> None:
+    buffers = dict(live.module.named_buffers(remove_duplicate=False))
+    for name in layout.copied:
+        own = live.names.get(name)
+        if own in buffers:
+            buffers[own].copy_(newest.rows(name, 0, layout[name].info.rows))

@@ -1,0 +1,253 @@
+"""Loss and gradient in coordinates, and losses per example, of the live model."""
+
+from __future__ import annotations
+
+import random
+import traceback
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import Dataset
+
+from .distributed import World
+from .errors import TaskError, TwaMergeError
+from .layout import Blocks
+from .model import LiveModel
+from .store.base import Store
+from .subspace import Chart
+from .task import Task, collate_of, metrics_of, to_device
+
+# Collated batches are kept between evaluations up to this size; beyond it they are made again.
+_CACHE_BYTES = 1 << 30
+
+
+class Batches:
+    """Examples of a dataset in fixed batches, dealt over the ranks.
+
+    The order is drawn once from ``seed``, so that any leading part is a fair sample and batch
+    statistics do not follow the order of a sorted dataset. Batch k belongs to rank k mod size;
+    all ranks make the same number of rounds, because the passes of a sharded model are
+    collective, and a rank that has run out repeats a batch with weight zero.
+    """
+
+    def __init__(
+        self, dataset: Dataset[Any], task: Task, batch_size: int, seed: int, world: World
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.size = len(dataset)  # type: ignore[arg-type]
+        self.order = torch.randperm(self.size, generator=generator).tolist()
+        self.batch_size = batch_size
+        self._dataset = dataset
+        self._collate = collate_of(task)
+        self._seed = seed
+        self._world = world
+        self._cache: dict[tuple[int, ...], Any] = {}
+        self._cached_bytes = 0
+
+    def rounds(self, chosen: Sequence[int]) -> Iterator[tuple[list[int], Any, bool]]:
+        """This rank's batches of the ``chosen`` examples (positions in the seeded order).
+
+        Yields:
+            The batch's positions, the collated batch on the device, and whether it counts.
+        """
+        size, world = self.batch_size, self._world
+        batches = [list(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+        for first in range(0, len(batches), world.size):
+            k = first + world.rank
+            counts = k < len(batches)
+            positions = batches[k if counts else 0]
+            yield positions, self._batch(positions), counts
+
+    def _batch(self, positions: list[int]) -> Any:
+        key = tuple(positions)
+        batch = self._cache.get(key)
+        if batch is None:
+            batch = self._make(positions)
+            size = _nbytes(batch)
+            if self._cached_bytes + size <= _CACHE_BYTES:
+                self._cache[key] = batch
+                self._cached_bytes += size
+        return to_device(batch, self._world.device)
+
+    def _make(self, positions: list[int]) -> Any:
+        # A dataset that augments at random must show the same examples in every evaluation.
+        with user_code("read its dataset"), torch.random.fork_rng(devices=[]):
+            state = random.getstate()
+            torch.manual_seed(self._seed + positions[0])
+            random.seed(self._seed + positions[0])
+            try:
+                return self._collate([self._dataset[self.order[p]] for p in positions])
+            finally:
+                random.setstate(state)
+
+
+def _nbytes(batch: Any) -> int:
+    if isinstance(batch, Tensor):
+        return batch.nbytes
+    if isinstance(batch, Mapping):
+        return sum(_nbytes(v) for v in batch.values())
+    if isinstance(batch, (list, tuple)):
+        return sum(_nbytes(v) for v in batch)
+    return 64
+
+
+@contextmanager
+def user_code(doing: str) -> Iterator[None]:
+    """Turns an exception of the user's task into an error that says where it came from."""
+    try:
+        yield
+    except (TwaMergeError, KeyboardInterrupt):
+        raise
+    except torch.OutOfMemoryError as error:
+        raise TaskError(
+            "The device ran out of memory.",
+            found=str(error).split("\n")[0],
+            remedy="a smaller --batch-size or --max-length, more processes, or another --store",
+        ) from error
+    except Exception as error:
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        raise TaskError(
+            f"The task failed to {doing}.",
+            found=f"{type(error).__name__}: {error}",
+            remedy=f"see {frame.filename}, line {frame.lineno}, in {frame.name}",
+        ) from error
+
+
+@dataclass
+class Engine:
+    """Sets the live model to any coefficients and runs the task on it.
+
+    Attributes:
+        blocks: of the store: coefficients come as (B, n), or as (1, n) for all blocks alike.
+    """
+
+    live: LiveModel
+    store: Store
+    blocks: Blocks
+    task: Task
+    world: World
+    autocast: bool = False
+
+    @torch.no_grad()
+    def set_weights(self, alphas: Tensor) -> None:
+        """w = Σ α_i w_i in every averaged tensor, from the store."""
+        self.store.combine(alphas, self.live.targets())
+
+    def losses_of(self, batch: Any, expected: int) -> Tensor:
+        """One loss per example, (batch,) float."""
+        with user_code("compute its loss"):
+            losses = self.task.loss(self.live.module, batch)
+        if not isinstance(losses, Tensor) or losses.shape != (expected,):
+            found = f"shape {list(losses.shape)}" if isinstance(losses, Tensor) else type(losses)
+            raise TaskError(
+                "The task's loss is not one number per example.",
+                expected=f"shape [{expected}] for a batch of {expected}",
+                found=found,
+                remedy='return losses per example, for instance with reduction="none"',
+            )
+        return losses
+
+    def loss_and_products(
+        self, alphas: Tensor, batches: Batches, chosen: Sequence[int]
+    ) -> tuple[float, Tensor]:
+        """Mean loss over ``chosen`` and s_i = ⟨Δ_i, ∇_w loss⟩ by block.
+
+        The gradient of all batches accumulates in weight space first: the offsets are read once
+        here and once in ``set_weights``, however many batches there are.
+
+        Returns:
+            The loss, and s (B, n) float64, the same on every rank.
+        """
+        self.set_weights(alphas)
+        self.live.zero_gradients()
+        total = torch.zeros((), dtype=torch.float64)
+        with batch_statistics(self.live.module):
+            for positions, batch, counts in batches.rounds(chosen):
+                losses = self.losses_of(batch, len(positions))
+                with user_code("compute gradients"):
+                    (losses.sum() * (float(counts) / len(chosen))).backward()
+                if counts:
+                    total += losses.detach().double().sum().cpu()
+        products = self.store.project(self.live.gradients())
+        packed = self.world.sum(torch.cat([total.reshape(1), products.reshape(-1)]))
+        return float(packed[0]) / len(chosen), packed[1:].reshape(products.shape)
+
+    @torch.no_grad()
+    def example_losses(
+        self, batches: Batches, chosen: Sequence[int], *, by_batch: bool = False
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss and metrics of every chosen example with the weights as they are.
+
+        Args:
+            by_batch: normalise by batch statistics, as the fit does.
+
+        Returns:
+            Losses (len(chosen),) float64 and metrics of the same shape, the same on every rank.
+        """
+        place = {p: i for i, p in enumerate(chosen)}
+        columns: dict[str, Tensor] = {"": torch.zeros(len(chosen), dtype=torch.float64)}
+        metrics = metrics_of(self.task)
+        with batch_statistics(self.live.module) if by_batch else _nothing():
+            for positions, batch, counts in batches.rounds(chosen):
+                found = {"": self.losses_of(batch, len(positions))}
+                if metrics is not None:
+                    with user_code("compute its metrics"):
+                        found |= metrics(self.live.module, batch)
+                where = torch.tensor([place[p] for p in positions])
+                for name, values in found.items():
+                    column = columns.setdefault(name, torch.zeros(len(chosen), dtype=torch.float64))
+                    if counts:
+                        column[where] = values.detach().double().reshape(-1).cpu()
+        names = sorted(columns)
+        summed = self.world.sum(torch.stack([columns[k] for k in names]))
+        result = dict(zip(names, summed, strict=True))
+        return result.pop(""), result
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def batch_statistics(module: nn.Module) -> Iterator[None]:
+    """Batch norm normalises by the batch and leaves its running statistics as they are."""
+    norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
+    saved = [(m, m.momentum, m.training) for m in norms]
+    try:
+        for m in norms:
+            m.momentum, m.training = 0.0, True
+        yield
+    finally:
+        for m, momentum, training in saved:
+            m.momentum, m.training = momentum, training
+
+
+@dataclass
+class Objective:
+    """Mean loss over a sample plus ridge, as a function of the coordinates of a chart.
+
+    f(z) = mean loss(w(z)) + ridge/2 · ‖z‖²; one unit of z is one standard deviation of the
+    checkpoints along that axis, around the chart's base.
+    """
+
+    engine: Engine
+    chart: Chart
+    batches: Batches
+    chosen: Sequence[int]
+    ridge: float = 0.0
+
+    def __call__(self, z: Tensor) -> tuple[float, Tensor]:
+        """f and ∇f (size,) float64 at z (size,) float64."""
+        loss, products = self.engine.loss_and_products(
+            self.chart.alphas(z), self.batches, self.chosen
+        )
+        if len(self.chart.subspaces) == 1:
+            products = products.sum(0, keepdim=True)
+        gradient = self.chart.gradient(products) + self.ridge * z
+        return loss + self.ridge / 2 * float(z @ z), gradient

@@ -1,0 +1,236 @@
+"""The story, in order: checkpoints in, coefficients trained, a winner picked, one model out."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import report
+from .candidates import parse_families
+from .checkpoints import open_checkpoints
+from .config import (
+    DataConfig,
+    EngineConfig,
+    FitConfig,
+    GuardConfig,
+    OutputConfig,
+    Selection,
+    StoreConfig,
+    as_dict,
+    parse_subspace,
+)
+from .distributed import start
+from .errors import NoImprovement
+from .fit import Fitted
+from .layout import make_layout
+from .model_card import model_card
+from .progress import Noted, Progress, silent
+from .resume import EvaluationLog
+from .run import Choices, Clock, Run, fingerprint, set_up, several, task_and_splits
+from .subspace import Chart, Subspace, make_subspace, orthogonality_error
+from .task import Task
+from .verdict import Verdict, judge
+from .writer import check_output, write_merge
+
+Paths = Sequence[str | PathLike[str]]
+
+
+def merge(
+    checkpoints: Paths,
+    task: Task | str,
+    output: str | PathLike[str],
+    *,
+    data: str | None = None,
+    test_data: str | None = None,
+    task_options: Mapping[str, object] | None = None,
+    selection: Selection | None = None,
+    data_config: DataConfig | None = None,
+    fit: FitConfig | None = None,
+    guard: GuardConfig | None = None,
+    store: StoreConfig | None = None,
+    engine: EngineConfig | None = None,
+    out: OutputConfig | None = None,
+    progress: Progress = silent,
+) -> dict[str, Any]:
+    """Trains averaging coefficients and writes the best model that the checkpoints hold.
+
+    Args:
+        checkpoints: a run folder, several checkpoint folders, or files.
+        task: a task object, ``causal-lm``, ``path/task.py[:function]`` or ``module:function``.
+        output: the folder to write; it appears complete or not at all.
+        data, test_data: for tasks that are named; the second is only ever reported on.
+        task_options: keyword arguments of the named task.
+
+    Returns:
+        The document that is also written as ``twa_merge.json``.
+
+    Raises:
+        TwaMergeError: of the kind that says what is wrong; nothing has been written then.
+        NoImprovement: with ``require_improvement``, when nothing certainly beats the best single
+            checkpoint.
+    """
+    choices = Choices(
+        selection or Selection(),
+        data_config or DataConfig(),
+        fit or FitConfig(),
+        guard or GuardConfig(),
+        store or StoreConfig(),
+        engine or EngineConfig(),
+        out or OutputConfig(),
+    )
+    clock, target = Clock(), Path(output)
+    with clock.part("open"):
+        parse_families(choices.guard.candidates)
+        found = open_checkpoints(checkpoints, choices.selection)
+        layout = make_layout(several(found))
+        world = start(choices.engine.device)
+        check_output(target, found, choices.out.overwrite)
+        chosen_task, splits = task_and_splits(
+            task, data, test_data, found[-1], dict(task_options or {}), choices
+        )
+    log = EvaluationLog(
+        target.with_name(target.name + ".partial"),
+        fingerprint(found, task, data, splits, choices),
+        world,
+        choices.out.fresh,
+    )
+    if log.resumed:
+        progress(Noted(f"Continuing: {log.resumed} evaluations are known from {log.folder}."))
+    run = set_up(found, layout, chosen_task, splits, world, choices, log, clock, progress)
+    with clock.part("fit"):
+        fitted = _fit(run)
+    with clock.part("guard"):
+        verdict = judge(run, fitted)
+    document = _document(run, fitted, verdict, test_data)
+    if choices.guard.require_improvement and not verdict.over_single.certain:
+        log.close(remove=True)
+        raise _no_improvement(verdict)
+    with clock.part("write"):
+        write_merge(
+            found,
+            layout,
+            run.blocks,
+            verdict.winner.candidate.alphas,
+            target,
+            dtype=run.dtype,
+            overrides=run.jury.overrides(verdict.winner),
+            documents=_documents(run, document, fitted, verdict) if world.is_zero else {},
+            overwrite=choices.out.overwrite,
+            world=world,
+            progress=progress,
+        )
+    log.close(remove=True)
+    document["timings"] = clock.rounded()
+    return document
+
+
+def _fit(run: Run) -> list[Fitted]:
+    """Stage one: the whole model. Stage two: every block, around the solution of stage one."""
+    whole = _restricted(make_subspace(run.grams.exact.sum(0)), run.choices.fit.subspace)
+    if whole.rank == 0:
+        run.progress(Noted("All checkpoints are identical: there is nothing to train."))
+    start_alphas = run.fitter.start(run.n)
+    fitted = [run.fitter.stage("twa", Chart(start_alphas, [whole]))]
+    if len(run.blocks) > 1:
+        subspaces = [make_subspace(gram) for gram in run.grams.by_block(run.blocks)]
+        base = fitted[0].alphas.expand(len(run.blocks), -1).clone()
+        fitted.append(run.fitter.stage(f"twa-{run.blocks.kind}", Chart(base, subspaces)))
+    for stage in fitted:
+        if not torch.isfinite(torch.tensor(stage.result.loss)):
+            run.progress(
+                Noted(
+                    f"The fit of {stage.name} met a loss that is not finite at its start and was "
+                    "given up; the guard picks among the remaining candidates."
+                )
+            )
+    return fitted
+
+
+def _restricted(subspace: Subspace, choice: str) -> Subspace:
+    word, rank = parse_subspace(choice)
+    return subspace.leading(rank) if word == "pca" and rank else subspace
+
+
+def _no_improvement(verdict: Verdict) -> NoImprovement:
+    found = verdict.over_single
+    return NoImprovement(
+        "No merge is certainly better than the best single checkpoint; nothing was written.",
+        expected="an improvement on the guard split whose 95 % interval lies above zero",
+        found=f"{verdict.winner.name}: {found.mean:+.5f} [{found.low:+.5f}, {found.high:+.5f}]",
+        remedy="give more data or other checkpoints, or leave --require-improvement out",
+    )
+
+
+def _document(
+    run: Run, fitted: Sequence[Fitted], verdict: Verdict, test_data: str | None
+) -> dict[str, Any]:
+    whole, seed = fitted[0], run.choices.data.seed
+    winner = verdict.winner.candidate
+    subspace = whole.chart.subspaces[0]
+    base = winner.alphas if winner.alphas.shape[0] == 1 else whole.alphas
+    coefficients: dict[str, Any] = {"global": base[0].tolist()}
+    if winner.alphas.shape[0] > 1:
+        coefficients["blocks"] = report.coefficient_values(winner.alphas, run.blocks)
+    stored = run.grams.stored
+    document = report.header("twa") | {
+        "seed": seed,
+        "checkpoints": report.checkpoint_list(run.checkpoints),
+        "coefficients": coefficients,
+        "subspace": {
+            "rank": subspace.rank,
+            "orthogonality_error": orthogonality_error(
+                subspace, (run.grams.exact if stored is None else stored).sum(0)
+            ),
+            "explained": subspace.explained,
+        },
+        "optimizer": {
+            "name": run.choices.fit.optimizer,
+            "evaluations": round(sum(f.evaluations for f in fitted), 2),
+            "trace": [[k, report.finite(loss)] for k, loss in whole.result.trace],
+            "converged": whole.result.converged,
+            "stages": [report.stage_row(f) for f in fitted],
+        },
+        "data": {
+            "fit_examples": len(run.splits.fit),  # type: ignore[arg-type]
+            "guard_examples": len(run.splits.guard),  # type: ignore[arg-type]
+            "test_examples": 0 if run.splits.test is None else len(run.splits.test),  # type: ignore[arg-type]
+        },
+        "candidates": [report.candidate_row(s, run.blocks, seed) for s in verdict.shown],
+        "other_candidates": [
+            {"name": s.name, "guard_loss": report.finite(float(s.guard.mean()))}
+            for s in verdict.others
+        ],
+        "chosen": winner.name,
+        "improvement": report.improvement_row(verdict.over_single),
+        "improvement_over_uniform": report.improvement_row(verdict.over_uniform)
+        if verdict.over_uniform
+        else None,
+        "options": {
+            "fit": as_dict(run.choices.fit),
+            "data": as_dict(run.choices.data),
+            "guard": as_dict(run.choices.guard),
+            "dtype": run.choices.out.dtype,
+        },
+        "timings": run.clock.rounded(),
+        "peak_memory_bytes": int(run.world.max(report.peak_memory_bytes(run.world.device))),
+        "world_size": run.world.size,
+        "device": str(run.world.device),
+    }
+    if winner.alphas.shape[0] > 1:
+        document["blocks"] = report.members(run.blocks)
+    return document
+
+
+def _documents(
+    run: Run, document: dict[str, Any], fitted: Sequence[Fitted], verdict: Verdict
+) -> dict[str, str]:
+    """The files beside the weights: report, model card, and the plots where matplotlib is."""
+    return {
+        "twa_merge.json": json.dumps(document, indent=1) + "\n",
+        "README.md": model_card(document),
+    }

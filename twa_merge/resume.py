@@ -1,0 +1,142 @@
+"""The state of an interrupted run: a log of evaluations, from which the fit is replayed.
+
+The optimizer is deterministic, so a run that answers its first k evaluations from the log is at
+the very point where the earlier one was stopped, whatever stopped it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .distributed import World
+from .errors import ConfigError, OutputError
+from .optimize import Function
+from .subspace import Chart
+
+_STATE = "state.jsonl"
+
+
+class EvaluationLog:
+    """Evaluations of the fit, appended to ``OUT.partial/state.jsonl`` as they are made.
+
+    Args:
+        folder: where the state is kept.
+        fingerprint: what the run depends on; a state of another run is not continued.
+        fresh: start over.
+
+    Raises:
+        ConfigError: the folder holds the state of a run with other inputs or options.
+        OutputError: the state cannot be written.
+    """
+
+    def __init__(
+        self, folder: Path, fingerprint: Mapping[str, Any], world: World, fresh: bool = False
+    ) -> None:
+        self.folder = folder
+        self._world = world
+        self._file: Any = None
+        # Through JSON and back, so that tuples and lists compare equal.
+        wanted = json.loads(json.dumps(fingerprint))
+        records = world.broadcast(self._read() if world.is_zero and not fresh else [])
+        header = records[0].get("run") if records else None
+        if header is not None and header != wanted:
+            changed = [k for k in wanted if header.get(k) != wanted[k]]
+            raise ConfigError(
+                f"{folder} holds the state of an interrupted run with other inputs or options.",
+                expected=f"the same {', '.join(changed) or 'version'} as before",
+                remedy="repeat the earlier command to continue it, or give --fresh to start over",
+            )
+        self._known = records[1:] if header is not None else []
+        self.resumed = len(self._known)
+        if world.is_zero:
+            self._open(wanted)
+
+    def _read(self) -> list[dict[str, Any]]:
+        records: list[dict[str, Any]] = []
+        try:
+            text = (self.folder / _STATE).read_text()
+        except OSError:
+            return []
+        for line in text.splitlines():
+            try:
+                records.append(json.loads(line))
+            except ValueError:
+                # The last line of a run that was killed while it wrote.
+                break
+        return records
+
+    def _open(self, header: Mapping[str, Any]) -> None:
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            scratch = self.folder / (_STATE + ".new")
+            lines = [json.dumps(record) for record in [{"run": header}, *self._known]]
+            scratch.write_text("".join(line + "\n" for line in lines))
+            scratch.replace(self.folder / _STATE)
+            self._file = (self.folder / _STATE).open("a")
+        except OSError as error:
+            raise OutputError(
+                "The state of the run cannot be written.",
+                checkpoint=self.folder,
+                found=error.strerror,
+                remedy="choose another output folder with -o",
+            ) from error
+
+    def answer(self, stage: str, chart: Chart, function: Function) -> Function:
+        """``function``, with the evaluations that the log knows answered from it."""
+
+        def logged(z: Tensor) -> tuple[float, Tensor]:
+            mark = _mark(chart.alphas(z))
+            if self._known:
+                record = self._known.pop(0)
+                if (
+                    record["stage"] == stage
+                    and record["z"] == z.tolist()
+                    and abs(record["mark"] - mark) < 1e-9
+                ):
+                    return record["loss"], torch.tensor(record["gradient"], dtype=torch.float64)
+                # From here on the run takes another way, say on another machine.
+                self._known.clear()
+            loss, gradient = function(z)
+            self._append(
+                {
+                    "stage": stage,
+                    "z": z.tolist(),
+                    "mark": mark,
+                    "loss": loss,
+                    "gradient": gradient.tolist(),
+                }
+            )
+            return loss, gradient
+
+        return logged
+
+    def _append(self, record: dict[str, Any]) -> None:
+        if self._file is None:
+            return
+        self._file.write(json.dumps(record) + "\n")
+        self._file.flush()
+        os.fsync(self._file.fileno())
+
+    def close(self, *, remove: bool) -> None:
+        """Closes the state, and removes it once the run has ended."""
+        if self._file is not None:
+            self._file.close()
+            self._file = None
+            if remove:
+                with contextlib.suppress(OSError):
+                    shutil.rmtree(self.folder)
+
+
+def _mark(alphas: Tensor) -> float:
+    """One number that tells two sets of coefficients apart."""
+    weights = torch.cos(torch.arange(1, alphas.numel() + 1, dtype=torch.float64))
+    return float(weights @ alphas.reshape(-1))

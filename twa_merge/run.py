@@ -1,0 +1,221 @@
+"""One run of the trained merge: its choices, and everything that its stages share."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from .checkpoints.base import Checkpoint
+from .config import (
+    DataConfig,
+    EngineConfig,
+    FitConfig,
+    GuardConfig,
+    OutputConfig,
+    Selection,
+    StoreConfig,
+    as_dict,
+)
+from .distributed import World
+from .errors import CheckpointError, ConfigError
+from .fit import Fitter
+from .ingest import Grams, ingest
+from .layout import Blocks, Layout, global_block, grouped_blocks, tensor_blocks
+from .model import LiveModel, build, layer_groups
+from .objective import Batches, Engine
+from .progress import Noted, Progress
+from .resume import EvaluationLog
+from .scoring import Jury
+from .store import make_store
+from .task import Splits, Task, check_task, split
+from .tasks import load_task
+
+
+@dataclass(frozen=True)
+class Choices:
+    """All choices of one run."""
+
+    selection: Selection = field(default_factory=Selection)
+    data: DataConfig = field(default_factory=DataConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    out: OutputConfig = field(default_factory=OutputConfig)
+
+
+@dataclass
+class Clock:
+    """Seconds spent in each part of a run."""
+
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        begun = time.perf_counter()
+        yield
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - begun
+
+    def rounded(self) -> dict[str, float]:
+        return {k: round(v, 3) for k, v in self.seconds.items()}
+
+
+@dataclass
+class Run:
+    """Everything that the stages of one merge share."""
+
+    checkpoints: list[Checkpoint]
+    layout: Layout
+    task: Task
+    splits: Splits
+    world: World
+    choices: Choices
+    log: EvaluationLog
+    clock: Clock
+    progress: Progress
+    blocks: Blocks
+    grams: Grams
+    engine: Engine
+    fitter: Fitter
+    jury: Jury
+
+    @property
+    def n(self) -> int:
+        return len(self.checkpoints)
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        name = self.choices.out.dtype
+        return getattr(torch, name) if name else None
+
+
+def set_up(
+    checkpoints: list[Checkpoint],
+    layout: Layout,
+    task: Task,
+    splits: Splits,
+    world: World,
+    choices: Choices,
+    log: EvaluationLog,
+    clock: Clock,
+    progress: Progress,
+) -> Run:
+    """Builds the model and reads the checkpoints: Gram matrices and store in a single pass."""
+    n = len(checkpoints)
+    with clock.part("build"):
+        live = build(
+            task,
+            layout,
+            checkpoints[-1],
+            world,
+            precision=choices.engine.precision,
+            activation_checkpointing=choices.engine.activation_checkpointing,
+        )
+    note_strangers(live, layout, progress)
+    blocks = _blocks(live, layout, choices.fit)
+    shared = {name: live.is_shared(name) for name in layout.averaged}
+    store = make_store(
+        checkpoints, layout, blocks, world, choices.store, shared=shared, progress=progress
+    )
+    with clock.part("ingest"):
+        grams = ingest(
+            checkpoints, layout, world, store=store, shared=shared, check=True, progress=progress
+        )
+    engine = Engine(live, store, blocks, task, world)
+    seed, size = choices.data.seed, choices.data.batch_size
+    fit = Batches(splits.fit, task, size, seed, world)
+    guard = Batches(splits.guard, task, size, seed, world)
+    test = Batches(splits.test, task, size, seed, world) if splits.test is not None else None
+    dtype = getattr(torch, choices.out.dtype) if choices.out.dtype else None
+    jury = Jury(engine, fit, guard, test, n, dtype, choices.guard.select, choices.guard.batch_norm)
+    steps = [c.step for c in checkpoints]
+    fitter = Fitter(engine, fit, choices.fit, log, progress, steps)
+    return Run(
+        checkpoints, layout, task, splits, world, choices, log, clock, progress, blocks, grams,
+        engine, fitter, jury,
+    )  # fmt: skip
+
+
+def several(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
+    if len(checkpoints) < 2:
+        raise CheckpointError(
+            "There is only one checkpoint, so there is nothing to average.",
+            checkpoint=checkpoints[0].path,
+            expected="two or more checkpoints",
+            found="one",
+            remedy="give the run folder, more checkpoints, or a wider selection",
+        )
+    return checkpoints
+
+
+def task_and_splits(
+    task: Task | str,
+    data: str | None,
+    test_data: str | None,
+    newest: Checkpoint,
+    options: dict[str, object],
+    choices: Choices,
+) -> tuple[Task, Splits]:
+    seed, fraction = choices.data.seed, choices.data.guard_fraction
+    if not isinstance(task, str):
+        if data is not None or test_data is not None:
+            raise ConfigError(
+                "A task object brings its own data.", remedy="leave data and test_data out"
+            )
+        task = check_task(task, type(task).__name__)
+        return task, split(task, fraction, seed)
+    if choices.fit.label_smoothing:
+        options["label_smoothing"] = choices.fit.label_smoothing
+
+    def load(source: str | None) -> Task:
+        return load_task(task, data=source, checkpoint=newest.path, options=options)
+
+    test = load(test_data) if test_data is not None else None
+    named = load(data)
+    return named, split(named, fraction, seed, test)
+
+
+def fingerprint(
+    checkpoints: Sequence[Checkpoint],
+    task: Task | str,
+    data: str | None,
+    splits: Splits,
+    choices: Choices,
+) -> dict[str, Any]:
+    """What the evaluations depend on; the number of processes is not part of it."""
+    files = [f.path for c in checkpoints for f in c.files]
+    return {
+        "checkpoints": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files],
+        "task": task if isinstance(task, str) else type(task).__name__,
+        "data": data,
+        "examples": [len(splits.fit), len(splits.guard)],  # type: ignore[arg-type]
+        "data options": as_dict(choices.data),
+        "fit options": as_dict(choices.fit),
+        "precision": choices.engine.precision,
+        "store": as_dict(choices.store),
+    }
+
+
+def note_strangers(live: LiveModel, layout: Layout, progress: Progress) -> None:
+    strangers = [name for name in layout.averaged if name not in live.names]
+    if strangers:
+        progress(
+            Noted(
+                f"{len(strangers)} tensors are no part of the task's model, for instance "
+                f"{strangers[0]}; they are averaged with the coefficients of the whole model."
+            )
+        )
+
+
+def _blocks(live: LiveModel, layout: Layout, fit: FitConfig) -> Blocks:
+    """The finest blocks that the fit will use."""
+    if fit.blocks == "layers":
+        return grouped_blocks("layers", layer_groups(live.module, live.names, layout))
+    if fit.blocks == "tensors" or (fit.blocks == "auto" and fit.optimizer == "lbfgs"):
+        return tensor_blocks(layout, live.tied_groups())
+    return global_block(layout)

@@ -1,0 +1,88 @@
+"""Evaluates candidates as they would be written: rounded, with statistics that fit them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .batchnorm import has_batch_norm, reestimate, statistics, take_newest
+from .candidates import Candidate
+from .guard import Scored
+from .objective import Batches, Engine
+
+# Statistics settle after some thousand examples; re-estimating them on all would dominate.
+_STATISTICS_EXAMPLES = 2048
+
+
+@dataclass
+class Jury:
+    """Scores candidates on the guard split through the store, never by reading files again.
+
+    Attributes:
+        dtype: that averaged tensors are written in; None for the saved one of each.
+        select: ``loss`` or ``metric:NAME``.
+        batch_norm: ``auto``, ``reestimate``, ``average`` or ``newest``.
+    """
+
+    engine: Engine
+    fit: Batches
+    guard: Batches
+    test: Batches | None
+    n: int
+    dtype: torch.dtype | None
+    select: str
+    batch_norm: str
+
+    @property
+    def modes(self) -> list[str | None]:
+        """Sources of running statistics to try, the simplest first."""
+        if not has_batch_norm(self.engine.live.module):
+            return [None]
+        if self.batch_norm == "auto":
+            return ["average", "newest", "reestimate"]
+        return [self.batch_norm]
+
+    def apply(self, alphas: Tensor, mode: str | None) -> None:
+        """Sets the live model to what would be written."""
+        self.engine.set_weights(alphas)
+        self.engine.live.round_to_saved(self.dtype)
+        if mode == "newest":
+            take_newest(self.engine, self.n)
+        elif mode == "reestimate":
+            reestimate(self.engine, self.fit, range(min(self.fit.size, _STATISTICS_EXAMPLES)))
+        if mode is not None:
+            self.engine.live.round_to_saved(self.dtype)
+
+    def score(self, candidate: Candidate) -> Scored:
+        """The candidate on the guard split, with the running statistics that suit it best."""
+        tried = []
+        for mode in self.modes:
+            self.apply(candidate.alphas, mode)
+            losses, metrics = self.engine.example_losses(self.guard, range(self.guard.size))
+            tried.append(Scored(candidate, losses, metrics, batch_norm=mode))
+        return min(tried, key=lambda s: _finite(float(s.cost_of(self.select).mean())))
+
+    def complete(self, scored: Sequence[Scored]) -> None:
+        """Adds fit and test losses: reported, never chosen by."""
+        for item in scored:
+            self.apply(item.candidate.alphas, item.batch_norm)
+            losses, _ = self.engine.example_losses(self.fit, range(self.fit.size))
+            item.fit_loss = float(losses.mean())
+            if self.test is not None:
+                losses, metrics = self.engine.example_losses(self.test, range(self.test.size))
+                item.test_loss = float(losses.mean())
+                item.test_metrics = {k: float(v.mean()) for k, v in metrics.items()}
+
+    def overrides(self, item: Scored) -> dict[str, Tensor]:
+        """Running statistics to be written instead of averaged ones: name → tensor."""
+        if item.batch_norm in (None, "average"):
+            return {}
+        self.apply(item.candidate.alphas, item.batch_norm)
+        return statistics(self.engine)
+
+
+def _finite(value: float) -> float:
+    return value if value == value else float("inf")
