@@ -33,9 +33,10 @@ plan_options = group(
     {
         "Memory plan": [
             opt("plan", "--plan", "What `train` would need.", is_flag=True),
-            opt("gpus", "--gpus", "Plan for so many.", type=click.IntRange(1), default=1, show_default=True),
-            opt("gpu_memory", "--gpu-memory", "Of one, such as 80GB.",
-                        type=Bytes(), metavar="SIZE"),
+            opt("gpus", "--gpus", "Plan for so many.", type=click.IntRange(1), default=1,
+                show_default=True),
+            opt("gpu_memory", "--gpu-memory", "Of one, such as 80GB.", type=Bytes(),
+                metavar="SIZE"),
         ]
     },
 )  # fmt: skip

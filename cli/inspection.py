@@ -37,7 +37,7 @@ def show_geometry(geometry: Mapping[str, Any], labels: list[str], console: Conso
             Text(f"  and {rank - len(shown)} more: {sum(shares[len(shown) :]):.4f}", "dim")
         )
     error = geometry.get("orthogonality_error")
-    said = f"\nrank {rank} of {len(labels)} checkpoints"
+    said = f"\nrank {rank} from {len(labels)} checkpoints"
     if error is not None:
         said += f"; the basis is orthonormal within {error:.1e}"
     console.print(Text(said))

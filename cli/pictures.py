@@ -12,6 +12,7 @@ _ASCII_SHADES = " .:*#"
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _POSITIVE, _NEGATIVE = "blue", "red"
 _LABEL_WIDTH = 28
+_WIDEST = 100
 
 
 def bars(
@@ -24,7 +25,7 @@ def bars(
     label_width = max(len(name) for name in names)
     figures = [f"{v:+.{digits}f}" if low < 0 else f"{v:.{digits}f}" for v in values]
     figure_width = max(len(f) for f in figures)
-    cells = max(10, width - label_width - figure_width - 6)
+    cells = max(10, min(width, _WIDEST) - label_width - figure_width - 8)
     left = math.ceil(-low / span * cells)
     axis = "|" if ascii_only else "│"
     lines = []

@@ -39,7 +39,7 @@ _MOST_BARS = 40
 def show_train(document: Document, console: Console, output: Path) -> None:
     """Candidates, the winner in a sentence, its coefficients, where it lies."""
     console.print()
-    console.print(candidatesnew_table(document))
+    console.print(candidates_table(document))
     for sentence in verdict(document):
         uncertain = "within noise" in sentence or sentence.startswith("No candidate")
         console.print(Text(plain(sentence), "yellow" if uncertain else "green"))
@@ -59,27 +59,27 @@ def show_evaluation(document: Document, console: Console) -> None:
     """One row a model, one column a figure."""
     models = document["models"]
     columns = [key for key in (*_LOSSES, "loss") if _any(models, key)]
-    metrics = sorted({name for model in models for name in model.get("metrics") or {}})
+    metrics = _metrics(models, "metrics", "guard_metrics", "test_metrics")
     digits = {key: decimals([m.get(key) for m in models]) for key in columns}
-    table = new_table("model", *(c.replace("_", " ") for c in columns), *map(plain, metrics))
+    table = new_table("model", *(c.replace("_", " ") for c in columns), *_headings(metrics))
     for model in models:
         values = [number(model.get(key), digits[key]) for key in columns]
-        values += [_metric((model.get("metrics") or {}).get(name)) for name in metrics]
+        values += [_metric(model, column) for column in metrics]
         table.add_row(Text(plain(model.get("path", "")), overflow="fold"), *values)
     console.print(table)
     _show_notes(document, console)
 
 
-def candidatesnew_table(document: Document) -> Table:
+def candidates_table(document: Document) -> Table:
     """Candidates by guard loss, the chosen one marked."""
     everything = document["candidates"]
     rows = leading_candidates(document, _MOST_CANDIDATES)
     keys = [key for key in _LOSSES if _any(everything, key)]
     digits = max((decimals([row.get(key) for row in rows]) for key in keys), default=4)
     with_interval = {key for key in keys if _any(everything, _interval_key(key))}
-    metrics = sorted({name for row in everything for name in row.get("test_metrics") or {}})
+    metrics = _metrics(rows, "test_metrics") or _metrics(rows, "guard_metrics")
     headings = [h for key in keys for h in (key.replace("_", " "), *_plus(key in with_interval))]
-    headings += [f"test {plain(name)}" for name in metrics]
+    headings += _headings(metrics)
     table = new_table("candidate", *headings, *(["cost"] if _any(everything, "cost") else []))
     for row in rows:
         chosen = row["name"] == document.get("chosen")
@@ -88,7 +88,7 @@ def candidatesnew_table(document: Document) -> Table:
             cells.append(Text(number(row.get(key), digits)))
             if key in with_interval:
                 cells.append(Text(_half_width(row, key, digits), "dim"))
-        cells += [Text(_metric((row.get("test_metrics") or {}).get(name))) for name in metrics]
+        cells += [Text(_metric(row, column)) for column in metrics]
         if _any(everything, "cost"):
             cells.append(Text(_cost(row.get("cost"))))
         table.add_row(*cells, style="bold green" if chosen else None)
@@ -177,7 +177,7 @@ def _show_bars(labels: list[str], values: Sequence[float], console: Console) -> 
         console.print(line)
     if len(kept) < len(values):
         rest = max(abs(v) for i, v in enumerate(values) if i not in set(kept))
-        console.print(Text(f"  and {len(values) - len(kept)} more within ±{rest:.4f}", "dim"))
+        console.print(Text(f"  and {len(values) - len(kept)} more, none beyond {rest:.4f}", "dim"))
 
 
 def _show_notes(document: Document, console: Console) -> None:
@@ -211,7 +211,7 @@ def _interval_key(key: str) -> str:
 
 
 def _plus(wanted: bool) -> list[str]:
-    return ["± 95 %"] if wanted else []
+    return ["+/- 95 %"] if wanted else []
 
 
 def _half_width(row: Document, key: str, digits: int) -> str:
@@ -219,8 +219,22 @@ def _half_width(row: Document, key: str, digits: int) -> str:
     return number((found[1] - found[0]) / 2, digits) if found else NONE
 
 
-def _metric(value: Any) -> str:
-    return number(value) if isinstance(value, (int, float)) else plain(value or NONE)
+def _metrics(rows: Sequence[Document], *keys: str) -> list[tuple[str, str]]:
+    """(key of a row, name of a metric under it), for every metric that a row has."""
+    return [
+        (key, name) for key in keys for name in sorted({n for r in rows for n in r.get(key) or {}})
+    ]
+
+
+def _headings(metrics: Sequence[tuple[str, str]]) -> list[str]:
+    return [
+        plain(f"{key.removesuffix('metrics').strip('_')} {name}").strip() for key, name in metrics
+    ]
+
+
+def _metric(row: Document, column: tuple[str, str]) -> str:
+    value = (row.get(column[0]) or {}).get(column[1])
+    return number(value) if isinstance(value, (int, float)) else NONE
 
 
 def _cost(cost: Any) -> str:

@@ -63,7 +63,7 @@ def named_step(path: Path, files: Sequence[Path]) -> NamedStep | None:
     """
     file = without_shard(files[0].name).rpartition(".")[0].lower() if files else ""
     names = [file] if path in files else [path.name.lower(), file]
-    if path in files and is_step_folder(path.parent):
+    if path in files and is_step_folder(path.parent) and not re.search(r"\d", file):
         names.append(path.parent.name.lower())
     for k, words in enumerate(_WORDS):
         for name in names:
@@ -104,9 +104,7 @@ def in_order(found: Sequence[T], *, listed: bool) -> list[T]:
         return sorted(found, key=lambda c: c.step or 0)
     if listed:
         return list(found)
-    if not any(re.search(r"\d", c.path.name) for c in found) and all(
-        c.step is None for c in found
-    ):
+    if not any(re.search(r"\d", c.path.name) for c in found) and all(c.step is None for c in found):
         return sorted(found, key=lambda c: (_written(c.path), natural(c.path.name)))
     return sorted(
         found,

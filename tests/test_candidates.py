@@ -1,0 +1,79 @@
+"""Fixed coefficients against their definitions."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from twa_merge.candidates import (
+    ema,
+    fixed,
+    greedy,
+    parse_families,
+    parse_weights,
+    schedule,
+    window,
+)
+from twa_merge.errors import ConfigError
+
+
+def test_ema_is_the_recursion_started_anywhere_far_enough_back():
+    alpha = ema(30, 0.5)
+    average = torch.zeros(30, dtype=torch.float64)
+    for i in range(30):
+        average = 0.5 * average + 0.5 * torch.eye(30, dtype=torch.float64)[i]
+    torch.testing.assert_close(alpha, average, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("name", "decay"), [("linear", lambda t: 1 - t), ("1-sqrt", lambda t: 1 - t**0.5)]
+)
+def test_schedules_weigh_updates_as_a_decay_would(name, decay):
+    """A mean of w_j = Σ_{k ≤ j} u_k holds update u_k with weight Σ_{j ≥ k} α_j."""
+    alpha = schedule(8, name)
+    tails = alpha.flip(0).cumsum(0).flip(0)
+    expected = torch.tensor([decay(k / 8) for k in range(8)], dtype=torch.float64)
+    torch.testing.assert_close(tails, expected)
+
+
+def test_every_fixed_candidate_adds_up_to_one():
+    found = fixed(9, parse_families("all"))
+    assert len({c.name for c in found}) == len(found)
+    for candidate in found:
+        assert abs(float(candidate.alphas.sum()) - 1) < 1e-12
+        assert candidate.alphas.shape == (1, 9)
+    names = [c.name for c in found]
+    assert [n for n in names if n.startswith("window")] == [f"window:{k}" for k in range(2, 9)]
+
+
+def test_two_checkpoints_give_candidates_without_repeats():
+    assert [c.name for c in fixed(2, parse_families("all"))] == ["single:1", "last", "uniform"]
+
+
+def test_greedy_keeps_what_does_not_hurt():
+    target = window(4, 2)
+
+    def score(alphas):
+        return float((alphas[0] - target).square().sum())
+
+    losses = [score(torch.eye(4, dtype=torch.float64)[i][None]) for i in range(4)]
+    assert torch.equal(greedy(4, losses, score).alphas[0], target)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "median", "ema:1.5", "ema:x", "0.5 0.5", "1 1 1", "nan 1 0", "linear:3"]
+)
+def test_weights_that_mean_nothing_are_refused(text):
+    with pytest.raises(ConfigError):
+        parse_weights(text, 3)
+
+
+def test_weights_of_every_kind():
+    assert torch.equal(parse_weights("uniform", 4), window(4, 4))
+    assert torch.equal(parse_weights("ema:0.9", 4), ema(4, 0.9))
+    assert parse_weights("-0.5, 0.5 1", 3).tolist() == [-0.5, 0.5, 1.0]
+
+
+def test_unknown_families_are_refused():
+    with pytest.raises(ConfigError, match="candidates"):
+        parse_families("twa,medians")

@@ -1,0 +1,56 @@
+"""Choosing the winner, and how sure one can be of it."""
+
+from __future__ import annotations
+
+import torch
+
+from twa_merge.candidates import Candidate, single
+from twa_merge.guard import Scored, bootstrap_interval, improvement, pick
+
+
+def scored(name: str, losses: torch.Tensor, rank: int, **more) -> Scored:
+    return Scored(Candidate(name, single(2, 0)[None], rank), losses.double(), **more)
+
+
+def test_the_least_mean_wins():
+    a = scored("a", torch.tensor([1.0, 3.0]), 0)
+    b = scored("b", torch.tensor([1.5, 1.5]), 5)
+    assert pick([a, b], "loss") is b
+
+
+def test_ties_go_to_the_simpler():
+    a = scored("twa", torch.tensor([1.0, 2.0]), 7)
+    b = scored("last", torch.tensor([1.0, 2.0]), 0)
+    assert pick([a, b], "loss") is b
+
+
+def test_what_is_not_finite_never_wins():
+    a = scored("twa", torch.tensor([float("nan"), -9.0]), 7)
+    b = scored("last", torch.tensor([5.0, 5.0]), 0)
+    assert pick([a, b], "loss") is b
+
+
+def test_a_metric_may_decide():
+    a = scored("a", torch.tensor([1.0]), 0, metrics={"accuracy": torch.tensor([0.5])})
+    b = scored("b", torch.tensor([2.0]), 1, metrics={"accuracy": torch.tensor([0.9])})
+    assert pick([a, b], "metric:accuracy") is b
+
+
+def test_the_interval_covers_the_true_mean_about_95_times_in_100():
+    generator = torch.Generator().manual_seed(0)
+    hits = 0
+    for trial in range(200):
+        values = 0.3 + torch.randn(60, generator=generator, dtype=torch.float64)
+        low, high = bootstrap_interval(values, trial)
+        hits += low <= 0.3 <= high
+    assert 180 <= hits <= 198
+
+
+def test_a_paired_difference_is_far_surer_than_the_losses():
+    generator = torch.Generator().manual_seed(0)
+    losses = torch.randn(100, generator=generator, dtype=torch.float64)
+    found = improvement(scored("b", losses - 0.01, 3), scored("a", losses, 0), "loss", seed=0)
+    assert found.certain
+    assert abs(found.mean - 0.01) < 1e-9
+    same = improvement(scored("b", losses, 3), scored("a", losses, 0), "loss", seed=0)
+    assert not same.certain

@@ -1,0 +1,104 @@
+"""The implicit basis against explicit float64 linear algebra."""
+
+from __future__ import annotations
+
+import torch
+
+from twa_merge.subspace import Chart, GramAccumulator, make_subspace, orthogonality_error
+
+
+def centred(weights: torch.Tensor) -> torch.Tensor:
+    return weights.double() - weights.double().mean(0)
+
+
+def explicit_basis(subspace, offsets: torch.Tensor) -> torch.Tensor:
+    """P = Λ^(-1/2) Uᵀ Δ, formed in full."""
+    return (subspace.directions / subspace.eigenvalues.sqrt()).T @ offsets
+
+
+def test_64_nearly_parallel_checkpoints_give_an_orthonormal_basis():
+    torch.manual_seed(0)
+    base, drift = torch.randn(20_000), torch.randn(20_000)
+    weights = torch.stack([base + 0.01 * t * drift + 1e-4 * torch.randn(20_000) for t in range(64)])
+    offsets = centred(weights)
+    subspace = make_subspace(offsets @ offsets.T)
+    assert subspace.rank == 63
+    basis = explicit_basis(subspace, offsets)
+    assert (basis @ basis.T - torch.eye(63)).abs().max() < 1e-5
+    # The same basis out of offsets that were rounded to float32, as a store keeps them.
+    single = explicit_basis(subspace, offsets.float().double())
+    assert (single @ single.T - torch.eye(63)).abs().max() < 1e-5
+
+
+def test_the_reported_error_is_that_of_the_explicit_basis():
+    torch.manual_seed(1)
+    offsets = centred(torch.randn(6, 500))
+    noisy = offsets + 0.05 * torch.randn_like(offsets)
+    subspace = make_subspace(offsets @ offsets.T)
+    basis = explicit_basis(subspace, noisy)
+    expected = (basis @ basis.T - torch.eye(5)).abs().max()
+    assert abs(orthogonality_error(subspace, noisy @ noisy.T) - expected) < 1e-12
+
+
+def test_duplicates_and_dependent_checkpoints_lower_the_rank():
+    torch.manual_seed(2)
+    a, b = torch.randn(2, 300)
+    offsets = centred(torch.stack([a, b, a, b, (a + b) / 2]))
+    subspace = make_subspace(offsets @ offsets.T)
+    assert subspace.rank == 1
+    assert abs(sum(subspace.explained) - 1.0) < 1e-12
+
+
+def test_identical_checkpoints_have_rank_zero():
+    subspace = make_subspace(torch.zeros(4, 4, dtype=torch.float64))
+    assert subspace.rank == 0
+    chart = Chart(torch.full((1, 4), 0.25, dtype=torch.float64), [subspace])
+    assert torch.equal(chart.alphas(torch.zeros(0, dtype=torch.float64)), chart.base)
+
+
+def test_coordinates_count_standard_deviations_of_the_checkpoints():
+    torch.manual_seed(3)
+    weights = torch.randn(7, 400)
+    offsets = centred(weights)
+    subspace = make_subspace(offsets @ offsets.T)
+    coordinates = torch.stack(
+        [subspace.coordinates(torch.eye(7, dtype=torch.float64)[i]) for i in range(7)]
+    )
+    torch.testing.assert_close(
+        coordinates.square().mean(0), torch.ones(6, dtype=torch.float64), rtol=1e-9, atol=1e-9
+    )
+
+
+def test_moving_along_an_axis_moves_the_weights_along_it():
+    torch.manual_seed(4)
+    weights = torch.randn(5, 300)
+    offsets = centred(weights)
+    subspace = make_subspace(offsets @ offsets.T)
+    chart = Chart(torch.full((1, 5), 0.2, dtype=torch.float64), [subspace])
+    z = torch.randn(4, dtype=torch.float64)
+    alpha = chart.alphas(z)[0]
+    assert abs(float(alpha.sum()) - 1.0) < 1e-12
+    basis = explicit_basis(subspace, offsets)
+    expected = weights.double().mean(0) + (z * (subspace.eigenvalues / 5).sqrt()) @ basis
+    torch.testing.assert_close(alpha @ weights.double(), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(subspace.coordinates(alpha), z, rtol=1e-9, atol=1e-9)
+
+
+def test_the_accumulator_adds_up_slices():
+    torch.manual_seed(5)
+    offsets = torch.randn(4, 1000, dtype=torch.float64)
+    grams = GramAccumulator(2, 4)
+    for part in offsets.split(130, dim=1):
+        grams.add(1, part)
+    torch.testing.assert_close(grams.gram[1], offsets @ offsets.T)
+    assert not grams.gram[0].any()
+
+
+def test_the_decomposition_does_not_depend_on_the_order_of_summation():
+    torch.manual_seed(6)
+    offsets = centred(torch.randn(6, 5000))
+    gram = offsets @ offsets.T
+    other = sum(part @ part.T for part in offsets.split(77, dim=1))
+    torch.testing.assert_close(
+        make_subspace(gram).directions, make_subspace(other).directions, rtol=1e-8, atol=1e-8
+    )

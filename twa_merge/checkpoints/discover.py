@@ -1,0 +1,235 @@
+"""Arguments of the user → checkpoints in order of training."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ..config import Selection
+from ..errors import CheckpointError, listing
+from .base import Checkpoint, reading
+from .folders import (
+    PICKLES,
+    SAFETENSORS,
+    Weights,
+    bare_weights,
+    entries,
+    foreign_format,
+    is_model_file,
+    weights_in,
+    whole_model,
+)
+from .pickles import PickleReader
+from .safetensors_files import SafetensorsReader
+from .shards import group_shards
+from .steps import in_order, is_step_folder, named_step, select, trainer_step
+
+_KINDS = f"Hugging Face folders, {SAFETENSORS} files, or torch.save files ({', '.join(PICKLES)})"
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A checkpoint that has been found.
+
+    Attributes:
+        path: the folder, or the first file.
+        problem: why it cannot be opened, to be raised if it is chosen.
+        opened: filled early where only the file itself can tell the step.
+    """
+
+    path: Path
+    weights: Weights | None = None
+    step: int | None = None
+    problem: CheckpointError | None = None
+    opened: Checkpoint | None = None
+
+
+def open_checkpoints(
+    paths: Sequence[str | Path], selection: Selection = Selection()
+) -> list[Checkpoint]:
+    """Finds, orders, selects and opens checkpoints; of the tensors only headers are read.
+
+    Each path may be
+
+    - a file: ``.safetensors``, ``.pt``, ``.pth``, ``.bin`` or ``.ckpt``;
+    - a folder that is one checkpoint: with Hugging Face's names for weights, or with one file (or
+      one set of shards) of weights in it;
+    - a run folder: the checkpoints directly in it, folders and files. Where there are two or more
+      folders with checkpoints, weights that lie beside them are left out; so a Trainer's output
+      folder means its ``checkpoint-*`` folders and not the final model, which is the last of them
+      again (to have it nevertheless, name its file). Given among other paths, a folder that is
+      one checkpoint itself is always that checkpoint.
+
+    Where safetensors and pickles of one model lie together, safetensors are read. A path that
+    comes twice counts once.
+
+    The training step is ``global_step`` of a ``trainer_state.json``, or what the name says, or for
+    pickles whose names say nothing what a script has saved in them. Order: by step where all have
+    one; otherwise as listed; inside one run folder those without a step come last.
+
+    Args:
+        selection: which of them take part; see ``Selection``.
+
+    Returns:
+        At least one checkpoint, the newest last. The caller closes them.
+
+    Raises:
+        CheckpointError: there are none, none is left by the selection, or one of those chosen is
+            damaged, incomplete, or in a format that is not read here.
+    """
+    given = [Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
+    if not given:
+        raise CheckpointError("No checkpoints were given.", expected=_KINDS)
+    found = [_with_step(f) for f in _once(_expand(given))]
+    listed = len(given) > 1 or not given[0].is_dir()
+    opened: list[Checkpoint] = []
+    try:
+        for chosen in select(in_order(found, listed=listed), selection):
+            opened.append(_open(chosen))
+        return opened
+    except BaseException:
+        for checkpoint in opened:
+            checkpoint.close()
+        raise
+    finally:
+        for early in found:
+            if early.opened and early.opened not in opened:
+                early.opened.close()
+
+
+def _expand(given: Sequence[Path]) -> list[_Found]:
+    """Every path as the checkpoints that it stands for; shards given one by one as one of them."""
+    given = list(dict.fromkeys(given))
+    for path in given:
+        with reading(path):
+            if not path.exists():
+                raise _missing(path)
+    groups = {group[0]: group for group in group_shards(p for p in given if p.is_file())}
+    found: list[_Found] = []
+    for path in given:
+        if path.is_dir():
+            found += _in_folder(path, alone=len(given) == 1) or _nothing_in(path)
+        elif path in groups:
+            found.append(_file(path, groups[path]))
+    return found
+
+
+def _file(path: Path, group: tuple[Path, ...]) -> _Found:
+    if path.name.endswith((f"{SAFETENSORS}.index.json", ".bin.index.json")):
+        return _Found(path.parent, Weights((), path))
+    if path.suffix not in (SAFETENSORS, *PICKLES):
+        raise CheckpointError(
+            "A file is not a checkpoint that can be read.",
+            checkpoint=path,
+            expected=_KINDS,
+            found=path.suffix or "no suffix",
+        )
+    return _Found(path, Weights(group))
+
+
+def _in_folder(folder: Path, *, alone: bool) -> list[_Found]:
+    """The folder itself as a checkpoint, or else those in it."""
+    inside = entries(folder)
+    children = [c for p in inside if p.is_dir() and (c := _child(p))]
+    whole = whole_model(folder)
+    if whole and not (alone and len(children) > 1):
+        return [_Found(folder, whole)]
+    if len(children) > 1:
+        return children
+    if problem := foreign_format(folder):
+        return [_Found(folder, problem=problem)]
+    bare = bare_weights([p for p in inside if p.is_file()])
+    if len(bare) == 1 and not children:
+        return [_Found(folder, bare[0])]
+    return children + [_Found(weights.files[0], weights) for weights in bare]
+
+
+def _child(folder: Path) -> _Found | None:
+    """A folder inside a run, if it is a checkpoint or should be one by its name."""
+    if weights := weights_in(folder):
+        return _Found(folder, weights)
+    for where in (folder, *(p for p in entries(folder) if p.is_dir())):
+        if problem := foreign_format(where):
+            return _Found(folder, problem=problem)
+    if not is_step_folder(folder):
+        return None
+    several = bare_weights([p for p in entries(folder) if p.is_file()])
+    problem = CheckpointError(
+        "It is not clear which file is the checkpoint."
+        if several
+        else "A folder is named like a checkpoint, but holds no weights.",
+        checkpoint=folder,
+        expected=_KINDS,
+        found=listing(p.name for p in entries(folder)) or "an empty folder",
+        remedy="list the files themselves"
+        if several
+        else "delete it if its save was interrupted, or list the other checkpoints",
+    )
+    return _Found(folder, problem=problem)
+
+
+def _once(found: Sequence[_Found]) -> list[_Found]:
+    """Each place on disk once: a link to another checkpoint of the list gives way to that one."""
+    places: dict[Path, _Found] = {}
+    for each in found:
+        with reading(each.path):
+            place = each.path.resolve()
+        if place not in places or (places[place].path.is_symlink() and not each.path.is_symlink()):
+            places[place] = each
+    return list(places.values())
+
+
+def _with_step(found: _Found) -> _Found:
+    files = found.weights.files if found.weights else ()
+    folder = found.path if found.path.is_dir() else found.path.parent
+    if (found.path == folder or is_model_file(found.path)) and (step := trainer_step(folder)):
+        return replace(found, step=step)
+    named = named_step(found.path, files)
+    if found.weights and found.weights.is_pickle and not (named and named.certain):
+        try:
+            opened = _open(found)
+        except CheckpointError as problem:
+            return replace(found, step=named and named.number, problem=problem)
+        step = opened.step if named is None or opened.step is not None else named.number
+        return replace(found, step=step, opened=replace(opened, step=step))
+    return replace(found, step=named and named.number)
+
+
+def _open(found: _Found) -> Checkpoint:
+    if found.opened:
+        return found.opened
+    if found.problem or not found.weights:
+        raise found.problem or CheckpointError("There are no weights.", checkpoint=found.path)
+    files, index = found.weights.files, found.weights.index
+    if found.weights.is_pickle:
+        pickle = PickleReader(files, index)
+        step = pickle.step if found.step is None else found.step
+        return Checkpoint(found.path, step, "pickle", pickle)
+    kind = "huggingface" if found.path.is_dir() else "safetensors"
+    return Checkpoint(found.path, found.step, kind, SafetensorsReader(files, index))
+
+
+def _missing(path: Path) -> CheckpointError:
+    like_a_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) is not None
+    return CheckpointError(
+        "There is no such file or folder.",
+        checkpoint=path,
+        expected=_KINDS,
+        remedy=f"if it is the name of a model on the Hub, download it first: hf download {path}"
+        f" --local-dir {path.name}"
+        if like_a_hub_id
+        else "check the path",
+    )
+
+
+def _nothing_in(folder: Path) -> list[_Found]:
+    deeper = [p for p in entries(folder) if p.is_dir() and _in_folder(p, alone=True)]
+    raise CheckpointError(
+        "There is no checkpoint in this folder.",
+        checkpoint=folder,
+        expected=_KINDS,
+        found=listing(p.name for p in entries(folder)) or "an empty folder",
+        remedy=f"give {listing(str(p) for p in deeper)}" if deeper else "check the path",
+    )

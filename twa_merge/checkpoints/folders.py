@@ -1,0 +1,211 @@
+"""What the files of a folder are: weights, training state, or what belongs to the model besides."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..errors import CheckpointError
+from .base import Checkpoint, reading
+from .shards import group_shards, without_shard
+from .steps import is_step_folder, natural
+
+SAFETENSORS = ".safetensors"
+PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+_INDEX = re.compile(r"(?P<stem>.+)(?P<kind>\.safetensors|\.bin)\.index\.json")
+
+# What Hugging Face's libraries call a model's weights; the first that is there is the model.
+_HF_NAMES = ("model", "adapter_model", "diffusion_pytorch_model", "pytorch_model")
+# What scripts call the weights when a folder holds other pickles beside them.
+_USUAL_NAMES = (*_HF_NAMES, "weights", "state_dict", "ckpt", "checkpoint", "consolidated")
+_HF_CONFIGS = ("config.json", "adapter_config.json", "model_index.json")
+
+_STATE = re.compile(
+    r"(^|[^a-z])(optim(izer)?s?|(lr_?)?sched(uler)?s?|rng(_?states?)?|random_states?|(grad_?)?scaler"
+    r"|training_args|train_args|trainer_states?|dataloader|sampler)([^a-z]|$)",
+    re.I,
+)
+# Other frameworks' weights, programs, and stores of training state.
+_OTHER_WEIGHTS = (
+    *(".h5", ".msgpack", ".onnx", ".onnx_data", ".gguf", ".ggml", ".tflite", ".mlmodel", ".ot"),
+    *(".nemo", ".distcp", ".pt2", ".pdparams", ".keras"),
+)
+_NOT_COPIED = re.compile(
+    r"readme\.md|trainer_state\.json|twa_merge\.json|report\.html|latest|zero_to_fp32\.py"
+    r"|latest_checkpointed_iteration\.txt|(all|train|eval|test|predict)_results\.json"
+    r"|events\.out\.tfevents\..*|random_states.*\.pkl|consolidated.*"
+    r"|.*\.(safetensors|bin|h5|msgpack)\.index(\.\w+)?\.json",
+    re.I,
+)
+_NOT_ENTERED = re.compile(r"\..*|__pycache__|runs|wandb|mlruns|logs?|lightning_logs|onnx", re.I)
+# Pattern of file names → format, and how its checkpoints become ones that can be read.
+_FOREIGN = (
+    (
+        re.compile(r".*\.distcp"),
+        "PyTorch distributed checkpoint (FSDP, DCP)",
+        "convert it first: python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
+        " FOLDER weights.pt (torch.distributed.checkpoint.format_utils.dcp_to_torch_save)",
+    ),
+    (
+        re.compile(r"(bf16_|fp16_)?zero_pp_rank_\d+.*"),
+        "DeepSpeed ZeRO checkpoint",
+        "convert it first: python zero_to_fp32.py FOLDER OUTPUT_FOLDER --safe_serialization"
+        " (the script that DeepSpeed left in the folder)",
+    ),
+    (
+        re.compile(r"consolidated\.\d*[1-9]\d*\.pth"),
+        "tensor-parallel checkpoint",
+        "convert it to the Hugging Face format first",
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of one checkpoint: an index file, or one file, or shards without an index."""
+
+    files: tuple[Path, ...]
+    index: Path | None = None
+
+    @property
+    def is_pickle(self) -> bool:
+        name = (self.index or self.files[0]).name
+        return not name.removesuffix(".index.json").endswith(SAFETENSORS)
+
+
+def entries(folder: Path) -> list[Path]:
+    """What is in the folder, hidden entries left out, in natural order.
+
+    Raises:
+        CheckpointError: it cannot be read.
+    """
+    with reading(folder):
+        return sorted(
+            (p for p in folder.iterdir() if not p.name.startswith(".")),
+            key=lambda p: (natural(p.name), p.name),
+        )
+
+
+def whole_model(folder: Path) -> Weights | None:
+    """The folder's weights if it is one checkpoint by the names in it, as Hugging Face's are.
+
+    Safetensors come before pickles, and the single file before the index, as transformers has it.
+    """
+    files = [p for p in entries(folder) if p.is_file()]
+    names = {p.name for p in files}
+    found = _named(folder, names)
+    if not found and is_step_folder(folder):
+        return bare_or_usual(files)
+    if not found or not any(config in names for config in _HF_CONFIGS):
+        # Without a config, other weights beside these make it a run of bare files.
+        stems = {without_shard(g.files[0].name).rpartition(".")[0] for g in bare_weights(files)}
+        return found if found and (found.index or stems <= set(_HF_NAMES)) else None
+    return found
+
+
+def weights_in(folder: Path) -> Weights | None:
+    """The weights of a folder inside a run: by name, or the only ones in it."""
+    return whole_model(folder) or bare_or_usual([p for p in entries(folder) if p.is_file()])
+
+
+def bare_weights(files: Sequence[Path]) -> list[Weights]:
+    """Every set of weights among the files of a folder, shards as one; training state left out.
+
+    A pickle that stands beside a safetensors file of the same name is the same weights again.
+    """
+    weights = [
+        f for f in files if f.suffix in (SAFETENSORS, *PICKLES) and not _STATE.search(f.stem)
+    ]
+    stems = {f.stem for f in weights if f.suffix == SAFETENSORS}
+    groups = group_shards(f for f in weights if f.suffix == SAFETENSORS or f.stem not in stems)
+    return [Weights(group) for group in groups]
+
+
+def bare_or_usual(files: Sequence[Path]) -> Weights | None:
+    """The only weights among the files, or those with the name that weights usually have."""
+    groups = bare_weights(files)
+    usual = [g for g in groups if g.files[0].stem.lower() in _USUAL_NAMES]
+    for choice in (groups, usual, [g for g in usual if not g.is_pickle]):
+        if len(choice) == 1:
+            return choice[0]
+    return None
+
+
+def foreign_format(folder: Path) -> CheckpointError | None:
+    """The error to raise for a folder with a checkpoint in a format that is not read here."""
+    for entry in entries(folder):
+        for pattern, what, remedy in _FOREIGN:
+            if pattern.fullmatch(entry.name):
+                return CheckpointError(
+                    f"A {what} cannot be read directly.",
+                    checkpoint=folder,
+                    expected="safetensors, or a pickle of all weights",
+                    found=entry.name,
+                    remedy=remedy,
+                )
+    return None
+
+
+def is_model_file(path: Path) -> bool:
+    """Whether a file has one of Hugging Face's names for a model's weights."""
+    return without_shard(path.name).rpartition(".")[0] in _HF_NAMES
+
+
+def sidecars(checkpoint: Checkpoint) -> list[Path]:
+    """The files that a checkpoint's folder holds besides weights and training state.
+
+    Config, tokenizer, chat templates, remote code, licence and the like, in subfolders too.
+    Left out are weights of any format, optimizer, scheduler, RNG and trainer state, logs, results
+    of evaluations, the model card (a merge gets its own), hidden files, and checkpoints inside
+    the folder. Of a folder that does not look like Hugging Face's, subfolders are left out too.
+
+    Returns:
+        Paths relative to ``checkpoint.path``, sorted; none for a bare file.
+    """
+    root = checkpoint.path
+    if not root.is_dir():
+        return []
+    deep = any(is_model_file(f.path) for f in checkpoint.files) or any(
+        (root / config).is_file() for config in _HF_CONFIGS
+    )
+    found = []
+    with reading(root):
+        for parent, folders, files in os.walk(root, onerror=_raise):
+            folders[:] = [name for name in folders if deep and _belongs(Path(parent, name))]
+            found += [Path(parent, name).relative_to(root) for name in files if _is_sidecar(name)]
+    return sorted(found, key=lambda p: p.as_posix())
+
+
+def _named(folder: Path, names: set[str]) -> Weights | None:
+    for suffix in (SAFETENSORS, ".bin"):
+        for stem in _HF_NAMES:
+            if f"{stem}{suffix}" in names:
+                return Weights((folder / f"{stem}{suffix}",))
+            if f"{stem}{suffix}.index.json" in names:
+                return Weights((), folder / f"{stem}{suffix}.index.json")
+        indexes = [n for n in names if (m := _INDEX.fullmatch(n)) and m["kind"] == suffix]
+        if len(indexes) == 1:
+            return Weights((), folder / indexes[0])
+    return None
+
+
+def _is_sidecar(name: str) -> bool:
+    lower = name.lower()
+    if name.startswith(".") or _NOT_COPIED.fullmatch(lower):
+        return False
+    return not lower.endswith((SAFETENSORS, *PICKLES, *_OTHER_WEIGHTS))
+
+
+def _belongs(folder: Path) -> bool:
+    """Whether a subfolder is part of the model, rather than another checkpoint or a log."""
+    if _NOT_ENTERED.fullmatch(folder.name) or is_step_folder(folder):
+        return False
+    inside = entries(folder)
+    return not any(p.suffix in (SAFETENSORS, *PICKLES, *_OTHER_WEIGHTS) for p in inside)
+
+
+def _raise(error: OSError) -> None:
+    raise error

@@ -1,0 +1,214 @@
+"""A folder that appears complete or not at all, and never in place of something else."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from .checkpoints.base import Checkpoint
+from .errors import OutputError
+
+# Its presence says that a folder is a merge, which --overwrite may replace.
+DOCUMENT = "twa_merge.json"
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def require_place(output: Path, checkpoints: Sequence[Checkpoint], overwrite: bool) -> None:
+    """Checks that ``output`` can become a new folder. Changes nothing.
+
+    Raises:
+        OutputError: it exists and may not be replaced, holds or lies in a checkpoint, or its
+            parent folder cannot be written.
+    """
+    with writing(output):
+        target = _real(output)
+        for checkpoint in checkpoints:
+            _require_apart(output, target, checkpoint)
+        _require_replaceable(output, target, overwrite)
+        parent = _existing_parent(target)
+        if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+            raise OutputError(
+                f"{output} cannot be written.",
+                expected="a parent folder that can be written",
+                found=f"{parent}, " + ("without permission" if parent.is_dir() else "a file"),
+                remedy="choose another output folder",
+            )
+
+
+def require_space(output: Path, needed: int) -> None:
+    """Raises OutputError if fewer than ``needed`` bytes are free where ``output`` will be."""
+    with writing(output):
+        free = shutil.disk_usage(_existing_parent(_real(output))).free
+    if free < needed:
+        raise _full(output, needed)
+
+
+@contextmanager
+def writing(output: Path, needed: int = 0) -> Iterator[None]:
+    """Turns an OSError inside into the OutputError that says what is wrong with ``output``."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in _FULL:
+            raise _full(output, needed, error) from error
+        raise OutputError(
+            f"{output} cannot be written.",
+            found=error,
+            remedy="check the permissions there, or choose another output folder",
+        ) from error
+
+
+class Staging:
+    """A temporary sibling of the output folder, which one rename turns into the output.
+
+    Args:
+        output: the folder to come.
+
+    Attributes:
+        folder: where to write meanwhile; exists from ``create`` until ``commit`` or ``discard``.
+    """
+
+    def __init__(self, output: Path) -> None:
+        self._output = _real(output)
+        self.folder = self._sibling("writing")
+        self._old = self._sibling("replaced")
+        self._made: list[Path] = []
+
+    def create(self) -> None:
+        """Makes the folder, and clears away what killed runs with the same output have left."""
+        parent = self._output.parent
+        while not parent.exists():
+            self._made.append(parent)
+            parent = parent.parent
+        self._output.parent.mkdir(parents=True, exist_ok=True)
+        self._clear_leftovers()
+        self.folder.mkdir()
+
+    def commit(self, overwrite: bool) -> None:
+        """Turns the folder into the output.
+
+        Raises:
+            OutputError: something else has appeared there in the meantime.
+        """
+        sync_folder(self.folder)
+        _require_replaceable(self._output, self._output, overwrite)
+        if self._output.is_dir() and any(self._output.iterdir()):
+            os.rename(self._output, self._old)
+            try:
+                os.rename(self.folder, self._output)
+            except BaseException:
+                os.rename(self._old, self._output)
+                raise
+            shutil.rmtree(self._old, ignore_errors=True)
+        else:
+            os.rename(self.folder, self._output)
+        self._made.clear()
+        sync_folder(self._output.parent)
+
+    def discard(self) -> None:
+        """Leaves nothing behind of a merge that was not committed."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        for parent in self._made:
+            with contextlib.suppress(OSError):
+                parent.rmdir()
+
+    def _sibling(self, word: str) -> Path:
+        # Process numbers mean something on one host only, and folders are shared between hosts.
+        mark = f".{self._output.name}.{word}-{socket.gethostname()}-"
+        return self._output.with_name(f"{mark}{os.getpid()}")
+
+    def _clear_leftovers(self) -> None:
+        for word, own in (("writing", self.folder), ("replaced", self._old)):
+            mark = own.name.removesuffix(str(os.getpid()))
+            for path in self._output.parent.iterdir():
+                pid = path.name.removeprefix(mark)
+                if pid == path.name or not pid.isdigit() or _is_alive(int(pid)):
+                    continue
+                if word == "replaced" and not self._output.exists():
+                    # Killed between the two renames: the earlier merge is still whole.
+                    os.rename(path, self._output)
+                else:
+                    shutil.rmtree(path, ignore_errors=True)
+
+
+def sync_folder(folder: Path) -> None:
+    """Has the disk keep the names in ``folder``, where its file system can."""
+    with contextlib.suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
+def _require_apart(output: Path, target: Path, checkpoint: Checkpoint) -> None:
+    home = _real(checkpoint.path)
+    inside = target == home or home in target.parents
+    around = any(target in p.parents for p in (home, *(_real(f.path) for f in checkpoint.files)))
+    if inside or around:
+        raise OutputError(
+            f"{output} cannot be the output: it "
+            + ("is, or lies in, a checkpoint." if inside else "holds a checkpoint."),
+            checkpoint=checkpoint.path,
+            expected="a folder of its own",
+            remedy="choose another output folder",
+        )
+
+
+def _require_replaceable(output: Path, target: Path, overwrite: bool) -> None:
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise OutputError(
+            f"{output} is a file.",
+            expected="a new or empty folder",
+            remedy="choose another output folder",
+        )
+    content = sorted(path.name for path in target.iterdir())
+    ours = DOCUMENT in content
+    if content and not (ours and overwrite):
+        raise OutputError(
+            f"{output} exists already.",
+            expected="a new or empty folder" + (", or an earlier merge" if overwrite else ""),
+            found="an earlier merge" if ours else f"a folder without {DOCUMENT}",
+            remedy="choose another output folder"
+            + (", or give --overwrite to replace it" if ours else ""),
+        )
+
+
+def _real(path: Path) -> Path:
+    return Path(os.path.realpath(path))
+
+
+def _existing_parent(target: Path) -> Path:
+    return next(p for p in target.parents if os.path.lexists(p))
+
+
+def _full(output: Path, needed: int, error: OSError | None = None) -> OutputError:
+    free: object = "unknown"
+    with contextlib.suppress(OSError):
+        free = f"{shutil.disk_usage(_existing_parent(_real(output))).free:,} bytes free"
+    return OutputError(
+        f"There is too little space to write {output}; nothing was written.",
+        expected=f"{needed:,} bytes free" if needed else None,
+        found=f"{free} ({error.strerror})" if error else free,
+        remedy="free some space, or choose an output folder on another disk",
+    )
+
+
+def _is_alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return False
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
