@@ -124,7 +124,8 @@ def _invoke(command: click.Command, session: Session) -> int:
         return error.exit_code
     except BrokenPipeError:
         raise
-    except Exception as error:
+    # A task's own sys.exit() has no meaning here.
+    except (Exception, SystemExit) as error:
         _report_internal(error, session)
         return INTERNAL
 
@@ -146,7 +147,7 @@ def _report(error: TwaMergeError) -> None:
     console.print(text, soft_wrap=True)
 
 
-def _report_internal(error: Exception, session: Session) -> None:
+def _report_internal(error: BaseException, session: Session) -> None:
     from rich.text import Text
 
     details = "".join(traceback.format_exception(error))
@@ -209,7 +210,7 @@ def _signals() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def _is_out_of_memory(error: BaseException) -> bool:
     return isinstance(error, MemoryError) or any(
         sign in f"{type(error).__name__} {error}"
         for sign in ("OutOfMemoryError", "not enough memory", "can't allocate memory")

@@ -46,15 +46,16 @@ def group(into: str, build: Callable[..., Any], topics: dict[str, list[Opt]]) ->
     def decorate(function: Function) -> Function:
         @functools.wraps(function)
         def wrapper(**values: Any) -> Any:
-            own = {option.name: values.pop(option.name) for _, option in options}
+            own = {option.name: values.pop(f"{into}_{option.name}") for _, option in options}
             return function(**values, **{into: build(**own)})
 
         for topic, option in reversed(options):
             attributes = {**_from_default(build, option.name), **option.attributes}
+            # Two dataclasses may have fields of the same name.
+            names = [*option.flag.split(), f"{into}_{option.name}"]
             wrapper = click.option(
-                *option.flag.split(), option.name, cls=TopicOption, topic=topic, help=option.help,
-                **attributes,
-            )(wrapper)  # fmt: skip
+                *names, cls=TopicOption, topic=topic, help=option.help, **attributes
+            )(wrapper)
         return wrapper
 
     return decorate

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from os import PathLike
 from pathlib import Path
 
 from ..config import Selection
@@ -27,6 +28,7 @@ from .shards import group_shards
 from .steps import in_order, is_step_folder, named_step, select, trainer_step
 
 _KINDS = f"Hugging Face folders, {SAFETENSORS} files, or torch.save files ({', '.join(PICKLES)})"
+_ALL = Selection()
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class _Found:
 
 
 def open_checkpoints(
-    paths: Sequence[str | Path], selection: Selection = Selection()
+    paths: Sequence[str | PathLike[str]], selection: Selection = _ALL
 ) -> list[Checkpoint]:
     """Finds, orders, selects and opens checkpoints; of the tensors only headers are read.
 
@@ -79,7 +81,7 @@ def open_checkpoints(
         CheckpointError: there are none, none is left by the selection, or one of those chosen is
             damaged, incomplete, or in a format that is not read here.
     """
-    given = [Path(p) for p in ([paths] if isinstance(paths, (str, Path)) else paths)]
+    given = [Path(p) for p in ([paths] if isinstance(paths, (str, PathLike)) else paths)]
     if not given:
         raise CheckpointError("No checkpoints were given.", expected=_KINDS)
     found = [_with_step(f) for f in _once(_expand(given))]
@@ -111,20 +113,20 @@ def _expand(given: Sequence[Path]) -> list[_Found]:
     for path in given:
         if path.is_dir():
             found += _in_folder(path, alone=len(given) == 1) or _nothing_in(path)
-        elif path in groups:
-            found.append(_file(path, groups[path]))
+        elif path in groups or not path.is_file():
+            found.append(_file(path, groups.get(path, (path,))))
     return found
 
 
 def _file(path: Path, group: tuple[Path, ...]) -> _Found:
     if path.name.endswith((f"{SAFETENSORS}.index.json", ".bin.index.json")):
         return _Found(path.parent, Weights((), path))
-    if path.suffix not in (SAFETENSORS, *PICKLES):
+    if path.suffix not in (SAFETENSORS, *PICKLES) or not path.is_file():
         raise CheckpointError(
             "A file is not a checkpoint that can be read.",
             checkpoint=path,
             expected=_KINDS,
-            found=path.suffix or "no suffix",
+            found=(path.suffix or "no suffix") if path.is_file() else "neither file nor folder",
         )
     return _Found(path, Weights(group))
 
@@ -184,17 +186,18 @@ def _once(found: Sequence[_Found]) -> list[_Found]:
 def _with_step(found: _Found) -> _Found:
     files = found.weights.files if found.weights else ()
     folder = found.path if found.path.is_dir() else found.path.parent
-    if (found.path == folder or is_model_file(found.path)) and (step := trainer_step(folder)):
-        return replace(found, step=step)
+    if (found.path == folder or is_model_file(found.path)) and (written := trainer_step(folder)):
+        return replace(found, step=written)
     named = named_step(found.path, files)
+    step = named.number if named else None
     if found.weights and found.weights.is_pickle and not (named and named.certain):
         try:
             opened = _open(found)
         except CheckpointError as problem:
-            return replace(found, step=named and named.number, problem=problem)
-        step = opened.step if named is None or opened.step is not None else named.number
+            return replace(found, step=step, problem=problem)
+        step = step if opened.step is None else opened.step
         return replace(found, step=step, opened=replace(opened, step=step))
-    return replace(found, step=named and named.number)
+    return replace(found, step=step)
 
 
 def _open(found: _Found) -> Checkpoint:

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -166,7 +166,7 @@ def _place(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
     if not isinstance(entry, dict):
         raise _damaged(path, "dtype, shape and data_offsets", entry, name)
     shape, offsets = entry.get("shape"), entry.get("data_offsets")
-    if not _are_sizes(shape) or not _are_sizes(offsets) or len(offsets) != 2:
+    if not (_are_sizes(shape) and _are_sizes(offsets)) or len(offsets) != 2:
         raise _damaged(path, "a shape and two offsets", f"{shape} and {offsets}", name)
     kind = entry.get("dtype")
     if not isinstance(kind, str) or kind not in _DTYPES:
@@ -218,7 +218,7 @@ def _require_covered(
         raise _damaged(path, f"{reached} bytes of tensors", f"{size} bytes")
 
 
-def _are_sizes(value: Any) -> bool:
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(n) is int and n >= 0 for n in value)
 
 

@@ -46,8 +46,9 @@ def state_dict_of(document: Any, path: Path) -> dict[str, Tensor]:
     The mapping from names to tensors with the most tensors, up to three levels deep. Known
     containers come first (``model``, ``state_dict``, ``module``, ``model_state_dict`` …): where
     two of them have as many tensors, the earlier in that list, so ``model`` is preferred to
-    ``state_dict``. Averages that a script keeps beside the model (``ema``) are taken only where there
-    is nothing else, the states of optimizers never. Entries that are no tensors are left out.
+    ``state_dict``. Averages that a script keeps beside the model (``ema``) are taken only where
+    there is nothing else, the states of optimizers never. Entries that are no tensors are left
+    out.
 
     Raises:
         CheckpointError: there is no such mapping, several that could be meant, or a tensor that

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.utils.data import Dataset
-
-
-@pytest.fixture(autouse=True)
-def _two_threads() -> None:
-    torch.set_num_threads(2)
 
 
 def states_of(
@@ -98,16 +92,3 @@ class LinearTask:
             }
             for _ in range(n)
         ]
-
-
-@pytest.fixture
-def linear_run(tmp_path: Path) -> Callable[..., tuple[LinearTask, Path]]:
-    """Makes a least-squares task and a run folder of n checkpoints for it."""
-
-    def make(n: int = 5, **options: int) -> tuple[LinearTask, Path]:
-        task = LinearTask(**options)
-        folder = tmp_path / "run"
-        save_run(folder, task.states(n))
-        return task, folder
-
-    return make

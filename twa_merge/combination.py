@@ -1,0 +1,232 @@
+"""Σ α_i w_i, slice by slice, on its way from the checkpoints' files into a new one."""
+
+from __future__ import annotations
+
+import math
+import queue
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from fractions import Fraction
+from itertools import groupby
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .checkpoints.base import Checkpoint
+from .errors import OutputError, TwaMergeError
+from .layout import Blocks, Layout
+from .progress import Advanced, Progress
+from .safetensors_writer import SafetensorsFile, SavedTensor
+from .stream import SLICE_NUMEL, RowSlice, blame, row_slices, stream
+
+# Torch runs loops of fewer than 32768 numbers in the calling thread. Several threads with a piece
+# each then get along; its own team of threads stands still whenever another thread has a core.
+_PIECE = 32768 - 64
+_MAX_WORKERS = 8
+
+Terms = tuple[tuple[int, float], ...]
+
+
+class Combination:
+    """What each saved tensor becomes.
+
+    Args:
+        alphas: coefficients (B, n) float64, or (1, n) for all blocks.
+        overrides: tensors that replace the combination.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Sequence[Checkpoint],
+        layout: Layout,
+        blocks: Blocks,
+        alphas: Tensor,
+        overrides: Mapping[str, Tensor],
+    ) -> None:
+        assert alphas.dtype == torch.float64 and alphas.shape[0] in (1, len(blocks))
+        assert alphas.shape[1] == len(checkpoints)
+        assert overrides.keys() <= layout.entries.keys()
+        self.checkpoints, self.layout, self.overrides = checkpoints, layout, overrides
+        self._index = blocks.index
+        self._terms: list[Terms] = [
+            tuple((i, a) for i, a in enumerate(row) if a != 0.0) for row in alphas.tolist()
+        ]
+
+    def terms(self, name: str) -> Terms:
+        """(checkpoint, α) for each one that takes part in a tensor."""
+        entry = self.layout[name]
+        if name in self.overrides:
+            return ()
+        if not entry.averaged:
+            return ((len(self.checkpoints) - 1, 1.0),)
+        if len(self._terms) == 1:
+            return self._terms[0]
+        return self._terms[self._index[entry.tied_to or name]]
+
+    def slices(self, names: Sequence[str]) -> Iterator[tuple[RowSlice, Terms, list[Tensor]]]:
+        """Yields every slice of the tensors with its terms and their m numbers each."""
+        for chosen, run in groupby(names, lambda name: tuple(i for i, _ in self.terms(name))):
+            cuts = row_slices(self.layout, run)
+            if chosen:
+                for cut, rows in stream([self.checkpoints[i] for i in chosen], cuts):
+                    yield cut, self.terms(cut.name), rows
+                continue
+            for cut in cuts:
+                override = self.overrides.get(cut.name)
+                given = [] if override is None else [_rows(override, cut)]
+                yield cut, tuple((0, 1.0) for _ in given), given
+
+    def culprit(self, cut: RowSlice) -> TwaMergeError:
+        """The error that says whose numbers in ``cut`` are not finite."""
+        if cut.name in self.overrides:
+            return OutputError(
+                "A statistic that was estimated anew is not finite.",
+                tensor=cut.name,
+                remedy="use --batch-norm newest or average",
+            )
+        return blame([self.checkpoints[i] for i, _ in self.terms(cut.name)], cut)
+
+
+def write_file(
+    path: Path,
+    tensors: Sequence[SavedTensor],
+    metadata: Mapping[str, str],
+    combination: Combination,
+    progress: Progress,
+) -> None:
+    """Writes one safetensors file. Memory: a few slices, however many checkpoints there are.
+
+    Sums are products and additions rounded one by one in float64, in the checkpoints' order, so
+    they depend neither on threads nor on whether the processor can fuse the two.
+
+    Raises:
+        CheckpointError: a NaN or an infinity.
+        OSError: the disk is full, or the file cannot be written.
+    """
+    workers = min(_MAX_WORKERS, torch.get_num_threads())
+    saved = {tensor.name: tensor for tensor in tensors}
+    benches: queue.SimpleQueue[_Bench] = queue.SimpleQueue()
+    for _ in range(workers):
+        benches.put(_Bench())
+
+    def work(cut: RowSlice, terms: Terms, rows: list[Tensor]) -> int:
+        info = saved[cut.name].info
+        begin, size = cut.start * info.row_numel, (cut.stop - cut.start) * info.row_numel
+        averaged = combination.layout[cut.name].averaged
+        bench = benches.get()
+        try:
+            for start in range(0, size, SLICE_NUMEL):
+                part = [row[start : start + SLICE_NUMEL] for row in rows]
+                count = min(SLICE_NUMEL, size - start)
+                data, finite = bench.fill(part, terms, count, info.dtype, averaged)
+                if not finite:
+                    raise combination.culprit(cut)
+                file.write(cut.name, (begin + start) * info.dtype.itemsize, data)
+        finally:
+            benches.put(bench)
+        return size * info.dtype.itemsize
+
+    total = 0
+    with (
+        SafetensorsFile(path, tensors, metadata) as file,
+        ThreadPoolExecutor(workers, "twa-merge-write") as pool,
+    ):
+        pending: deque[Future[int]] = deque()
+        try:
+            for cut, terms, rows in combination.slices(list(saved)):
+                pending.append(pool.submit(work, cut, terms, rows))
+                while pending and (len(pending) > 2 * workers or pending[0].done()):
+                    total += _done(pending, file, progress)
+            while pending:
+                total += _done(pending, file, progress)
+        finally:
+            for future in pending:
+                future.cancel()
+    assert total == sum(tensor.info.nbytes for tensor in tensors)
+
+
+def _done(pending: deque[Future[int]], file: SafetensorsFile, progress: Progress) -> int:
+    nbytes = pending.popleft().result()
+    file.written(nbytes)
+    progress(Advanced(nbytes))
+    return nbytes
+
+
+class _Bench:
+    """One worker's buffers, so that nothing is allocated slice by slice."""
+
+    def __init__(self) -> None:
+        self._sum, self._term = (torch.empty(2 * _PIECE, dtype=torch.float64) for _ in range(2))
+        self._single = torch.empty(_PIECE)
+        # A bytearray can be seen as a tensor and be handed to the operating system alike.
+        self._raw = bytearray(SLICE_NUMEL * torch.complex64.itemsize)
+        self._out = torch.frombuffer(self._raw, dtype=torch.uint8)
+
+    def fill(
+        self, rows: list[Tensor], terms: Terms, count: int, dtype: torch.dtype, averaged: bool
+    ) -> tuple[memoryview, bool]:
+        """The bytes of Σ α w in ``dtype``, and whether all of its numbers are finite.
+
+        Args:
+            rows: flat tensors of ``count`` numbers, one for each term.
+            averaged: False copies the only row instead.
+        """
+        nbytes = count * dtype.itemsize
+        out = self._out[:nbytes].view(dtype)
+        finite = True
+        pieces = -(-count // _PIECE)
+        step = -(-count // max(1, pieces)) if count else 1
+        for start in range(0, count, step):
+            target = out[start : start + step]
+            part = [row[start : start + step] for row in rows]
+            if averaged:
+                total = self._combine(part, terms, target)
+                target.copy_(total)
+                finite = finite and _is_finite(total, target)
+            else:
+                target.copy_(part[0])
+        return memoryview(self._raw)[:nbytes], finite
+
+    def _combine(self, rows: list[Tensor], terms: Terms, target: Tensor) -> Tensor:
+        wide = torch.complex128 if target.is_complex() else torch.float64
+        scale = wide.itemsize // torch.float64.itemsize
+        total = self._sum[: scale * target.numel()].view(wide)
+        if not rows:
+            return total.zero_()
+        term = self._term[: scale * target.numel()].view(wide)
+        for k, (row, (_, alpha)) in enumerate(zip(rows, terms, strict=True)):
+            where = total if k == 0 else term
+            if row.dtype == torch.float16:
+                # Exact either way, and twice as fast in two steps.
+                row = self._single[: row.numel()].copy_(row)
+            where.copy_(row)
+            if k > 0 and _is_exact(alpha, row.dtype):
+                total.add_(term, alpha=alpha)
+                continue
+            if alpha != 1.0:
+                where.mul_(alpha)
+            if k > 0:
+                total.add_(term)
+        return total
+
+
+def _is_exact(alpha: float, dtype: torch.dtype) -> bool:
+    """Whether α times any number of ``dtype`` needs no rounding in float64."""
+    ...
+
+
+def _is_finite(total: Tensor, saved: Tensor) -> bool:
+    """Whether ``saved``, which is ``total`` rounded, holds finite numbers only."""
+    flat = torch.view_as_real(total).view(-1) if total.is_complex() else total
+    # One pass over what is in the cache already: no number is larger than the norm of all.
+    if math.sqrt(flat.dot(flat).item()) <= torch.finfo(saved.dtype).max:
+        return True
+    exact = saved.float() if saved.dtype.itemsize == 1 else saved
+    return bool(torch.isfinite(exact).all())
+
+
+def _rows(override: Tensor, cut: RowSlice) -> Tensor:
+    rows = override.detach().cpu()
+    return (rows[cut.start : cut.stop] if rows.dim() else rows).reshape(-1)
