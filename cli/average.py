@@ -50,7 +50,7 @@ def command(
 
     CHECKPOINTS: a run's folder, several folders, or files.
     """
-    from twa_merge.pipeline import average
+    from twa_merge import average
 
     from .render import show_average
 

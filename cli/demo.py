@@ -70,7 +70,7 @@ def command(folder: Path, seed: int, as_json: bool) -> None:
     )
 
     def work(progress: Progress) -> Document:
-        from twa_merge.pipeline import merge
+        from twa_merge import merge
 
         _prepare_run(folder, run, seed, progress)
         return merge(

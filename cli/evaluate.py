@@ -12,13 +12,14 @@ from .command import execute
 
 @define(
     "eval",
-    "Losses of any models on the data of `train`.",
+    "Losses of any models on a dataset.",
     "twa-merge eval merged/ runs/lm/checkpoint-900 --task causal-lm --data held_out.txt",
     "twa-merge eval a.pt b.pt --task task.py --json",
 )
 @options.checkpoints_argument("models")
-@options.task_options
-@options.data_options
+@options.eval_task_options
+@options.eval_data_options
+@options.selection_options
 @options.json_option
 @options.engine_options
 @debug_option
@@ -27,11 +28,15 @@ def command(
     models: tuple[str, ...],
     choice: options.TaskChoice,
     data_config: config.DataConfig,
+    selection: config.Selection,
     engine: config.EngineConfig,
     as_json: bool,
 ) -> None:
-    """Evaluate MODELS (folders or files) on the same parts of the data as `train` does."""
-    from twa_merge.pipeline import evaluate
+    """Evaluate MODELS on all of the data.
+
+    MODELS: models or checkpoints, folders or files, or folders of them.
+    """
+    from twa_merge import evaluate
 
     from .render import show_evaluation
 
@@ -40,7 +45,7 @@ def command(
             models,
             choice.task,
             data=choice.data,
-            test_data=choice.test_data,
+            selection=selection,
             data_config=data_config,
             engine=engine,
             progress=progress,

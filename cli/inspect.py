@@ -73,7 +73,7 @@ def command(
 
     CHECKPOINTS: a run's folder, several folders, or files.
     """
-    from twa_merge.pipeline import inspect
+    from twa_merge import inspect
 
     from .render import show_inspection
 

@@ -27,7 +27,9 @@ def relaunch(session: Session, nproc: int, max_restarts: int) -> None:
     if not session.debug:
         logging.disable(logging.ERROR)
     options = ["--standalone", f"--nproc-per-node={nproc}", f"--max-restarts={max_restarts}"]
-    arguments = torchrun.parse_args([*options, "-m", __package__, *session.argv])
+    arguments = torchrun.parse_args([*options, "-m", __package__])
+    # Not parsed with the rest: argparse would take our --nproc for an abbreviation of its own.
+    arguments.training_script_args = session.argv
     try:
         torchrun.run(arguments)
     except ChildFailedError as error:

@@ -11,7 +11,7 @@ from rich.text import Text
 from twa_merge.progress import Advanced, Evaluated, Event, Noted, Started
 
 from .console import plain
-from .figures import duration, loss
+from .figures import amount, duration, loss
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 # hour makes some fifty lines.
 _PAUSE, _GROWTH = 10.0, 0.1
 _BAR = 24
+# Counts beyond this are shortened.
+_LARGE = 99_999
 
 
 class Stage:
@@ -60,7 +62,10 @@ class Stage:
         """What is known, in the order of interest."""
         figures = []
         if self.total and not (finished and self._by_evaluation):
-            figures.append(f"{self.done}/{self.total} {self.unit}".rstrip())
+            done, total = (
+                amount(n) if self.total > _LARGE else str(n) for n in (self.done, self.total)
+            )
+            figures.append(f"{done}/{total} {self.unit}".rstrip())
         elif self.done:
             figures.append(f"{self.done} {self.unit}".rstrip())
         if self.evaluated is not None:

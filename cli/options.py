@@ -15,7 +15,7 @@ from twa_merge.errors import ConfigError
 
 from .boundary import Session
 from .command import TopicOption, given
-from .groups import Decorator, Function, NumberOrAuto, group, opt
+from .groups import Decorator, Function, NumberOrAuto, Opt, group, opt
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,9 @@ class TaskChoice:
     options: dict[str, Any]
 
 
-def _task_choice(task: str, data: str | None, test_data: str | None, **own: Any) -> TaskChoice:
+def _task_choice(
+    task: str, data: str | None, test_data: str | None = None, **own: Any
+) -> TaskChoice:
     return TaskChoice(task, data, test_data, dict(given(**own)))
 
 
@@ -85,47 +87,53 @@ selection_options = group(
     },
 )
 
-task_options = group(
-    "choice",
-    _task_choice,
-    {
-        "Task and data": [
-            opt(
-                "task",
-                "--task",
-                "causal-lm, path/task.py or package.module:function.",
-                required=True,
-                metavar="TASK",
-            ),
-            opt("data", "--data", "Small dataset to fit and guard with.", metavar="DATA"),
-            opt("test_data", "--test-data", "Only ever reported on.", metavar="DATA"),
-        ],
-        "Task causal-lm": [
-            opt("model", "--model", "Architecture and tokenizer, if not the checkpoint's own.",
-                metavar="MODEL"),
-            opt("max_length", "--max-length", "Tokens a sequence.", type=click.IntRange(2),
-                metavar="N"),
-            opt("text_field", "--text-field", "Field of .jsonl and .parquet.  [default: text]",
-                metavar="NAME"),
-            opt("trust_remote_code", "--trust-remote-code", "Run model code from the folder.",
-                is_flag=True),
-        ],
-    },
-)  # fmt: skip
+_TASK = opt(
+    "task",
+    "--task",
+    "causal-lm, path/task.py or package.module:function.",
+    required=True,
+    metavar="TASK",
+)
+_TEST_DATA = opt("test_data", "--test-data", "Only ever reported on.", metavar="DATA")
+_CAUSAL_LM = [
+    opt("model", "--model", "Architecture and tokenizer, if not the checkpoint's own.",
+        metavar="MODEL"),
+    opt("max_length", "--max-length", "Tokens a sequence.", type=click.IntRange(2), metavar="N"),
+    opt("text_field", "--text-field", "Field of .jsonl and .parquet.  [default: text]",
+        metavar="NAME"),
+    opt("trust_remote_code", "--trust-remote-code", "Run model code from the folder.",
+        is_flag=True),
+]  # fmt: skip
+_SEED = opt("seed", "--seed", "Of the split and of all that is drawn.")
+_BATCH_SIZE = opt("batch_size", "--batch-size", "Examples a forward pass.")
 
-data_options = group(
+
+def _task_group(data_help: str, *more: Opt) -> Decorator:
+    data = opt("data", "--data", data_help, metavar="DATA")
+    return group(
+        "choice",
+        _task_choice,
+        {"Task and data": [_TASK, data, *more], "Task causal-lm": _CAUSAL_LM},
+    )
+
+
+train_task_options = _task_group("Small dataset to fit and guard with.", _TEST_DATA)
+eval_task_options = _task_group("Dataset to evaluate on.")
+
+train_data_options = group(
     "data_config",
     config.DataConfig,
     {
         "Task and data": [
             opt("guard_fraction", "--guard-fraction", "Share that picks the winner."),
-            opt("seed", "--seed", "Of the split and of all that is drawn."),
-            opt("batch_size", "--batch-size", "Examples a forward pass."),
+            _SEED,
+            _BATCH_SIZE,
             opt("sample", "--fit-examples", "Fit on so many at most.", type=NumberOrAuto(int),
                 default="auto", show_default=True),
         ]
     },
 )  # fmt: skip
+eval_data_options = group("data_config", config.DataConfig, {"Task and data": [_SEED, _BATCH_SIZE]})
 
 fit_options = group(
     "fit",

@@ -56,17 +56,21 @@ def show_average(document: Document, console: Console, output: Path) -> None:
 
 
 def show_evaluation(document: Document, console: Console) -> None:
-    """One row a model, one column a figure."""
+    """One row a model."""
     models = document["models"]
-    columns = [key for key in (*_LOSSES, "loss") if _any(models, key)]
-    metrics = _metrics(models, "metrics", "guard_metrics", "test_metrics")
-    digits = {key: decimals([m.get(key) for m in models]) for key in columns}
-    table = new_table("model", *(c.replace("_", " ") for c in columns), *_headings(metrics))
+    metrics = _metrics(models, "metrics")
+    digits = decimals([model.get("loss") for model in models])
+    table = new_table("model", "loss", "+/- 95 %", *_headings(metrics))
     for model in models:
-        values = [number(model.get(key), digits[key]) for key in columns]
-        values += [_metric(model, column) for column in metrics]
-        table.add_row(Text(plain(model.get("path", "")), overflow="fold"), *values)
+        table.add_row(
+            Text(plain(model["path"]), overflow="fold"),
+            number(model.get("loss"), digits),
+            _half_width(model, "loss", digits),
+            *(_metric(model, column) for column in metrics),
+        )
     console.print(table)
+    if document.get("examples") is not None:
+        console.print(Text(f"{document['examples']} examples", "dim"))
     _show_notes(document, console)
 
 
@@ -92,8 +96,9 @@ def candidates_table(document: Document) -> Table:
         if _any(everything, "cost"):
             cells.append(Text(_cost(row.get("cost"))))
         table.add_row(*cells, style="bold green" if chosen else None)
-    if len(rows) < len(everything):
-        table.caption = f"and {len(everything) - len(rows)} more in twa_merge.json"
+    hidden = len(everything) - len(rows) + len(document.get("other_candidates") or [])
+    if hidden:
+        table.caption = f"and {hidden} more in twa_merge.json"
         table.caption_justify = "left"
     return table
 
@@ -186,8 +191,8 @@ def _show_notes(document: Document, console: Console) -> None:
 
 
 def _show_written(document: Document, console: Console, output: Path) -> None:
-    seconds = (document.get("timings") or {}).get("total")
-    took = f" in {duration(seconds)}" if seconds is not None else ""
+    timings = document.get("timings")
+    took = f" in {duration(sum(timings.values()))}" if timings else ""
     text = Text.assemble("\nWritten to ", (plain(output), "bold"), took)
     console.print(text, soft_wrap=True)
 
@@ -207,7 +212,7 @@ def _any(rows: Sequence[Document], key: str) -> bool:
 
 
 def _interval_key(key: str) -> str:
-    return key.replace("_loss", "_ci95")
+    return key.removesuffix("loss") + "ci95"
 
 
 def _plus(wanted: bool) -> list[str]:
@@ -215,15 +220,13 @@ def _plus(wanted: bool) -> list[str]:
 
 
 def _half_width(row: Document, key: str, digits: int) -> str:
-    found = interval(row, key.removesuffix("_loss"))
+    found = interval(row, _interval_key(key))
     return number((found[1] - found[0]) / 2, digits) if found else NONE
 
 
-def _metrics(rows: Sequence[Document], *keys: str) -> list[tuple[str, str]]:
+def _metrics(rows: Sequence[Document], key: str) -> list[tuple[str, str]]:
     """(key of a row, name of a metric under it), for every metric that a row has."""
-    return [
-        (key, name) for key in keys for name in sorted({n for r in rows for n in r.get(key) or {}})
-    ]
+    return [(key, name) for name in sorted({n for row in rows for n in row.get(key) or {}})]
 
 
 def _headings(metrics: Sequence[tuple[str, str]]) -> list[str]:

@@ -20,8 +20,8 @@ from .command import execute
     "twa-merge train runs/lm --task causal-lm --data dev.jsonl -o merged/ --nproc 4",
 )
 @options.checkpoints_argument()
-@options.task_options
-@options.data_options
+@options.train_task_options
+@options.train_data_options
 @options.selection_options
 @options.fit_options
 @options.guard_options
@@ -50,7 +50,7 @@ def command(
     CHECKPOINTS: a run's folder, several folders, or files. The model that is written is the best
     of all candidates on a part of the data that nothing was fitted on.
     """
-    from twa_merge.pipeline import merge
+    from twa_merge import merge
 
     from .render import show_train
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 from twa_merge.tasks.byte_lm import standard_library_text
 
-LENGTH = 128
+LENGTH = 64
 END = "<|end|>"
 
 
@@ -78,8 +78,8 @@ def make_config(vocabulary: int, **changes: Any) -> Any:
         "hidden_size": 64,
         "intermediate_size": 160,
         "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
         "max_position_embeddings": LENGTH,
         "tie_word_embeddings": True,
         "bos_token_id": None,

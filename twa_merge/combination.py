@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import queue
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
 from fractions import Fraction
 from itertools import groupby
 from pathlib import Path
@@ -18,7 +20,7 @@ from .checkpoints.base import Checkpoint
 from .errors import OutputError, TwaMergeError
 from .layout import Blocks, Layout
 from .progress import Advanced, Progress
-from .safetensors_writer import SafetensorsFile, SavedTensor
+from .safetensors_writer import DTYPE_NAMES, SafetensorsFile, SavedTensor
 from .stream import SLICE_NUMEL, RowSlice, blame, row_slices, stream
 
 # Torch runs loops of fewer than 32768 numbers in the calling thread. Several threads with a piece
@@ -45,8 +47,8 @@ class Combination:
         alphas: Tensor,
         overrides: Mapping[str, Tensor],
     ) -> None:
-        assert alphas.dtype == torch.float64 and alphas.shape[0] in (1, len(blocks))
-        assert alphas.shape[1] == len(checkpoints)
+        assert alphas.dtype == torch.float64
+        assert alphas.shape in ((1, len(checkpoints)), (len(blocks), len(checkpoints)))
         assert overrides.keys() <= layout.entries.keys()
         self.checkpoints, self.layout, self.overrides = checkpoints, layout, overrides
         self._index = blocks.index
@@ -65,7 +67,9 @@ class Combination:
             return self._terms[0]
         return self._terms[self._index[entry.tied_to or name]]
 
-    def slices(self, names: Sequence[str]) -> Iterator[tuple[RowSlice, Terms, list[Tensor]]]:
+    def slices(
+        self, names: Sequence[str]
+    ) -> Generator[tuple[RowSlice, Terms, list[Tensor]], None, None]:
         """Yields every slice of the tensors with its terms and their m numbers each."""
         for chosen, run in groupby(names, lambda name: tuple(i for i, _ in self.terms(name))):
             cuts = row_slices(self.layout, run)
@@ -132,10 +136,11 @@ def write_file(
     with (
         SafetensorsFile(path, tensors, metadata) as file,
         ThreadPoolExecutor(workers, "twa-merge-write") as pool,
+        closing(combination.slices(list(saved))) as slices,
     ):
         pending: deque[Future[int]] = deque()
         try:
-            for cut, terms, rows in combination.slices(list(saved)):
+            for cut, terms, rows in slices:
                 pending.append(pool.submit(work, cut, terms, rows))
                 while pending and (len(pending) > 2 * workers or pending[0].done()):
                     total += _done(pending, file, progress)
@@ -158,10 +163,10 @@ class _Bench:
     """One worker's buffers, so that nothing is allocated slice by slice."""
 
     def __init__(self) -> None:
-        self._sum, self._term = (torch.empty(2 * _PIECE, dtype=torch.float64) for _ in range(2))
+        self._sum, self._term = (torch.empty(_PIECE, dtype=torch.float64) for _ in range(2))
         self._single = torch.empty(_PIECE)
-        # A bytearray can be seen as a tensor and be handed to the operating system alike.
-        self._raw = bytearray(SLICE_NUMEL * torch.complex64.itemsize)
+        # A bytearray is a tensor's memory and what the operating system writes, both at once.
+        self._raw = bytearray(SLICE_NUMEL * max(dtype.itemsize for dtype in DTYPE_NAMES))
         self._out = torch.frombuffer(self._raw, dtype=torch.uint8)
 
     def fill(
@@ -173,55 +178,64 @@ class _Bench:
             rows: flat tensors of ``count`` numbers, one for each term.
             averaged: False copies the only row instead.
         """
-        nbytes = count * dtype.itemsize
-        out = self._out[:nbytes].view(dtype)
+        data = memoryview(self._raw)[: count * dtype.itemsize]
+        if dtype.is_complex:
+            rows = [torch.view_as_real(row).view(-1) for row in rows]
+            count, dtype = 2 * count, dtype.to_real()
+        out = self._out[: len(data)].view(dtype)
+        step = _even_step(count)
         finite = True
-        pieces = -(-count // _PIECE)
-        step = -(-count // max(1, pieces)) if count else 1
         for start in range(0, count, step):
             target = out[start : start + step]
             part = [row[start : start + step] for row in rows]
             if averaged:
-                total = self._combine(part, terms, target)
+                total = self._combine(part, terms, target.numel())
                 target.copy_(total)
                 finite = finite and _is_finite(total, target)
             else:
                 target.copy_(part[0])
-        return memoryview(self._raw)[:nbytes], finite
+        return data, finite
 
-    def _combine(self, rows: list[Tensor], terms: Terms, target: Tensor) -> Tensor:
-        wide = torch.complex128 if target.is_complex() else torch.float64
-        scale = wide.itemsize // torch.float64.itemsize
-        total = self._sum[: scale * target.numel()].view(wide)
+    def _combine(self, rows: list[Tensor], terms: Terms, count: int) -> Tensor:
+        total, term = self._sum[:count], self._term[:count]
         if not rows:
             return total.zero_()
-        term = self._term[: scale * target.numel()].view(wide)
         for k, (row, (_, alpha)) in enumerate(zip(rows, terms, strict=True)):
-            where = total if k == 0 else term
+            product = term if k else total
             if row.dtype == torch.float16:
                 # Exact either way, and twice as fast in two steps.
-                row = self._single[: row.numel()].copy_(row)
-            where.copy_(row)
-            if k > 0 and _is_exact(alpha, row.dtype):
-                total.add_(term, alpha=alpha)
+                row = self._single[:count].copy_(row)
+            product.copy_(row)
+            if k and _is_exact(alpha, row.dtype):
+                total.add_(product, alpha=alpha)
                 continue
             if alpha != 1.0:
-                where.mul_(alpha)
-            if k > 0:
-                total.add_(term)
+                product.mul_(alpha)
+            if k:
+                total.add_(product)
         return total
 
 
+def _even_step(count: int) -> int:
+    """Size of pieces that are about equal, and whole cache lines."""
+    pieces = max(1, -(-count // _PIECE))
+    return max(1, -(-count // (64 * pieces))) * 64
+
+
+@functools.lru_cache(maxsize=4096)
 def _is_exact(alpha: float, dtype: torch.dtype) -> bool:
-    """Whether α times any number of ``dtype`` needs no rounding in float64."""
-    ...
+    """Whether α times a number of ``dtype`` needs no rounding in float64.
+
+    Then multiplying and adding in one step, which processors may or may not fuse, is the same.
+    """
+    digits = 1 - math.log2(torch.finfo(dtype).eps)
+    return dtype != torch.float64 and Fraction(alpha).numerator.bit_length() + digits <= 53
 
 
 def _is_finite(total: Tensor, saved: Tensor) -> bool:
     """Whether ``saved``, which is ``total`` rounded, holds finite numbers only."""
-    flat = torch.view_as_real(total).view(-1) if total.is_complex() else total
     # One pass over what is in the cache already: no number is larger than the norm of all.
-    if math.sqrt(flat.dot(flat).item()) <= torch.finfo(saved.dtype).max:
+    if math.sqrt(total.dot(total).item()) <= torch.finfo(saved.dtype).max:
         return True
     exact = saved.float() if saved.dtype.itemsize == 1 else saved
     return bool(torch.isfinite(exact).all())

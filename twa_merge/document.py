@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import PurePath
 from typing import Any
 
@@ -11,8 +11,8 @@ Document = Mapping[str, Any]
 
 GLOBAL = "global"
 
-# Always worth a row; of the others (windows, singles, averages with other decays) only the best.
-_NAMED = ("last", "best_single", "uniform", "greedy", "twa", "twa-layers")
+# Always worth a row, and whatever was trained; of the others only the best.
+_NAMED = ("last", "best_single", "uniform", "greedy")
 
 
 def written_name(document: Document) -> str:
@@ -59,22 +59,24 @@ def leading_candidates(document: Document, most: int) -> list[Document]:
         most: how many altogether, if the chosen and the named ones are not more already.
     """
     ordered = sorted(document.get("candidates") or [], key=lambda c: sortable(c.get("guard_loss")))
-    important: Collection[str] = (*_NAMED, document.get("chosen") or "")
-    kept = [c["name"] for c in ordered if c["name"] in important]
-    others = [c["name"] for c in ordered if c["name"] not in important]
-    kept += others[: max(0, most - len(kept))]
-    return [c for c in ordered if c["name"] in kept]
+
+    def important(name: str) -> bool:
+        return name in _NAMED or name == document.get("chosen") or name.startswith("twa")
+
+    room = most - sum(important(c["name"]) for c in ordered)
+    others = [c["name"] for c in ordered if not important(c["name"])][: max(0, room)]
+    return [c for c in ordered if important(c["name"]) or c["name"] in others]
 
 
 def improvements(document: Document) -> list[Document]:
     """Paired differences of the winner to others: ``{over, mean, ci95}``, positive is better."""
-    found = document.get("improvements") or [document.get("improvement")]
+    found = [document.get("improvement"), document.get("improvement_over_uniform")]
     return [i for i in found if i and i.get("mean") is not None]
 
 
-def interval(candidate: Document, split: str) -> tuple[float, float] | None:
-    """95 % interval of a candidate's loss on the ``guard`` or ``test`` split, where it is known."""
-    found = candidate.get(f"{split}_ci95")
+def interval(row: Document, key: str) -> tuple[float, float] | None:
+    """95 % interval under ``key``, where it is known."""
+    found = row.get(key)
     if found is None or not all(is_finite(v) for v in found):
         return None
     return found[0], found[1]
@@ -100,11 +102,21 @@ def verdict(document: Document) -> list[str]:
     """Who won and by how much, in sentences; plainly, where the difference is within noise."""
     chosen = written_name(document)
     found = improvements(document)
-    others = [i for i in found if i["over"] != chosen]
-    if others:
-        return [_sentence(chosen, other) for other in others]
-    # Nothing is compared with itself: a winner without others is the yardstick.
-    return [f"No candidate beat {spoken(chosen)}." if found else f"{spoken(chosen)} was written."]
+    others = [i for i in found if i["over"] != chosen and not _is_itself(i)]
+    said = [_sentence(chosen, other) for other in others]
+    if len(others) < len(found) and chosen in ("last", "best_single"):
+        said.insert(0, f"No candidate beat {spoken(chosen)}.")
+    return [_capital(sentence) for sentence in said or [f"{spoken(chosen)} was written."]]
+
+
+def _is_itself(improvement: Document) -> bool:
+    """Whether the winner was compared with the same model under another name."""
+    return improvement["mean"] == 0 and not any(improvement.get("ci95") or [])
+
+
+def _capital(sentence: str) -> str:
+    # Names of candidates are written as they are: `twa`, not `Twa`.
+    return "The" + sentence[3:] if sentence.startswith("the ") else sentence
 
 
 def _sentence(chosen: str, improvement: Document) -> str:

@@ -108,7 +108,7 @@ def merge(
         verdict = judge(run, fitted)
     document = _document(run, fitted, verdict, test_data)
     if choices.guard.require_improvement and not verdict.over_single.certain:
-        log.close(remove=True)
+        log.remove()
         raise _no_improvement(verdict)
     with clock.part("write"):
         write_merge(
@@ -124,7 +124,7 @@ def merge(
             world=world,
             progress=progress,
         )
-    log.close(remove=True)
+    log.remove()
     document["timings"] = clock.rounded()
     return document
 

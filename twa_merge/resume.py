@@ -43,7 +43,6 @@ class EvaluationLog:
     ) -> None:
         self.folder = folder
         self._world = world
-        self._file: Any = None
         # Through JSON and back, so that tuples and lists compare equal.
         wanted = json.loads(json.dumps(fingerprint))
         records = world.broadcast(self._read() if world.is_zero and not fresh else [])
@@ -81,7 +80,6 @@ class EvaluationLog:
             lines = [json.dumps(record) for record in [{"run": header}, *self._known]]
             scratch.write_text("".join(line + "\n" for line in lines))
             scratch.replace(self.folder / _STATE)
-            self._file = (self.folder / _STATE).open("a")
         except OSError as error:
             raise OutputError(
                 "The state of the run cannot be written.",
@@ -120,20 +118,18 @@ class EvaluationLog:
         return logged
 
     def _append(self, record: dict[str, Any]) -> None:
-        if self._file is None:
+        if not self._world.is_zero:
             return
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
+        with (self.folder / _STATE).open("a") as file:
+            file.write(json.dumps(record) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
 
-    def close(self, *, remove: bool) -> None:
-        """Closes the state, and removes it once the run has ended."""
-        if self._file is not None:
-            self._file.close()
-            self._file = None
-            if remove:
-                with contextlib.suppress(OSError):
-                    shutil.rmtree(self.folder)
+    def remove(self) -> None:
+        """Removes the state: the run has ended."""
+        if self._world.is_zero:
+            with contextlib.suppress(OSError):
+                shutil.rmtree(self.folder)
 
 
 def _mark(alphas: Tensor) -> float:

@@ -84,7 +84,7 @@ def header(tensors: Sequence[SavedTensor], metadata: Mapping[str, str]) -> bytes
             "data_offsets": (position, end),
         }
         position = end
-    text = json.dumps(document, separators=(",", ":"), ensure_ascii=False).encode()
+    text = json.dumps(document, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
     return struct.pack("<Q", len(text)) + text
 
@@ -136,7 +136,10 @@ class SafetensorsFile:
         self._syncing = self._pool.submit(_datasync, self._file)
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._pool.shutdown(wait=True)
         try:

@@ -1,66 +1,30 @@
-"""Σ α_i w_i, computed afresh from the original files and written the way the first one was.
-
-A checkpoint whose coefficient is exactly zero is not read for the tensors of that block, so a NaN
-in it does no harm there.
-"""
+"""Σ α_i w_i → files, sidecars and documents: the folder appears complete or not at all."""
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import torch
-from huggingface_hub import constants, split_state_dict_into_shards_factory
 from torch import Tensor
 
-from .checkpoints import sidecars
-from .checkpoints.base import Checkpoint, TensorInfo
+from .checkpoints.base import Checkpoint
 from .combination import Combination, write_file
 from .distributed import World
-from .errors import OutputError, TwaMergeError
+from .errors import TwaMergeError
 from .layout import Blocks, Layout
-from .output_folder import Staging, require_place, require_space, sync_folder, writing
+from .output_folder import Staging, require_place, require_space, writing
+from .output_plan import OutputPlan, PlannedFile, plan_output
 from .progress import Progress, Started, silent
-from .safetensors_writer import DTYPE_NAMES, SavedTensor, aligned, header
 
 T = TypeVar("T")
 
-_CONFIG = Path("config.json")
+_CONFIG = "config.json"
 _CONFIG_DTYPE = re.compile(rb'("(?:torch_)?dtype"\s*:\s*")b?float\d+(")')
-
-
-@dataclass(frozen=True)
-class PlannedFile:
-    """One file of weights to be written; ``name`` is relative to the output folder."""
-
-    name: str
-    tensors: tuple[SavedTensor, ...]
-    metadata: Mapping[str, str]
-
-    @property
-    def nbytes(self) -> int:
-        return len(header(self.tensors, self.metadata)) + sum(t.info.nbytes for t in self.tensors)
-
-
-@dataclass(frozen=True)
-class Plan:
-    """Everything to be written beside the documents: weights, index, sidecars."""
-
-    files: tuple[PlannedFile, ...]
-    index: tuple[str, bytes] | None
-    sidecars: tuple[tuple[Path, Path], ...]
-
-    @property
-    def nbytes(self) -> int:
-        index = len(self.index[1]) if self.index else 0
-        beside = sum(source.stat().st_size for source, _ in self.sidecars)
-        return sum(file.nbytes for file in self.files) + index + beside
 
 
 def check_output(
@@ -78,10 +42,7 @@ def check_output(
         OutputError: the folder exists and may not be replaced, holds or lies in a checkpoint or
             cannot be written, the disk has too little space, or a dtype cannot be saved.
     """
-    require_place(output, checkpoints, overwrite)
-    with writing(output):
-        needed = _plan(checkpoints, dtype).nbytes
-    require_space(output, needed)
+    _checked_plan(output, checkpoints, overwrite, dtype)
 
 
 def write_merge(
@@ -98,12 +59,13 @@ def write_merge(
     world: World | None = None,
     progress: Progress = silent,
 ) -> None:
-    """Writes the merge as a folder, which appears complete or not at all.
+    """Writes the merge as a folder, computed afresh from the original files.
 
     Each number is Σ α_i w_i over the checkpoints in order, products and sums in float64, converted
-    once to the saved dtype. Weights have the first checkpoint's files and names, or become
-    ``model.safetensors`` where those are pickles or one bare file; tensors that are not averaged
-    and all sidecars come from the newest. The ranks write whole files each.
+    once to the saved dtype. A checkpoint whose α is exactly zero is not read for the tensors of
+    that block, so what is wrong with its numbers does no harm. Files and names of the weights are
+    the first checkpoint's; tensors that are not averaged, and all sidecars, are the newest's. With
+    several ranks each writes whole files; rank zero alone writes the rest.
 
     Args:
         alphas: coefficients (B, n) float64, or (1, n) for all blocks.
@@ -116,45 +78,63 @@ def write_merge(
         OutputError: as ``check_output``, or the disk has filled up meanwhile.
         CheckpointError: a checkpoint that takes part holds a NaN or an infinity.
     """
-    world, documents = world or World(), documents or {}
+    world = world or World()
     combination = Combination(checkpoints, layout, blocks, alphas, overrides or {})
-    staging = Staging(output)
-    needed = 0
+    staging = world.broadcast(Staging(output))
 
-    def prepare() -> tuple[Path, Plan, int]:
-        check_output(output, checkpoints, overwrite, dtype=dtype)
-        plan = _plan(checkpoints, dtype)
+    def prepare() -> OutputPlan:
+        plan = _checked_plan(output, checkpoints, overwrite, dtype)
         with writing(output):
             staging.create()
-        return staging.folder, plan, plan.nbytes
+        return plan
 
     def weights() -> None:
-        with writing(output, needed):
+        with writing(output, plan.nbytes):
             for file in mine:
-                path = _child(folder, file.name)
+                path = _child(staging.folder, file.name)
                 write_file(path, file.tensors, file.metadata, combination, progress)
 
-    def finish() -> None:
-        with writing(output, needed):
-            _write_rest(folder, plan, documents, dtype)
+    def rest() -> None:
+        with writing(output, plan.nbytes):
+            _write_rest(staging.folder, plan, documents or {}, dtype)
             staging.commit(overwrite)
 
     try:
-        prepared = _together(world, lambda: prepare() if world.is_zero else None)
-        folder, plan, needed = world.broadcast(prepared)
+        plan = _on_zero(world, prepare)
         mine = _share(plan.files, world)
         progress(Started("write", sum(t.info.nbytes for f in mine for t in f.tensors), "bytes"))
         _together(world, weights)
-        _together(world, lambda: finish() if world.is_zero else None)
+        _on_zero(world, rest)
     except BaseException:
         if world.is_zero:
             staging.discard()
         raise
 
 
+def _checked_plan(
+    output: Path, checkpoints: Sequence[Checkpoint], overwrite: bool, dtype: torch.dtype | None
+) -> OutputPlan:
+    require_place(output, checkpoints, overwrite)
+    with writing(output):
+        plan = plan_output(checkpoints, dtype)
+        needed = plan.nbytes
+    require_space(output, needed)
+    return plan
+
+
+def _on_zero(world: World, work: Callable[[], T]) -> T:
+    """Rank zero's ``work()``, on every rank; so is its error."""
+    return world.broadcast(_together(world, lambda: work() if world.is_zero else None))
+
+
 def _together(world: World, work: Callable[[], T]) -> T:
-    """``work()`` on every rank; an error on one is raised on all, so that none waits for it."""
+    """``work()`` on every rank; an error on one is raised on all, so that none waits for it.
+
+    Raises:
+        RuntimeError: on the other ranks, where the error was no TwaMergeError.
+    """
     error: Exception | None = None
+    result: T
     try:
         result = work()
     except Exception as caught:
@@ -170,7 +150,7 @@ def _together(world: World, work: Callable[[], T]) -> T:
 
 
 def _share(files: Sequence[PlannedFile], world: World) -> list[PlannedFile]:
-    """The files that this rank writes: large ones first, each to the rank with the fewest bytes."""
+    """The files that this rank writes: the largest first, each to the rank with the least."""
     load = [0] * world.size
     mine = []
     for file in sorted(files, key=lambda f: -f.nbytes):
@@ -182,31 +162,35 @@ def _share(files: Sequence[PlannedFile], world: World) -> list[PlannedFile]:
 
 
 def _write_rest(
-    folder: Path, plan: Plan, documents: Mapping[str, str], dtype: torch.dtype | None
+    folder: Path, plan: OutputPlan, documents: Mapping[str, str], dtype: torch.dtype | None
 ) -> None:
-    for source, name in plan.sidecars:
-        if name.as_posix() in documents:
-            continue
-        path = _child(folder, str(name))
-        shutil.copyfile(source, path)
-        if dtype is not None and name == _CONFIG:
+    for name, source in plan.sidecars.items():
+        path = _child(folder, name)
+        if name == _CONFIG and dtype is not None:
             # The one edit: readers would otherwise convert the weights back.
             word = str(dtype).removeprefix("torch.").encode()
-            path.write_bytes(_CONFIG_DTYPE.sub(rb"\g<1>" + word + rb"\g<2>", path.read_bytes()))
-        _sync_file(path)
-    texts = {name: text.encode() for name, text in documents.items()}
-    for name, content in (texts | dict([plan.index] if plan.index else [])).items():
-        path = _child(folder, name)
-        path.write_bytes(content)
-        _sync_file(path)
+            config = _CONFIG_DTYPE.sub(rb"\g<1>" + word + rb"\g<2>", source.read_bytes())
+            _write_bytes(path, config)
+        else:
+            shutil.copyfile(source, path)
+            _sync(path)
+    for name, text in documents.items():
+        _write_bytes(_child(folder, name), text.encode())
+    if plan.index:
+        _write_bytes(folder / plan.index[0], plan.index[1])
+
+
+def _write_bytes(path: Path, content: bytes) -> None:
+    path.write_bytes(content)
+    _sync(path)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _child(folder: Path, name: str) -> Path:
     path = folder / name
     path.parent.mkdir(parents=True, exist_ok=True)
     return path
-
-
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -59,10 +59,12 @@ def open_checkpoints(
     - a folder that is one checkpoint: with Hugging Face's names for weights, or with one file (or
       one set of shards) of weights in it;
     - a run folder: the checkpoints directly in it, folders and files. Where there are two or more
-      folders with checkpoints, weights that lie beside them are left out; so a Trainer's output
-      folder means its ``checkpoint-*`` folders and not the final model, which is the last of them
-      again (to have it nevertheless, name its file). Given among other paths, a folder that is
-      one checkpoint itself is always that checkpoint.
+      folders with checkpoints, weights that lie beside them are left out.
+
+    A Trainer's output folder is both: it has the final model and ``checkpoint-*`` folders. Given
+    alone, with two or more of those, it means them and not the final model, which is the last of
+    them again (to have it nevertheless, name its file). Given among other paths it means the
+    final model.
 
     Where safetensors and pickles of one model lie together, safetensors are read. A path that
     comes twice counts once.
@@ -136,12 +138,14 @@ def _in_folder(folder: Path, *, alone: bool) -> list[_Found]:
     inside = entries(folder)
     children = [c for p in inside if p.is_dir() and (c := _child(p))]
     whole = whole_model(folder)
-    if whole and not (alone and len(children) > 1):
-        return [_Found(folder, whole)]
-    if len(children) > 1:
-        return children
+    if whole:
+        steps = [c for c in children if is_step_folder(c.path)]
+        readable = [c for c in steps if not c.problem]
+        return steps if alone and len(readable) > 1 else [_Found(folder, whole)]
     if problem := foreign_format(folder):
         return [_Found(folder, problem=problem)]
+    if len(children) > 1:
+        return children
     bare = bare_weights([p for p in inside if p.is_file()])
     if len(bare) == 1 and not children:
         return [_Found(folder, bare[0])]

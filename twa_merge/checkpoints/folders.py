@@ -56,6 +56,11 @@ _FOREIGN = (
         " (the script that DeepSpeed left in the folder)",
     ),
     (
+        re.compile(r"model_index\.json"),
+        "Diffusers pipeline",
+        "give the folders of one of its parts instead, such as step_1/unet step_2/unet",
+    ),
+    (
         re.compile(r"consolidated\.\d*[1-9]\d*\.pth"),
         "tensor-parallel checkpoint",
         "convert it to the Hugging Face format first",

@@ -143,7 +143,8 @@ def _refused(path: Path, error: Exception) -> CheckpointError:
             found=listing(refused),
             remedy=WEIGHTS_ALONE,
         )
-    text = (str(error).strip() or "nothing more is known").splitlines()[0]
+    said = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
+    text = said[1] if said else (str(error).strip() or "nothing more is known").splitlines()[0]
     return CheckpointError(
         "A file is damaged, or torch.save did not write it.",
         checkpoint=path,

@@ -100,7 +100,7 @@ def build(config: Any, trust_remote_code: bool) -> Any:
     config = copy.deepcopy(config)  # the model writes into it
     config.return_dict = True
     config.use_cache = config.get_text_config().use_cache = False
-    with transformers.initialization.no_init_weights():
+    with import_extra("transformers.initialization").no_init_weights():
         model = _tried(
             "This is no causal language model that transformers can build.",
             trust_remote_code,

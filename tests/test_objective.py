@@ -1,0 +1,233 @@
+"""Gradients in coordinates against finite differences; fits against optima that are known."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from runs import LinearTask, Pairs, save_run
+from torch import nn
+
+from twa_merge.checkpoints import open_checkpoints
+from twa_merge.config import FitConfig, StoreConfig
+from twa_merge.distributed import World
+from twa_merge.errors import TaskError
+from twa_merge.fit import Fitter
+from twa_merge.ingest import ingest
+from twa_merge.layout import global_block, make_layout, tensor_blocks
+from twa_merge.model import build
+from twa_merge.objective import Batches, Engine, Objective
+from twa_merge.progress import silent
+from twa_merge.resume import EvaluationLog
+from twa_merge.store import make_store
+from twa_merge.subspace import Chart, make_subspace
+
+
+def engine_for(task, folder: Path, *, by_tensor: bool = False):
+    """Engine, Gram matrices and batches over all of the task's data."""
+    world = World()
+    checkpoints = open_checkpoints([folder])
+    layout = make_layout(checkpoints)
+    live = build(task, layout, checkpoints[-1], world)
+    blocks = tensor_blocks(layout) if by_tensor else global_block(layout)
+    store = make_store(checkpoints, layout, blocks, world, StoreConfig("device"), shared={})
+    grams = ingest(checkpoints, layout, world, store=store, shared={})
+    batches = Batches(task.dataset(), task, 16, 0, world)
+    return Engine(live, store, blocks, task, world), grams, batches
+
+
+def fitter_for(engine, batches, folder: Path, **options) -> Fitter:
+    log = EvaluationLog(folder / "state", {}, World())
+    return Fitter(engine, batches, FitConfig(**options), log, silent)
+
+
+@pytest.mark.parametrize("by_tensor", [False, True])
+def test_gradient_in_coordinates_is_that_of_finite_differences(tmp_path, by_tensor):
+    task = LinearTask()
+    save_run(tmp_path, task.states(5))
+    engine, grams, batches = engine_for(task, tmp_path, by_tensor=by_tensor)
+    subspaces = [make_subspace(g) for g in grams.by_block(engine.blocks)]
+    base = torch.full((len(subspaces), 5), 0.2, dtype=torch.float64)
+    chart = Chart(base, subspaces)
+    objective = Objective(engine, chart, batches, range(batches.size), ridge=0.3)
+    generator = torch.Generator().manual_seed(0)
+    z = torch.randn(chart.size, generator=generator, dtype=torch.float64)
+    _, gradient = objective(z)
+    # The loss is quadratic: central differences are exact but for rounding in float32.
+    step = 1e-2
+    for k in range(chart.size):
+        up, down = z.clone(), z.clone()
+        up[k] += step
+        down[k] -= step
+        slope = (objective(up)[0] - objective(down)[0]) / (2 * step)
+        assert abs(slope - float(gradient[k])) < 2e-3 * max(1.0, abs(slope))
+
+
+def exact_optimum(task: LinearTask, states, blockwise: bool) -> float:
+    """Least loss over all coefficients that add up to one, by float64 least squares."""
+    x = torch.cat([task.x, torch.ones(len(task.x), 1)], 1).double()
+    if blockwise:
+        predictions = [
+            torch.stack([x[:, :-1] @ s["0.weight"].double().T for s in states]),
+            torch.stack([(x[:, -1:] @ s["0.bias"].double()[None]) for s in states]),
+        ]
+    else:
+        full = [torch.cat([s["0.weight"], s["0.bias"][:, None]], 1).double() for s in states]
+        predictions = [torch.stack([x @ w.T for w in full])]
+    target = task.y.double() - sum(p.mean(0) for p in predictions)
+    columns = torch.cat([(p[:-1] - p[-1]).flatten(1) for p in predictions]).T
+    # α = 1/n + any direction that adds up to zero.
+    solution = torch.linalg.lstsq(columns, target.reshape(-1, 1), driver="gelsd").solution
+    rest = target.reshape(-1) - (columns @ solution)[:, 0]
+    return float(rest.square().sum() / len(task.x))
+
+
+@pytest.mark.parametrize("by_tensor", [False, True])
+def test_the_fit_finds_the_optimum_of_the_span(tmp_path, by_tensor):
+    task = LinearTask()
+    states = task.states(6)
+    save_run(tmp_path / "run", states)
+    engine, grams, batches = engine_for(task, tmp_path / "run", by_tensor=by_tensor)
+    subspaces = [make_subspace(g) for g in grams.by_block(engine.blocks)]
+    chart = Chart(torch.full((len(subspaces), 6), 1 / 6, dtype=torch.float64), subspaces)
+    fitter = fitter_for(engine, batches, tmp_path, ridge=0.0, max_evaluations=60)
+    fitted = fitter.stage("twa", chart)
+    optimum = exact_optimum(task, states, by_tensor)
+    assert fitted.result.loss - optimum < 1e-4
+    assert fitted.result.loss - optimum > -1e-4
+    assert (fitted.alphas.sum(1) - 1).abs().max() < 1e-12
+
+
+def test_the_optimum_takes_at_most_15_evaluations(tmp_path):
+    task = LinearTask()
+    states = task.states(6)
+    save_run(tmp_path / "run", states)
+    engine, grams, batches = engine_for(task, tmp_path / "run")
+    chart = Chart(
+        torch.full((1, 6), 1 / 6, dtype=torch.float64), [make_subspace(grams.exact.sum(0))]
+    )
+    fitter = fitter_for(engine, batches, tmp_path, ridge=0.0, max_evaluations=15)
+    assert fitter.stage("twa", chart).result.loss - exact_optimum(task, states, False) < 1e-4
+
+
+def test_a_strong_ridge_stays_at_the_base(tmp_path):
+    task = LinearTask()
+    save_run(tmp_path / "run", task.states(4))
+    engine, grams, batches = engine_for(task, tmp_path / "run")
+    base = torch.tensor([[0.0, 0.0, 0.5, 0.5]], dtype=torch.float64)
+    chart = Chart(base, [make_subspace(grams.exact.sum(0))])
+    fitted = fitter_for(engine, batches, tmp_path, ridge=1e6).stage("twa", chart)
+    torch.testing.assert_close(fitted.alphas, base, rtol=0, atol=1e-4)
+
+
+def test_the_start_is_the_best_window(tmp_path):
+    task = LinearTask()
+    states = task.states(4)
+    # An early checkpoint far off ruins the mean.
+    states[0]["0.weight"] = states[0]["0.weight"] + 50
+    save_run(tmp_path / "run", states)
+    engine, _, batches = engine_for(task, tmp_path / "run")
+    start = fitter_for(engine, batches, tmp_path).start(4)
+    assert start[0, 0] == 0
+
+
+def test_dropout_is_off_and_evaluations_repeat_to_the_bit(tmp_path):
+    class Dropping(LinearTask):
+        def build_model(self):
+            return nn.Sequential(nn.Linear(self.inputs, self.outputs), nn.Dropout(0.5))
+
+    task = Dropping()
+    save_run(tmp_path, task.states(3))
+    engine, grams, batches = engine_for(task, tmp_path)
+    chart = Chart(
+        torch.full((1, 3), 1 / 3, dtype=torch.float64), [make_subspace(grams.exact.sum(0))]
+    )
+    objective = Objective(engine, chart, batches, range(batches.size))
+    z = torch.ones(2, dtype=torch.float64)
+    first, second = objective(z), objective(z)
+    assert first[0] == second[0]
+    assert torch.equal(first[1], second[1])
+
+
+def test_random_augmentation_is_the_same_in_every_evaluation(tmp_path):
+    class Augmenting(Pairs):
+        def __getitem__(self, i):
+            x, y = super().__getitem__(i)
+            return x + torch.randn_like(x), y
+
+    class Task(LinearTask):
+        def dataset(self):
+            return Augmenting(self.x, self.y)
+
+    task = Task()
+    batches = Batches(task.dataset(), task, 16, 0, World())
+    one = [b[0] for _, b, _ in batches.rounds(range(60))]
+    batches._cache.clear()
+    two = [b[0] for _, b, _ in batches.rounds(range(60))]
+    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+def test_a_loss_that_is_not_per_example_is_explained(tmp_path):
+    class Summed(LinearTask):
+        def loss(self, model, batch):
+            return super().loss(model, batch).mean()
+
+    save_run(tmp_path, LinearTask().states(2))
+    engine, _, batches = engine_for(Summed(), tmp_path)
+    with pytest.raises(TaskError, match="one number per example"):
+        engine.example_losses(batches, range(8))
+
+
+def test_an_exception_in_the_task_says_where(tmp_path):
+    class Broken(LinearTask):
+        def loss(self, model, batch):
+            raise KeyError("labels")
+
+    save_run(tmp_path, LinearTask().states(2))
+    engine, _, batches = engine_for(Broken(), tmp_path)
+    with pytest.raises(TaskError, match=r"test_objective\.py, line"):
+        engine.example_losses(batches, range(8))
+
+
+def test_a_fit_that_is_nan_everywhere_returns_its_base(tmp_path):
+    class Nan(LinearTask):
+        def loss(self, model, batch):
+            return super().loss(model, batch) * math.nan
+
+    task = Nan()
+    save_run(tmp_path / "run", task.states(3))
+    engine, grams, batches = engine_for(task, tmp_path / "run")
+    base = torch.tensor([[0.0, 0.5, 0.5]], dtype=torch.float64)
+    fitted = fitter_for(engine, batches, tmp_path).stage(
+        "twa", Chart(base, [make_subspace(grams.exact.sum(0))])
+    )
+    assert torch.equal(fitted.alphas, base)
+    assert fitted.result.loss == math.inf
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_the_papers_optimizers_come_near_the_optimum(tmp_path, optimizer):
+    task = LinearTask()
+    states = task.states(5)
+    save_run(tmp_path / "run", states)
+    engine, grams, batches = engine_for(task, tmp_path / "run")
+    chart = Chart(torch.full((1, 5), 0.2, dtype=torch.float64), [make_subspace(grams.exact.sum(0))])
+    options = {"sgd": {"lr": 0.02}, "adamw": {"lr": 0.1}}[optimizer]
+    fitter = fitter_for(engine, batches, tmp_path, optimizer=optimizer, epochs=30, **options)
+    fitted = fitter.stage("twa", chart)
+    found = fitter.score(fitted.alphas, range(batches.size))
+    assert found - exact_optimum(task, states, False) < 1e-2
+
+
+def test_sharpness_aware_steps_and_label_free_losses_run(tmp_path):
+    task = LinearTask()
+    save_run(tmp_path / "run", task.states(4))
+    engine, grams, batches = engine_for(task, tmp_path / "run")
+    chart = Chart(
+        torch.full((1, 4), 0.25, dtype=torch.float64), [make_subspace(grams.exact.sum(0))]
+    )
+    fitter = fitter_for(engine, batches, tmp_path, optimizer="sgd", lr=0.02, sharpness=0.05)
+    before = fitter.score(chart.base, range(batches.size))
+    assert fitter.score(fitter.stage("twa", chart).alphas, range(batches.size)) < before

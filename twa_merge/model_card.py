@@ -1,0 +1,176 @@
+"""The README.md of a merged model: what was merged, how, and how to do it again."""
+
+from __future__ import annotations
+
+import html
+import shlex
+import string
+from collections.abc import Sequence
+from typing import Any
+
+from .document import (
+    GLOBAL,
+    Document,
+    checkpoint_labels,
+    decimals,
+    folder_name,
+    interval,
+    is_finite,
+    leading_candidates,
+    verdict,
+    written_coefficients,
+    written_name,
+)
+
+_PROJECT = "twa-merge"
+_MOST_CANDIDATES = 20
+# Wider tables cannot be read, and twa_merge.json has the numbers.
+_MOST_BLOCKS, _MOST_CHECKPOINTS = 64, 32
+
+
+def model_card(document: Document) -> str:
+    """A model card in the Hugging Face form: YAML front matter, then Markdown.
+
+    It names checkpoints and folders, but no path of the machine that it was made on.
+    """
+    sections = [
+        f"---\ntags:\n- merge\n- {_PROJECT}\n---\n",
+        _introduction(document),
+        _candidates(document),
+        _coefficients(document),
+        _again(document),
+    ]
+    return "\n".join(section for section in sections if section)
+
+
+def _introduction(document: Document) -> str:
+    checkpoints = document["checkpoints"]
+    labels = checkpoint_labels(checkpoints)
+    steps = [c["step"] for c in checkpoints if c.get("step") is not None]
+    span = f", steps {min(steps)} to {max(steps)}" if steps else ""
+    lines = [
+        "# Merged model\n",
+        f"Weighted average of {len(checkpoints)} checkpoints of one training run{span}, made with "
+        f"{_PROJECT} {_text(document.get('version', ''))}.\n",
+        f"- checkpoints: {_text(labels[0])} to {_text(labels[-1])}",
+        f"- written: {_text(written_name(document))}",
+    ]
+    if document.get("weights"):
+        lines.append(f"- weights: {_text(_without_folders(document['weights']))}")
+    data = document.get("data") or {}
+    if data:
+        lines.append(
+            f"- data: {data.get('fit_examples')} examples to fit, {data.get('guard_examples')} to "
+            f"choose the winner, {data.get('test_examples') or 'none'} to test"
+        )
+    if document.get("candidates"):
+        lines += ["", *(_text(sentence) for sentence in verdict(document))]
+    return "\n".join(lines) + "\n"
+
+
+def _candidates(document: Document) -> str:
+    rows = leading_candidates(document, _MOST_CANDIDATES)
+    if not rows:
+        return ""
+    keys = [
+        k for k in ("fit_loss", "guard_loss", "test_loss") if any(is_finite(r.get(k)) for r in rows)
+    ]
+    places = decimals([row.get(key) for row in rows for key in keys])
+    table = [["candidate", *(key.replace("_", " ") for key in keys), "guard, 95 % interval"]]
+    for row in rows:
+        chosen = row["name"] == document.get("chosen")
+        name = _text(row["name"])
+        found = interval(row, "guard_ci95")
+        span = f"{found[0]:.{places}f} to {found[1]:.{places}f}" if found else ""
+        table.append(
+            [
+                f"**{name}**" if chosen else name,
+                *(_number(row.get(key), places) for key in keys),
+                span,
+            ]
+        )
+    return (
+        "## Candidates\n\nLoss, lower is better; the winner was picked on the guard data.\n\n"
+        + (_table(table))
+    )
+
+
+def _coefficients(document: Document) -> str:
+    blocks = written_coefficients(document)
+    if not blocks:
+        return ""
+    checkpoints = document["checkpoints"]
+    labels = [_text(label) for label in checkpoint_labels(checkpoints)]
+    head = "## Coefficients\n\nOf the checkpoints; they add up to 1 and may be negative.\n\n"
+    if len(blocks) > _MOST_BLOCKS or (len(blocks) > 1 and len(labels) > _MOST_CHECKPOINTS):
+        return head + f"{len(blocks)} blocks × {len(labels)} checkpoints, in `twa_merge.json`.\n"
+    if set(blocks) == {GLOBAL}:
+        rows = [["checkpoint", "step", "coefficient"]]
+        for label, checkpoint, value in zip(labels, checkpoints, blocks[GLOBAL], strict=True):
+            step = checkpoint.get("step")
+            rows.append([label, "" if step is None else str(step), f"{value:+.6f}"])
+        return head + _table(rows)
+    rows = [["block", *labels]]
+    rows += [[_text(name), *(f"{v:+.4f}" for v in row)] for name, row in blocks.items()]
+    return head + _table(rows)
+
+
+def _again(document: Document) -> str:
+    """The command that makes the same weights from the same checkpoints, without any data."""
+    folders = list(dict.fromkeys(_parent(c["path"]) for c in document["checkpoints"]))
+    names = folders if len(folders) == 1 else checkpoint_labels(document["checkpoints"])
+    command = ["twa-merge", "average", *names, *_selection(document, len(folders))]
+    command += ["--weights", "@twa_merge.json", "-o", "merged"]
+    dtype = (document.get("options") or {}).get("dtype")
+    command += ["--dtype", str(dtype)] if dtype else []
+    line = _without_control(shlex.join(command))
+    fence = "`" * max(3, _longest_run(line) + 1)
+    return f"## The same again\n\n{fence}sh\n{line}\n{fence}\n"
+
+
+def _selection(document: Document, folders: int) -> list[str]:
+    """Options that leave the checkpoints of this merge, where steps can tell."""
+    steps = [c.get("step") for c in document["checkpoints"]]
+    if folders != 1 or len(steps) < 2 or None in steps:
+        return []
+    return ["--from-step", str(min(steps)), "--to-step", str(max(steps))]
+
+
+def _parent(path: Any) -> str:
+    parts = str(path).replace("\\", "/").rstrip("/").rpartition("/")
+    return folder_name(parts[0]) if parts[0] else "."
+
+
+def _without_folders(weights: str) -> str:
+    return f"@{folder_name(weights[1:])}" if weights.startswith("@") else weights
+
+
+def _number(value: Any, places: int) -> str:
+    return f"{value:.{places}f}" if is_finite(value) else ""
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    lines = [head, ["---", *("---:" for _ in head[1:])], *body]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _text(value: object) -> str:
+    """``value`` as one line of Markdown that means nothing but itself."""
+    line = _without_control(str(value))
+    # HTML first, so that no tag survives; then everything that Markdown would act upon.
+    escaped = html.escape(line, quote=False)
+    return "".join(f"\\{c}" if c in _MARKDOWN else c for c in escaped)
+
+
+_MARKDOWN = frozenset(string.punctuation) - frozenset("&;:,.()-/ '\"%+=?#!^@${}")
+
+
+def _without_control(text: str) -> str:
+    return "".join(c if c.isprintable() else " " for c in text)
+
+
+def _longest_run(text: str) -> int:
+    return max(
+        (len(run) for run in "".join(c if c == "`" else " " for c in text).split()), default=0
+    )

@@ -1,0 +1,160 @@
+"""What the output folder will hold, from headers alone: files, names, dtypes, index, sidecars."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import constants, split_state_dict_into_shards_factory
+
+from .checkpoints import sidecars
+from .checkpoints.base import Checkpoint, TensorInfo
+from .errors import OutputError
+from .safetensors_writer import DTYPE_NAMES, SavedTensor, aligned, header
+
+
+@dataclass(frozen=True)
+class PlannedFile:
+    """One file of weights; ``name`` is relative to the output folder."""
+
+    name: str
+    tensors: tuple[SavedTensor, ...]
+    metadata: Mapping[str, str]
+
+    @property
+    def nbytes(self) -> int:
+        return len(header(self.tensors, self.metadata)) + sum(t.info.nbytes for t in self.tensors)
+
+
+@dataclass(frozen=True)
+class OutputPlan:
+    """Everything in the output folder but its documents.
+
+    Attributes:
+        index: name and content of the file that says which tensor is where, if there is one.
+        sidecars: name in the output folder → file to be copied there.
+    """
+
+    files: tuple[PlannedFile, ...]
+    index: tuple[str, bytes] | None
+    sidecars: Mapping[str, Path]
+
+    @property
+    def nbytes(self) -> int:
+        index = len(self.index[1]) if self.index else 0
+        copies = sum(source.stat().st_size for source in self.sidecars.values())
+        return sum(file.nbytes for file in self.files) + index + copies
+
+
+def plan_output(checkpoints: Sequence[Checkpoint], dtype: torch.dtype | None) -> OutputPlan:
+    """Files and names as in the first checkpoint, sidecars as in the newest.
+
+    Pickles become ``model.safetensors``, or shards of at most 5 GB; one bare file becomes
+    ``model.safetensors``.
+
+    Args:
+        dtype: of averaged real tensors; each keeps its saved dtype without it.
+
+    Raises:
+        OutputError: safetensors files cannot hold one of the dtypes.
+    """
+    first, newest = checkpoints[0], checkpoints[-1]
+    files = _same_files(first, dtype) or _new_files(first, dtype)
+    for file in files:
+        for tensor in file.tensors:
+            _require_savable(first, tensor)
+    index = _index(first, files, converted=dtype is not None)
+    taken = {file.name for file in files} | ({index[0]} if index else set())
+    beside = {path.as_posix(): newest.path / path for path in sidecars(newest)}
+    return OutputPlan(files, index, {k: v for k, v in beside.items() if k not in taken})
+
+
+def _same_files(first: Checkpoint, dtype: torch.dtype | None) -> tuple[PlannedFile, ...]:
+    """The first checkpoint's own files, where they are safetensors."""
+    if any(file.path.suffix != ".safetensors" for file in first.files):
+        return ()
+    planned = []
+    for file in first.files:
+        if first.path.is_dir() and first.path in file.path.parents:
+            name = file.path.relative_to(first.path).as_posix()
+        else:
+            name = constants.SAFETENSORS_SINGLE_FILE if len(first.files) == 1 else file.path.name
+        pairs = zip(file.names, file.raw_names or file.names, strict=True)
+        tensors = [SavedTensor(n, raw, _saved(first.tensors[n], dtype)) for n, raw in pairs]
+        planned.append(PlannedFile(name, aligned(tensors), file.metadata))
+    return tuple(planned)
+
+
+def _new_files(first: Checkpoint, dtype: torch.dtype | None) -> tuple[PlannedFile, ...]:
+    """Files for weights that were no safetensors.
+
+    Tied tensors are written under all of their names: safetensors cannot share storage, and whoever
+    loads them strictly expects every name.
+    """
+    infos = {name: _saved(info, dtype) for name, info in first.tensors.items()}
+    split = split_state_dict_into_shards_factory(
+        infos,
+        get_storage_size=lambda info: info.nbytes,
+        filename_pattern=constants.SAFETENSORS_WEIGHTS_FILE_PATTERN,
+    )
+    return tuple(
+        PlannedFile(name, aligned(SavedTensor(t, t, infos[t]) for t in tensors), {})
+        for name, tensors in split.filename_to_tensors.items()
+    )
+
+
+def _saved(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
+    return replace(info, dtype=dtype) if dtype and info.dtype.is_floating_point else info
+
+
+def _require_savable(first: Checkpoint, tensor: SavedTensor) -> None:
+    if tensor.info.dtype not in DTYPE_NAMES:
+        raise OutputError(
+            "A tensor's dtype cannot be saved in a safetensors file.",
+            checkpoint=first.path,
+            tensor=tensor.name,
+            expected=", ".join(DTYPE_NAMES.values()),
+            found=str(tensor.info.dtype).removeprefix("torch."),
+            remedy="save the checkpoints with another dtype for this tensor",
+        )
+
+
+def _index(
+    first: Checkpoint, files: Sequence[PlannedFile], *, converted: bool
+) -> tuple[str, bytes] | None:
+    """The first checkpoint's own index where there is one, byte for byte unless sizes change."""
+    size = sum(tensor.info.nbytes for file in files for tensor in file.tensors)
+    found = _find_index(first, {file.name for file in files})
+    if found is None:
+        if len(files) == 1:
+            return None
+        weight_map = {t.raw_name: file.name for file in files for t in file.tensors}
+        fresh = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        return constants.SAFETENSORS_INDEX_FILE, _as_json(fresh)
+    path, document = found
+    if not converted:
+        return path.name, path.read_bytes()
+    document["metadata"] = {**(document.get("metadata") or {}), "total_size": size}
+    return path.name, _as_json(document)
+
+
+def _find_index(first: Checkpoint, names: set[str]) -> tuple[Path, dict[str, Any]] | None:
+    """The index file whose weight map speaks of just these files."""
+    if not first.path.is_dir():
+        return None
+    for path in sorted(first.path.glob("*.safetensors.index.json")):
+        try:
+            document = json.loads(path.read_bytes())
+            if set(document["weight_map"].values()) == names:
+                return path, document
+        except (ValueError, KeyError, AttributeError, TypeError):
+            continue
+    return None
+
+
+def _as_json(document: dict[str, Any]) -> bytes:
+    return (json.dumps(document, indent=2) + "\n").encode()
