@@ -191,7 +191,7 @@ class _Bench:
             if averaged:
                 total = self._combine(part, terms, target.numel())
                 target.copy_(total)
-                finite = finite and _is_finite(total, target)
+                finite = finite and self._is_finite(total, target)
             else:
                 target.copy_(part[0])
         return data, finite
@@ -215,6 +215,15 @@ class _Bench:
                 total.add_(product)
         return total
 
+    def _is_finite(self, total: Tensor, saved: Tensor) -> bool:
+        """Whether ``saved``, which is ``total`` rounded, holds finite numbers only."""
+        # No number is larger than the norm of all, which is quick to have from the cache.
+        squares = torch.mul(total, total, out=self._term[: total.numel()])
+        if math.sqrt(squares.sum().item()) <= torch.finfo(saved.dtype).max:
+            return True
+        # Not every narrow dtype knows isfinite.
+        return bool(torch.isfinite(saved.double()).all())
+
 
 def _even_step(count: int) -> int:
     """Size of pieces that are about equal, and whole cache lines."""
@@ -230,15 +239,6 @@ def _is_exact(alpha: float, dtype: torch.dtype) -> bool:
     """
     digits = 1 - math.log2(torch.finfo(dtype).eps)
     return dtype != torch.float64 and Fraction(alpha).numerator.bit_length() + digits <= 53
-
-
-def _is_finite(total: Tensor, saved: Tensor) -> bool:
-    """Whether ``saved``, which is ``total`` rounded, holds finite numbers only."""
-    # One pass over what is in the cache already: no number is larger than the norm of all.
-    if math.sqrt(total.dot(total).item()) <= torch.finfo(saved.dtype).max:
-        return True
-    exact = saved.float() if saved.dtype.itemsize == 1 else saved
-    return bool(torch.isfinite(exact).all())
 
 
 def _rows(override: Tensor, cut: RowSlice) -> Tensor:

@@ -106,9 +106,10 @@ class Fitter:
         everything = range(self.batches.size)
         limit = self.config.max_evaluations
         self.progress(Started(f"Training coefficients ({name})", None, "evaluations"))
+        scores: dict[float, float] = {}
         if self.config.optimizer != "lbfgs":
             result = self._first_order(name, chart)
-            ridge, scores = self.config.ridge or 0.0, {}
+            ridge = self.config.ridge or 0.0
         else:
             ridge, start, scores = self._choose_ridge(name, chart)
             result = self._minimise(name, chart, everything, ridge, start, limit)

@@ -180,9 +180,9 @@ def match_names(module: nn.Module, layout: Layout) -> dict[str, str]:
     Names match as they are, or all after one outer prefix is added or removed (``model.``,
     ``transformer.``): a base model's checkpoint and the same model under a head.
     """
-    own = dict(module.named_parameters(remove_duplicate=False))
-    own |= dict(module.named_buffers(remove_duplicate=False))
-    prefixes = dict.fromkeys(name.partition(".")[0] + "." for name in own)
+    own = {name for name, _ in module.named_parameters(remove_duplicate=False)}
+    own |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    prefixes = sorted({name.partition(".")[0] + "." for name in own})
 
     def renamings() -> Iterator[dict[str, str]]:
         yield {name: name for name in layout.entries}
@@ -285,9 +285,9 @@ def _shard(module: nn.Module, task: Task, world: World, precision: str) -> None:
     parts = [part for part in _shardable(module, task) if part is not module]
     for part in parts:
         fully_shard(part, **options)
-    root = fully_shard(module, **options)
+    fully_shard(module, **options)
     # Batches carry their own weights, so gradients add up over the ranks instead of averaging.
-    for part in [*parts, root]:
+    for part in [*parts, module]:
         part.set_gradient_divide_factor(1.0)  # type: ignore[operator]
         part.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
 

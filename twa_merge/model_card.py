@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import shlex
-import string
 from collections.abc import Sequence
 from typing import Any
 
@@ -24,6 +23,7 @@ from .document import (
 
 _PROJECT = "twa-merge"
 _MOST_CANDIDATES = 20
+_MARKDOWN = frozenset("\\`*_[]|~$#")
 # Wider tables cannot be read, and twa_merge.json has the numbers.
 _MOST_BLOCKS, _MOST_CHECKPOINTS = 64, 32
 
@@ -50,7 +50,7 @@ def _introduction(document: Document) -> str:
     span = f", steps {min(steps)} to {max(steps)}" if steps else ""
     lines = [
         "# Merged model\n",
-        f"Weighted average of {len(checkpoints)} checkpoints of one training run{span}, made with "
+        f"Weighted average of {len(checkpoints)} checkpoints{span}, made with "
         f"{_PROJECT} {_text(document.get('version', ''))}.\n",
         f"- checkpoints: {_text(labels[0])} to {_text(labels[-1])}",
         f"- written: {_text(written_name(document))}",
@@ -133,7 +133,9 @@ def _selection(document: Document, folders: int) -> list[str]:
     steps = [c.get("step") for c in document["checkpoints"]]
     if folders != 1 or len(steps) < 2 or None in steps:
         return []
-    return ["--from-step", str(min(steps)), "--to-step", str(max(steps))]
+    every = ((document.get("options") or {}).get("selection") or {}).get("every")
+    chosen = ["--from-step", str(min(steps)), "--to-step", str(max(steps))]
+    return [*chosen, "--every", str(every)] if every else chosen
 
 
 def _parent(path: Any) -> str:
@@ -161,9 +163,6 @@ def _text(value: object) -> str:
     # HTML first, so that no tag survives; then everything that Markdown would act upon.
     escaped = html.escape(line, quote=False)
     return "".join(f"\\{c}" if c in _MARKDOWN else c for c in escaped)
-
-
-_MARKDOWN = frozenset(string.punctuation) - frozenset("&;:,.()-/ '\"%+=?#!^@${}")
 
 
 def _without_control(text: str) -> str:

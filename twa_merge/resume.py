@@ -54,10 +54,11 @@ class EvaluationLog:
                 expected=f"the same {', '.join(changed) or 'version'} as before",
                 remedy="repeat the earlier command to continue it, or give --fresh to start over",
             )
+        self._header = wanted
         self._known = records[1:] if header is not None else []
+        self._kept: list[dict[str, Any]] = []
+        self._started = False
         self.resumed = len(self._known)
-        if world.is_zero:
-            self._open(wanted)
 
     def _read(self) -> list[dict[str, Any]]:
         records: list[dict[str, Any]] = []
@@ -73,21 +74,6 @@ class EvaluationLog:
                 break
         return records
 
-    def _open(self, header: Mapping[str, Any]) -> None:
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            scratch = self.folder / (_STATE + ".new")
-            lines = [json.dumps(record) for record in [{"run": header}, *self._known]]
-            scratch.write_text("".join(line + "\n" for line in lines))
-            scratch.replace(self.folder / _STATE)
-        except OSError as error:
-            raise OutputError(
-                "The state of the run cannot be written.",
-                checkpoint=self.folder,
-                found=error.strerror,
-                remedy="choose another output folder with -o",
-            ) from error
-
     def answer(self, stage: str, chart: Chart, function: Function) -> Function:
         """``function``, with the evaluations that the log knows answered from it."""
 
@@ -100,6 +86,7 @@ class EvaluationLog:
                     and record["z"] == z.tolist()
                     and abs(record["mark"] - mark) < 1e-9
                 ):
+                    self._kept.append(record)
                     return record["loss"], torch.tensor(record["gradient"], dtype=torch.float64)
                 # From here on the run takes another way, say on another machine.
                 self._known.clear()
@@ -120,10 +107,29 @@ class EvaluationLog:
     def _append(self, record: dict[str, Any]) -> None:
         if not self._world.is_zero:
             return
-        with (self.folder / _STATE).open("a") as file:
-            file.write(json.dumps(record) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            if not self._started:
+                self._restart()
+            with (self.folder / _STATE).open("a") as file:
+                file.write(json.dumps(record) + "\n")
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise OutputError(
+                "The state of the run cannot be written.",
+                checkpoint=self.folder,
+                found=error.strerror,
+                remedy="make room, or choose another output folder with -o",
+            ) from error
+
+    def _restart(self) -> None:
+        """Keeps what the log answered so far and drops the rest; an untouched folder stays so."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        scratch = self.folder / (_STATE + ".new")
+        lines = [json.dumps(r) for r in [{"run": self._header}, *self._kept]]
+        scratch.write_text("".join(line + "\n" for line in lines))
+        scratch.replace(self.folder / _STATE)
+        self._started = True
 
     def remove(self) -> None:
         """Removes the state: the run has ended."""

@@ -1,0 +1,221 @@
+"""Whole merges through the library, on real folders."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+from runs import LinearTask, save_run
+from safetensors.torch import load_file
+
+from twa_merge import average, evaluate, inspect, merge
+from twa_merge.config import DataConfig, FitConfig, GuardConfig, OutputConfig, Selection
+from twa_merge.errors import CheckpointError, ConfigError, NoImprovement, OutputError, TaskError
+
+QUICK = {"fit": FitConfig(blocks="global", ridge=0.0)}
+
+
+def make(tmp_path, n=5, **options):
+    task = LinearTask(examples=80, **options)
+    states = task.states(n)
+    save_run(tmp_path / "run", states)
+    return task, states, tmp_path / "run", tmp_path / "merged"
+
+
+def written(folder):
+    return load_file(folder / "model.safetensors")
+
+
+def combined(states, alphas):
+    """Σ α_i w_i in float64, rounded once."""
+    return {
+        k: sum(a * s[k].double() for a, s in zip(alphas, states, strict=True)).to(v.dtype)
+        for k, v in states[0].items()
+    }
+
+
+def test_a_merge_beats_everything_and_is_written_exactly(tmp_path):
+    task, states, run, out = make(tmp_path)
+    document = merge([run], task, out, **QUICK)
+    assert document["chosen"] == "twa"
+    losses = {c["name"].split(":")[0]: c["guard_loss"] for c in document["candidates"]}
+    assert losses["twa"] == min(losses.values())
+    assert document["improvement"]["ci95"][0] > 0
+    expected = combined(states, document["coefficients"]["global"])
+    for name, tensor in written(out).items():
+        assert torch.equal(tensor, expected[name]), name
+    on_disk = json.loads((out / "twa_merge.json").read_text())
+    assert on_disk["coefficients"] == document["coefficients"]
+    assert (out / "README.md").read_text()
+    assert not (tmp_path / "merged.partial").exists()
+
+
+def test_the_report_has_the_documented_keys(tmp_path):
+    task, _, run, out = make(tmp_path)
+    document = merge([run], task, out, **QUICK)
+    keys = {"format", "version", "method", "seed", "checkpoints", "coefficients", "subspace"}
+    keys |= {"optimizer", "data", "candidates", "chosen", "improvement", "timings"}
+    keys |= {"peak_memory_bytes", "world_size", "device"}
+    assert keys <= set(document)
+    assert set(document["subspace"]) == {"rank", "orthogonality_error", "explained"}
+    assert document["subspace"]["rank"] == 4
+    assert document["subspace"]["orthogonality_error"] < 1e-5
+    assert document["data"] == {"fit_examples": 60, "guard_examples": 20, "test_examples": 0}
+    names = [c["name"] for c in document["candidates"]]
+    assert names[:3] == ["last", "best_single", "uniform"]
+    assert sum(n.startswith("window:") for n in names) == 1
+
+
+def test_the_guard_loss_is_that_of_the_written_file(tmp_path):
+    task, _, run, out = make(tmp_path)
+    document = merge([run], task, out, out=OutputConfig(dtype="bfloat16"), **QUICK)
+    from twa_merge.task import split
+
+    guard = split(task, 0.25, 0).guard
+    model = task.build_model()
+    model.load_state_dict({k: v.float() for k, v in written(out).items()})
+    x = torch.stack([guard[i][0] for i in range(len(guard))])
+    y = torch.stack([guard[i][1] for i in range(len(guard))])
+    with torch.no_grad():
+        expected = float(task.loss(model, (x, y)).double().mean())
+    row = next(c for c in document["candidates"] if c["name"] == document["chosen"])
+    assert abs(row["guard_loss"] - expected) < 1e-4 * expected
+    assert written(out)["0.weight"].dtype is torch.bfloat16
+
+
+def test_the_same_seed_gives_the_same_coefficients(tmp_path):
+    task, _, run, out = make(tmp_path)
+    first = merge([run], task, out)
+    second = merge([run], task, tmp_path / "again")
+    assert first["coefficients"] == second["coefficients"]
+    other = merge([run], task, tmp_path / "other", data_config=DataConfig(seed=1))
+    assert other["coefficients"] != first["coefficients"]
+
+
+def test_blocks_can_be_merged_again_from_the_report(tmp_path):
+    task, _, run, out = make(tmp_path)
+    document = merge([run], task, out, fit=FitConfig(blocks="tensors", ridge=0.0))
+    assert document["chosen"] == "twa-tensors"
+    average([run], tmp_path / "again", weights=f"@{out / 'twa_merge.json'}")
+    for name, tensor in written(tmp_path / "again").items():
+        assert torch.equal(tensor, written(out)[name])
+
+
+def test_nothing_is_written_without_the_required_improvement(tmp_path):
+    task, states, run, out = make(tmp_path)
+    # All checkpoints alike: no merge can be better than one of them.
+    shutil.rmtree(run)
+    save_run(run, [states[0]] * 3)
+    with pytest.raises(NoImprovement) as caught:
+        merge([run], task, out, guard=GuardConfig(require_improvement=True))
+    assert caught.value.exit_code == 3
+    assert list(tmp_path.iterdir()) == [run]
+
+
+def test_identical_checkpoints_merge_into_themselves(tmp_path):
+    task, states, run, out = make(tmp_path)
+    shutil.rmtree(run)
+    save_run(run, [states[0]] * 3)
+    document = merge([run], task, out)
+    assert document["chosen"] == "last"
+    for name, tensor in written(out).items():
+        assert torch.equal(tensor, states[0][name])
+
+
+def test_two_checkpoints_duplicates_and_frozen_tensors_do_no_harm(tmp_path):
+    task = LinearTask(examples=80)
+    a, b = task.states(2)
+    b["0.bias"] = a["0.bias"]
+    save_run(tmp_path / "run", [a, b, a])
+    document = merge([tmp_path / "run"], task, tmp_path / "out", **QUICK)
+    assert document["subspace"]["rank"] == 1
+    document = merge([tmp_path / "run"], task, tmp_path / "o2", selection=Selection(last=2))
+    assert len(document["checkpoints"]) == 2
+
+
+def test_one_checkpoint_is_a_clear_error(tmp_path):
+    task, _, run, out = make(tmp_path, n=1)
+    with pytest.raises(CheckpointError, match="only one checkpoint"):
+        merge([run], task, out)
+    assert not out.exists()
+
+
+def test_a_task_for_another_model_is_a_clear_error(tmp_path):
+    _, _, run, out = make(tmp_path)
+    with pytest.raises(TaskError, match="another shape"):
+        merge([run], LinearTask(inputs=9), out)
+
+    class Bigger(LinearTask):
+        def build_model(self):
+            return torch.nn.Sequential(super().build_model()[0], torch.nn.Linear(4, 4))
+
+    with pytest.raises(TaskError, match="checkpoints lack"):
+        merge([run], Bigger(), out)
+    assert list(tmp_path.iterdir()) == [run]
+
+
+def test_an_existing_folder_is_not_overwritten_unasked(tmp_path):
+    task, _, run, out = make(tmp_path)
+    out.mkdir()
+    (out / "thesis.txt").write_text("mine")
+    for overwrite in (False, True):
+        with pytest.raises(OutputError):
+            merge([run], task, out, out=OutputConfig(overwrite=overwrite), **QUICK)
+    assert (out / "thesis.txt").read_text() == "mine"
+
+
+def test_a_nan_in_a_checkpoint_is_named_and_nothing_written(tmp_path):
+    task, states, run, out = make(tmp_path)
+    shutil.rmtree(run)
+    states[2]["0.weight"][1, 2] = float("inf")
+    save_run(run, states)
+    with pytest.raises(CheckpointError) as caught:
+        merge([run], task, out)
+    assert "checkpoint-300" in str(caught.value)
+    assert "0.weight" in str(caught.value)
+    assert not out.exists()
+
+
+def test_average_is_exact_and_weights_are_reported(tmp_path):
+    _, states, run, out = make(tmp_path)
+    document = average([run], out, weights="ema:0.7")
+    expected = combined(states, document["coefficients"]["global"])
+    for name, tensor in written(out).items():
+        assert torch.equal(tensor, expected[name])
+    with pytest.raises(ConfigError, match="number of coefficients"):
+        average([run], tmp_path / "x", weights="0.5 0.5")
+
+
+def test_evaluate_agrees_with_the_task_itself(tmp_path):
+    task, states, run, _ = make(tmp_path, n=3)
+    document = evaluate([run], task)
+    for row, state in zip(document["models"], states, strict=True):
+        model = task.build_model()
+        model.load_state_dict(state)
+        with torch.no_grad():
+            expected = float(task.loss(model, (task.x, task.y)).double().mean())
+        assert abs(row["loss"] - expected) < 1e-5 * expected
+    assert document["examples"] == 80
+
+
+def test_geometry_against_explicit_float64(tmp_path):
+    _, states, run, _ = make(tmp_path, n=4)
+    document = inspect([run], geometry=True)
+    flat = torch.stack([torch.cat([v.reshape(-1) for v in s.values()]) for s in states]).double()
+    offsets = flat - flat.mean(0)
+    geometry = document["geometry"]
+    close = {"rtol": 1e-9, "atol": 1e-9}
+    found = torch.tensor(geometry["distances"], dtype=torch.float64)
+    torch.testing.assert_close(found, torch.cdist(flat, flat), rtol=1e-6, atol=1e-6)
+    unit = offsets / offsets.norm(dim=1, keepdim=True)
+    cosines = torch.tensor(geometry["cosines"], dtype=torch.float64)
+    torch.testing.assert_close(cosines, unit @ unit.T, **close)
+    norms = torch.tensor(geometry["norms"], dtype=torch.float64)
+    torch.testing.assert_close(norms, flat.norm(dim=1), **close)
+    spectrum = torch.linalg.svdvals(offsets)[:3].square()
+    explained = torch.tensor(geometry["spectrum"], dtype=torch.float64)
+    torch.testing.assert_close(explained, spectrum / spectrum.sum(), **close)
+    assert geometry["rank"] == 3
+    assert geometry["orthogonality_error"] < 1e-6

@@ -1,0 +1,96 @@
+"""Interrupted fits continue from their log and end at the same point, to the bit."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+from twa_merge.distributed import World
+from twa_merge.errors import ConfigError
+from twa_merge.optimize import lbfgs
+from twa_merge.resume import EvaluationLog
+from twa_merge.subspace import Chart, make_subspace
+
+
+class Killed(BaseException):
+    pass
+
+
+def problem():
+    generator = torch.Generator().manual_seed(0)
+    offsets = torch.randn(5, 50, generator=generator, dtype=torch.float64)
+    offsets -= offsets.mean(0)
+    chart = Chart(
+        torch.full((1, 5), 0.2, dtype=torch.float64), [make_subspace(offsets @ offsets.T)]
+    )
+    calls = []
+
+    def function(z):
+        calls.append(z)
+        return float((z - 1).pow(4).sum()), 4 * (z - 1).pow(3)
+
+    return chart, function, calls
+
+
+def run(folder, chart, function, kill_after=None, fingerprint="a", fresh=False):
+    log = EvaluationLog(folder, {"run": fingerprint}, World(), fresh)
+    answered = log.answer("twa", chart, function)
+    count = 0
+
+    def watched(z):
+        nonlocal count
+        count += 1
+        if count == kill_after:
+            raise Killed
+        return answered(z)
+
+    return log, lbfgs(
+        watched, torch.zeros(4, dtype=torch.float64), max_evaluations=25, tolerance=1e-12
+    )
+
+
+def test_a_killed_fit_continues_and_ends_at_the_same_point(tmp_path):
+    chart, function, calls = problem()
+    _, whole = run(tmp_path / "whole", chart, function)
+    needed = len(calls)
+    calls.clear()
+    with pytest.raises(Killed):
+        run(tmp_path / "killed", chart, function, kill_after=6)
+    assert len(calls) == 5
+    log, resumed = run(tmp_path / "killed", chart, function)
+    assert log.resumed == 5
+    assert len(calls) == needed
+    assert torch.equal(resumed.z, whole.z)
+    log.remove()
+    assert not (tmp_path / "killed").exists()
+
+
+def test_a_line_cut_off_by_a_kill_is_forgotten(tmp_path):
+    chart, function, _ = problem()
+    _, whole = run(tmp_path / "s", chart, function)
+    state = tmp_path / "s" / "state.jsonl"
+    state.write_text(state.read_text()[:-40])
+    _, again = run(tmp_path / "s", chart, function)
+    assert torch.equal(again.z, whole.z)
+    for line in state.read_text().splitlines():
+        json.loads(line)
+
+
+def test_the_state_of_another_run_is_refused_unless_fresh(tmp_path):
+    chart, function, _ = problem()
+    run(tmp_path / "s", chart, function)
+    with pytest.raises(ConfigError, match="other inputs or options"):
+        run(tmp_path / "s", chart, function, fingerprint="b")
+    log, _ = run(tmp_path / "s", chart, function, fingerprint="b", fresh=True)
+    assert log.resumed == 0
+
+
+def test_a_log_of_another_subspace_is_not_believed(tmp_path):
+    chart, function, calls = problem()
+    run(tmp_path / "s", chart, function)
+    calls.clear()
+    other = Chart(torch.tensor([[1.0, 0, 0, 0, 0]], dtype=torch.float64), chart.subspaces)
+    run(tmp_path / "s", other, function)
+    assert calls

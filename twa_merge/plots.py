@@ -1,0 +1,295 @@
+"""The figures of the report, as SVG that follows the colours of the page around it.
+
+Matplotlib (extra ``report``) is imported inside; its global state is left as it was.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from .document import Document, decimals, interval, is_finite
+
+# Matplotlib knows no CSS variables: figures are drawn in these colours, which nothing else uses,
+# and the page's own are put in afterwards.
+_INK, _FAINT = "#010203", "#010204"
+_BLUE, _ORANGE, _GREEN = "#010205", "#010206", "#010207"
+_VARIABLES = {
+    _INK: "var(--ink)",
+    _FAINT: "var(--faint)",
+    _BLUE: "var(--blue)",
+    _ORANGE: "var(--orange)",
+    _GREEN: "var(--green)",
+}
+# The same two hues for heat maps, which are images: opaque at the largest magnitude, transparent
+# at zero, so that they suit a light and a dark page.
+_POSITIVE, _NEGATIVE = (0.16, 0.47, 0.84), (0.88, 0.42, 0.13)
+
+_WIDTH = 7.2
+_STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",
+    "svg.hashsalt": "twa-merge",
+    # Names come from files: a dollar sign is a dollar sign.
+    "text.parse_math": False,
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans"],
+    "font.size": 10,
+    "text.color": _INK,
+    "axes.labelcolor": _INK,
+    "axes.edgecolor": _FAINT,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "axes.formatter.use_mathtext": False,
+    "axes.formatter.useoffset": False,
+    "axes.unicode_minus": True,
+    "grid.color": _FAINT,
+    "grid.linewidth": 0.6,
+    "xtick.color": _INK,
+    "ytick.color": _INK,
+    "legend.frameon": False,
+    "figure.facecolor": "none",
+    "axes.facecolor": "none",
+    "savefig.facecolor": "none",
+}
+
+
+def draw(name: str, height: float, paint: Callable[[Any], None]) -> str:
+    """One figure as an ``<svg>`` element.
+
+    Args:
+        name: prefix of its ids, unique on the page.
+        height: inches.
+        paint: draws into a matplotlib ``Figure``.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context(), warnings.catch_warnings():
+        # Whatever a user's matplotlibrc says, the report looks the same.
+        matplotlib.rcdefaults()
+        matplotlib.rcParams.update(_STYLE)
+        # A name in a script that the font lacks is drawn by the browser all the same.
+        warnings.simplefilter("ignore")
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        paint(figure)
+        figure.savefig(buffer, format="svg", metadata={"Date": None})
+    return _inline(buffer.getvalue(), name)
+
+
+def _inline(svg: str, name: str) -> str:
+    """From a file to an element of a page: no prolog, no metadata, no ids in common."""
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+
+    def tag(match: re.Match[str]) -> str:
+        text = match.group()
+        text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
+        text = re.sub(r'(\sid=")', rf"\g<1>{name}-", text)
+        text = re.sub(r'((?:url\(|href=")#)', rf"\g<1>{name}-", text)
+        for colour, variable in _VARIABLES.items():
+            text = text.replace(colour, variable)
+        return text
+
+    # Inside of tags alone: between them stand the names.
+    svg = re.sub(r"<[^>]*>", tag, svg)
+    return re.sub(
+        r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true">', svg, count=1
+    )
+
+
+def losses(stages: Sequence[tuple[str, Sequence[tuple[int, float]]]]) -> str:
+    """Loss over evaluations, one panel a stage, each value and the best so far."""
+
+    def paint(figure: Any) -> None:
+        panels = figure.subplots(1, len(stages), squeeze=False)[0]
+        for axes, (title, trace) in zip(panels, stages, strict=True):
+            x, y = [k for k, _ in trace], [value for _, value in trace]
+            best = [min(y[: i + 1]) for i in range(len(y))]
+            # A line search may look at points far away; they would flatten everything else.
+            low, high = min(y), max(best)
+            room = 0.08 * ((high - low) or abs(high) * 0.01 or 1.0)
+            top = high + room
+            inside = [(a, b) for a, b in trace if b <= top]
+            axes.step(x, best, where="post", color=_BLUE, linewidth=1.8, label="best so far")
+            axes.plot(*_columns(inside), "o", color=_ORANGE, markersize=4, label="evaluation")
+            beyond = [a for a, b in trace if b > top]
+            if beyond:
+                axes.plot(beyond, [top] * len(beyond), "^", color=_ORANGE, markersize=5,
+                          clip_on=False, label="above the frame")  # fmt: skip
+            axes.set_ylim(low - room, top)
+            axes.set_title(title, fontsize=10, loc="left")
+            axes.set_xlabel("evaluation")
+            _whole_numbers(axes.xaxis)
+        panels[0].set_ylabel("fit loss")
+        marks = {label: h for p in panels for h, label in zip(*p.get_legend_handles_labels())}
+        panels[-1].legend(marks.values(), marks, loc="upper right", fontsize=9)
+
+    return draw("losses", 2.9, paint)
+
+
+def coefficient_bars(labels: Sequence[str], values: Sequence[float]) -> str:
+    """One bar a checkpoint, oldest at the left."""
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        colours = [_BLUE if value >= 0 else _ORANGE for value in values]
+        axes.bar(range(len(values)), values, color=colours, width=0.72)
+        axes.axhline(0, color=_INK, linewidth=0.8)
+        axes.axhline(1 / len(values), color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.annotate("uniform", (1, 1 / len(values)), xycoords=("axes fraction", "data"),
+                      ha="right", va="bottom", fontsize=8, xytext=(0, 1),
+                      textcoords="offset points")  # fmt: skip
+        axes.grid(visible=False, axis="x")
+        axes.set_ylabel("coefficient")
+        _label_ticks(axes.xaxis, labels, most=26)
+        axes.tick_params(axis="x", rotation=50 if max(map(len, labels)) > 3 else 0)
+        for text in axes.get_xticklabels():
+            text.set(ha="right" if text.get_rotation() else "center", rotation_mode="anchor")
+
+    return draw("coefficients", 3.3, paint)
+
+
+def coefficient_map(
+    blocks: Sequence[str], labels: Sequence[str], rows: Sequence[Sequence[float]]
+) -> str:
+    """Blocks by checkpoints, blue where positive, orange where negative."""
+    top = max((abs(v) for row in rows for v in row), default=0.0) or 1.0
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        axes.imshow([[_shade(v / top) for v in row] for row in rows], aspect="auto",
+                    interpolation="none")  # fmt: skip
+        axes.grid(visible=False)
+        _label_ticks(axes.xaxis, labels, most=26)
+        _label_ticks(axes.yaxis, blocks, most=60)
+        axes.tick_params(axis="x", rotation=50)
+        for text in axes.get_xticklabels():
+            text.set(ha="right", rotation_mode="anchor")
+        scale = axes.inset_axes((0.0, 1.03, 0.35, 0.14 / (0.2 * len(rows) + 0.6)))
+        scale.imshow([[_shade(i / 50 - 1) for i in range(101)]], aspect="auto",
+                     extent=(-top, top, 0, 1), interpolation="none")  # fmt: skip
+        scale.set(yticks=[], xticks=[-top, 0, top])
+        scale.set_xticklabels([f"−{top:.2g}", "0", f"+{top:.2g}"], fontsize=8)
+        scale.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False)
+        scale.grid(visible=False)
+
+    return draw("coefficients", min(14.0, 1.6 + 0.2 * len(rows)), paint)
+
+
+def candidates(rows: Sequence[Document], chosen: str) -> str:
+    """Guard and test loss of each candidate with 95 % intervals, the best at the top."""
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        for key, offset, colour, marker in (
+            ("guard", -0.14, _BLUE, "o"),
+            ("test", 0.14, _ORANGE, "D"),
+        ):
+            known = [(y, r) for y, r in enumerate(rows) if is_finite(r.get(f"{key}_loss"))]
+            if not known:
+                continue
+            for y, row in known:
+                span = interval(row, f"{key}_ci95")
+                if span:
+                    axes.plot(span, [y + offset] * 2, color=colour, linewidth=1.6, alpha=0.55)
+            axes.plot([r[f"{key}_loss"] for _, r in known], [y + offset for y, _ in known],
+                      marker, color=colour, markersize=5, label=f"{key} loss")  # fmt: skip
+        axes.set_yticks(range(len(rows)), [str(row["name"]) for row in rows])
+        for text, row in zip(axes.get_yticklabels(), rows, strict=True):
+            if row["name"] == chosen:
+                text.set(fontweight="bold", color=_GREEN)
+        axes.set_ylim(len(rows) - 0.4, -0.6)
+        axes.set_xlabel("loss")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=9)
+
+    return draw("candidates", min(12.0, 1.1 + 0.3 * len(rows)), paint)
+
+
+def landscape(found: Mapping[str, Any], labels: Sequence[str]) -> str:
+    """The checkpoints in the plane of the first two axes, loss contours, the path of the fit."""
+
+    def paint(figure: Any) -> None:
+        axes = figure.subplots()
+        _contours(figure, axes, found)
+        points = found["points"]
+        axes.plot(*_columns(points), "-", color=_INK, linewidth=0.7, alpha=0.5)
+        axes.plot(*_columns(points), "o", color=_INK, markersize=4, label="checkpoints")
+        if found.get("path"):
+            axes.plot(*_columns(found["path"]), ".-", color=_ORANGE, linewidth=1.6, markersize=6,
+                      label="path of the fit")  # fmt: skip
+        named = dict(found.get("candidates") or {})
+        for name, point in named.items():
+            axes.plot(*point, "*", color=_GREEN, markersize=11)
+            _name(axes, point, name, bold=True)
+        for i in sorted({0, len(points) - 1}):
+            if not any(math.dist(points[i], point) < 1e-6 for point in named.values()):
+                _name(axes, points[i], labels[i])
+        axes.grid(visible=False)
+        axes.set_xlabel("axis 1, standard deviations of the checkpoints")
+        axes.set_ylabel("axis 2")
+        axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=9)
+
+    return draw("landscape", 5.0, paint)
+
+
+def _contours(figure: Any, axes: Any, found: Mapping[str, Any]) -> None:
+    values = [[v if is_finite(v) else math.nan for v in row] for row in found["loss"]]
+    known = sorted(v for row in values for v in row if not math.isnan(v))
+    if len(known) < 4 or known[0] == known[-1]:
+        return
+    # Levels at quantiles: the bowl around the minimum matters, not the walls.
+    levels = sorted({known[round(q * (len(known) - 1) / 12)] for q in range(12)})
+    if len(levels) < 2:
+        return
+    opacity = [(*_POSITIVE, 0.5 * (1 - i / len(levels))) for i in range(len(levels) - 1)]
+    axes.contourf(found["grid_x"], found["grid_y"], values, levels=levels, colors=opacity)
+    lines = axes.contour(found["grid_x"], found["grid_y"], values, levels=levels, colors=[_BLUE],
+                         linewidths=0.5, alpha=0.7)  # fmt: skip
+    places = decimals(known)
+    axes.clabel(lines, levels[1::3], fmt=lambda v: f"{v:.{places}f}", fontsize=8, colors=[_INK])
+    axes.set_xlim(min(found["grid_x"]), max(found["grid_x"]))
+    axes.set_ylim(min(found["grid_y"]), max(found["grid_y"]))
+
+
+def _name(axes: Any, point: Sequence[float], name: str, *, bold: bool = False) -> None:
+    low, high = axes.get_xlim()
+    leftwards = point[0] > (low + high) / 2
+    text = axes.annotate(
+        name,
+        point,
+        xytext=(-7 if leftwards else 7, 6),
+        textcoords="offset points",
+        ha="right" if leftwards else "left",
+        fontsize=9,
+        fontweight="bold" if bold else "normal",
+    )
+    text.set_in_layout(False)
+
+
+def _columns(points: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
+    return [p[0] for p in points], [p[1] for p in points]
+
+
+def _shade(share: float) -> tuple[float, float, float, float]:
+    colour = _POSITIVE if share >= 0 else _NEGATIVE
+    return (*colour, min(1.0, abs(share)))
+
+
+def _label_ticks(axis: Any, labels: Sequence[str], most: int) -> None:
+    """Every label where there is room, else every second, third, ..., the last one included."""
+    step = max(1, math.ceil(len(labels) / most))
+    shown = list(range((len(labels) - 1) % step, len(labels), step))
+    axis.set_ticks(shown, [labels[i] for i in shown], fontsize=8)
+
+
+def _whole_numbers(axis: Any) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_major_locator(MaxNLocator(integer=True, nbins=7))
