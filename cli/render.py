@@ -144,7 +144,8 @@ def show_inspection(document: Document, console: Console) -> None:
     console.print(table)
     console.print(_tensor_summary(document))
     for difference in document.get("differences") or []:
-        console.print(Text.assemble(("difference: ", "yellow"), plain(difference)))
+        said = "; ".join(line.strip() for line in difference.splitlines())
+        console.print(Text.assemble(("difference: ", "yellow"), plain(said)))
     _show_notes(document, console)
     if document.get("geometry"):
         labels = [plain(label) for label in checkpoint_labels(document["checkpoints"])]

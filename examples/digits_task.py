@@ -23,8 +23,8 @@ def digits(seed: int = 0) -> tuple[Subset, Subset, Subset]:
     everything = TensorDataset(images, torch.as_tensor(data.target, dtype=torch.int64))
     order = torch.randperm(len(images), generator=torch.Generator().manual_seed(seed)).tolist()
     return (
-        Subset(everything, order[:800]),
-        Subset(everything, order[800:1200]),
+        Subset(everything, order[:600]),
+        Subset(everything, order[600:1200]),
         Subset(everything, order[1200:]),
     )
 

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 from twa_merge.tasks.byte_lm import standard_library_text
 
 LENGTH = 64
+import os; SPREAD=float(os.environ.get("SPREAD","2"))
 END = "<|end|>"
 
 
@@ -107,7 +108,7 @@ def make_trainer_run(
     """
     from transformers import LlamaForCausalLM, Trainer, TrainingArguments, set_seed
 
-    text = standard_library_text(seed, held_out=0.03, test=0.03)
+    text = standard_library_text(seed, held_out=0.15, test=0.15)
     train, held_out, test = (
         [d.decode("utf-8", "replace") for d in part]
         for part in (text.train, text.held_out, text.test)
@@ -116,7 +117,7 @@ def make_trainer_run(
     windows = Windows(_tokens(tokenizer, train, steps * batch_size * LENGTH))
     set_seed(seed)
     model = LlamaForCausalLM(make_config(len(tokenizer)))
-    every = max(1, steps // (2 * checkpoints))
+    every = max(1, int(steps / (SPREAD * checkpoints)))
     arguments = TrainingArguments(
         output_dir=str(folder / "run"),
         max_steps=steps,
@@ -139,7 +140,7 @@ def make_trainer_run(
         model=model, args=arguments, train_dataset=windows, processing_class=tokenizer
     )
     trainer.train()
-    return TrainerRun(folder / "run", *_write(folder, held_out, test))
+    return TrainerRun(folder / "run", *_write(folder, _excerpts(held_out), _excerpts(test)))
 
 
 def _tokens(tokenizer: Any, documents: Sequence[str], limit: int) -> Tensor:
@@ -150,6 +151,11 @@ def _tokens(tokenizer: Any, documents: Sequence[str], limit: int) -> Tensor:
         if len(ids) > limit:
             break
     return torch.tensor(ids)
+
+
+def _excerpts(documents: Sequence[str]) -> list[str]:
+    """A page from inside of each of up to 80 documents: little text, but of many kinds."""
+    return [d[len(d) // 4 :][:2000] for d in documents[:80] if len(d) > 3000]
 
 
 def _write(folder: Path, held_out: Sequence[str], test: Sequence[str]) -> tuple[Path, Path]:

@@ -76,6 +76,7 @@ def same(checkpoint: Checkpoint, state: dict[str, Tensor]) -> None:
         {"ema": {"more": torch.ones(1), **STATE}, "model": STATE},
         {"state_dict": {k: v * 0 for k, v in STATE.items()}, "model": STATE},
         {"classifier": STATE, "extra": 1},
+        {"classifier_ema": {k: v * 0 for k, v in STATE.items()}, "classifier": STATE},
         {"ema": STATE, "epoch": 2},
         {**STATE, "a._extra_state": None},
     ],
@@ -194,13 +195,15 @@ def test_torchscript_is_named(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("zipped", [True, False])
 def test_tied_views_and_strided_tensors(tmp_path: Path, zipped: bool) -> None:
-    embed, flat = torch.randn(5, 4), torch.randn(8)
+    embed, flat, square = torch.randn(5, 4), torch.randn(8), torch.randn(3, 3)
     state = {
         "embed": embed,
         "head": embed,
         "again": embed,
         "turned": embed.t(),
         "part": embed[1:],
+        "square": square,
+        "square turned": square.t(),
         "flat.a": flat[:4],
         "flat.b": flat[4:],
         "row": torch.ones(1, 3).expand(4, 3),

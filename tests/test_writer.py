@@ -156,6 +156,21 @@ def test_complex_numbers(tmp_path: Path) -> None:
     assert same(merged, torch.view_as_complex(combined(parts, ALPHAS, torch.float32)))
 
 
+def test_rows_longer_than_a_slice(tmp_path: Path) -> None:
+    models = [{"w": torch.randn(2, 600_001)} for _ in range(4)]
+    merge(save_run(tmp_path / "run", models), tmp_path / "out")
+    merged = load_file(tmp_path / "out" / "model.safetensors")["w"]
+    assert same(merged, combined([m["w"] for m in models], ALPHAS, torch.float32))
+
+
+def test_all_coefficients_zero(tmp_path: Path) -> None:
+    run = save_run(tmp_path / "run", states())
+    merge(run, tmp_path / "one")
+    merge(run, tmp_path / "out", [0, 0, 0, 0])
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    assert not merged["embed.weight"].any()
+
+
 def test_integers_are_the_newest(tmp_path: Path) -> None:
     models = states()
     merge(save_run(tmp_path / "run", models), tmp_path / "out", [1, 0, 0, 0])
@@ -524,6 +539,16 @@ def test_something_that_appears_meanwhile_is_not_replaced(tmp_path: Path) -> Non
         merge(run, tmp_path / "out", progress=intrude)
     assert_nothing_left(tmp_path, "run", "out")
     assert_nothing_left(tmp_path / "out", "thesis.txt")
+
+
+def test_a_folder_that_the_ranks_do_not_share(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = save_run(tmp_path / "run", states())
+    monkeypatch.setattr(output_folder.Staging, "create", lambda self: None)
+    with pytest.raises(OutputError, match="not the same folder for all processes"):
+        merge(run, tmp_path / "out")
+    assert_nothing_left(tmp_path, "run")
 
 
 SCRIPT = """

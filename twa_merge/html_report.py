@@ -23,6 +23,7 @@ from .errors import OutputError
 
 _MOST_CANDIDATES = 24
 _LONGEST_LABEL = 36
+_SPLITS = ("fit", "guard", "test")
 
 _STYLE = """
 :root { color-scheme: light dark; --page: #fff; --card: #f6f7f9; --ink: #1c2330; --quiet: #5b6575;
@@ -53,7 +54,8 @@ table { border-collapse: collapse; width: 100%; font-size: .9rem;
   font-variant-numeric: tabular-nums; }
 th, td { padding: .35rem .7rem; text-align: right; border-bottom: 1px solid var(--faint);
   white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; white-space: normal; overflow-wrap: anywhere; }
+th:first-child, td:first-child { text-align: left; white-space: normal;
+  min-width: 8rem; overflow-wrap: anywhere; }
 th { color: var(--quiet); font-weight: 600; } tr.chosen td { font-weight: 700; }
 tr.chosen td:first-child { color: var(--green); }
 details { margin-top: .8rem; } summary { cursor: pointer; color: var(--quiet); }
@@ -121,9 +123,9 @@ def _subtitle(document: Document) -> str:
 def _facts(document: Document) -> str:
     data, subspace = document.get("data") or {}, document.get("subspace") or {}
     optimizer, timings = document.get("optimizer") or {}, document.get("timings") or {}
-    examples = " / ".join(str(data.get(f"{k}_examples") or 0) for k in ("fit", "guard", "test"))
+    examples = " / ".join(str(data.get(f"{k}_examples") or 0) for k in _SPLITS)
     facts = {
-        "examples: fit / guard / test": examples if data else None,
+        "examples: fit/guard/test": examples if data else None,
         "rank of the subspace": subspace.get("rank"),
         "evaluations": f"{optimizer['evaluations']:g} ({optimizer.get('name')})"
         if is_finite(optimizer.get("evaluations"))
@@ -201,7 +203,7 @@ def _landscape(document: Document, landscape: Mapping[str, Any] | None) -> str:
 
 def _tables(document: Document) -> str:
     rows = document.get("candidates") or []
-    keys = [k for k in ("fit_loss", "guard_loss", "test_loss") if any(k in row for row in rows)]
+    keys = [f"{k}_loss" for k in _SPLITS if any(is_finite(row.get(f"{k}_loss")) for row in rows)]
     places = decimals([row.get(key) for row in rows for key in keys])
     chosen = written_name(document)
     body = []

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from .checkpoints import resolve_names
 from .checkpoints.base import Checkpoint
 from .distributed import World
 from .errors import TaskError, TwaMergeError, listing
@@ -180,18 +181,20 @@ def match_names(module: nn.Module, layout: Layout) -> dict[str, str]:
     Names match as they are, or all after one outer prefix is added or removed (``model.``,
     ``transformer.``): a base model's checkpoint and the same model under a head.
     """
-    own = {name for name, _ in module.named_parameters(remove_duplicate=False)}
-    own |= {name for name, _ in module.named_buffers(remove_duplicate=False)}
+    names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    names += [name for name, _ in module.named_buffers(remove_duplicate=False)]
+    # The readers strip the prefixes of wrappers, which may be the name of a real child here.
+    own = {resolved: raw for raw, resolved in resolve_names(names).items()}
     prefixes = sorted({name.partition(".")[0] + "." for name in own})
 
     def renamings() -> Iterator[dict[str, str]]:
         yield {name: name for name in layout.entries}
         for prefix in prefixes:
             yield {name: prefix + name for name in layout.entries}
-        for prefix in dict.fromkeys(name.partition(".")[0] + "." for name in layout.entries):
+        for prefix in sorted({name.partition(".")[0] + "." for name in layout.entries}):
             yield {name: name.removeprefix(prefix) for name in layout.entries}
 
-    matches = [{n: m for n, m in renaming.items() if m in own} for renaming in renamings()]
+    matches = [{n: own[m] for n, m in renaming.items() if m in own} for renaming in renamings()]
     exact = matches[0]
     best = max(matches, key=len)
     return best if len(best) > len(exact) else exact

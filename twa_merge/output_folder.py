@@ -90,6 +90,16 @@ class Staging:
         self._clear_leftovers()
         self.folder.mkdir()
 
+    def require_shared(self) -> None:
+        """Raises OutputError where this process does not see the folder of rank zero."""
+        if not self.folder.is_dir():
+            raise OutputError(
+                f"{self._output} is not the same folder for all processes.",
+                expected=f"{self.folder} on {socket.gethostname()}",
+                found="nothing",
+                remedy="choose an output folder on a disk that all nodes share",
+            )
+
     def commit(self, overwrite: bool) -> None:
         """Turns the folder into the output.
 

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import constants, split_state_dict_into_shards_factory
 
 from .checkpoints import sidecars
-from .checkpoints.base import Checkpoint, TensorInfo
+from .checkpoints.base import Checkpoint, TensorInfo, reading
 from .errors import OutputError
 from .safetensors_writer import DTYPE_NAMES, SavedTensor, aligned, header
 
@@ -45,9 +45,12 @@ class OutputPlan:
 
     @property
     def nbytes(self) -> int:
-        index = len(self.index[1]) if self.index else 0
-        copies = sum(source.stat().st_size for source in self.sidecars.values())
-        return sum(file.nbytes for file in self.files) + index + copies
+        total = sum(file.nbytes for file in self.files)
+        total += len(self.index[1]) if self.index else 0
+        for source in self.sidecars.values():
+            with reading(source):
+                total += source.stat().st_size
+        return total
 
 
 def plan_output(checkpoints: Sequence[Checkpoint], dtype: torch.dtype | None) -> OutputPlan:

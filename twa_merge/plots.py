@@ -1,107 +1,17 @@
-"""The figures of the report, as SVG that follows the colours of the page around it.
-
-Matplotlib (extra ``report``) is imported inside; its global state is left as it was.
-"""
+"""The figures of the report. Matplotlib (extra ``report``) is imported by ``svg.draw``."""
 
 from __future__ import annotations
 
-import io
 import math
-import re
-import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .document import Document, decimals, interval, is_finite
+from .svg import BLUE, GREEN, INK, ORANGE, draw
 
-# Matplotlib knows no CSS variables: figures are drawn in these colours, which nothing else uses,
-# and the page's own are put in afterwards.
-_INK, _FAINT = "#010203", "#010204"
-_BLUE, _ORANGE, _GREEN = "#010205", "#010206", "#010207"
-_VARIABLES = {
-    _INK: "var(--ink)",
-    _FAINT: "var(--faint)",
-    _BLUE: "var(--blue)",
-    _ORANGE: "var(--orange)",
-    _GREEN: "var(--green)",
-}
 # The same two hues for heat maps, which are images: opaque at the largest magnitude, transparent
 # at zero, so that they suit a light and a dark page.
 _POSITIVE, _NEGATIVE = (0.16, 0.47, 0.84), (0.88, 0.42, 0.13)
-
-_WIDTH = 7.2
-_STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "twa-merge",
-    # Names come from files: a dollar sign is a dollar sign.
-    "text.parse_math": False,
-    "font.family": "sans-serif",
-    "font.sans-serif": ["DejaVu Sans"],
-    "font.size": 10,
-    "text.color": _INK,
-    "axes.labelcolor": _INK,
-    "axes.edgecolor": _FAINT,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.formatter.use_mathtext": False,
-    "axes.formatter.useoffset": False,
-    "axes.unicode_minus": True,
-    "grid.color": _FAINT,
-    "grid.linewidth": 0.6,
-    "xtick.color": _INK,
-    "ytick.color": _INK,
-    "legend.frameon": False,
-    "figure.facecolor": "none",
-    "axes.facecolor": "none",
-    "savefig.facecolor": "none",
-}
-
-
-def draw(name: str, height: float, paint: Callable[[Any], None]) -> str:
-    """One figure as an ``<svg>`` element.
-
-    Args:
-        name: prefix of its ids, unique on the page.
-        height: inches.
-        paint: draws into a matplotlib ``Figure``.
-    """
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context(), warnings.catch_warnings():
-        # Whatever a user's matplotlibrc says, the report looks the same.
-        matplotlib.rcdefaults()
-        matplotlib.rcParams.update(_STYLE)
-        # A name in a script that the font lacks is drawn by the browser all the same.
-        warnings.simplefilter("ignore")
-        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
-        paint(figure)
-        figure.savefig(buffer, format="svg", metadata={"Date": None})
-    return _inline(buffer.getvalue(), name)
-
-
-def _inline(svg: str, name: str) -> str:
-    """From a file to an element of a page: no prolog, no metadata, no ids in common."""
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
-
-    def tag(match: re.Match[str]) -> str:
-        text = match.group()
-        text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text)
-        text = re.sub(r'(\sid=")', rf"\g<1>{name}-", text)
-        text = re.sub(r'((?:url\(|href=")#)', rf"\g<1>{name}-", text)
-        for colour, variable in _VARIABLES.items():
-            text = text.replace(colour, variable)
-        return text
-
-    # Inside of tags alone: between them stand the names.
-    svg = re.sub(r"<[^>]*>", tag, svg)
-    return re.sub(
-        r'<svg [^>]*?(viewBox="[^"]*")[^>]*>', r'<svg \1 aria-hidden="true">', svg, count=1
-    )
 
 
 def losses(stages: Sequence[tuple[str, Sequence[tuple[int, float]]]]) -> str:
@@ -117,18 +27,21 @@ def losses(stages: Sequence[tuple[str, Sequence[tuple[int, float]]]]) -> str:
             room = 0.08 * ((high - low) or abs(high) * 0.01 or 1.0)
             top = high + room
             inside = [(a, b) for a, b in trace if b <= top]
-            axes.step(x, best, where="post", color=_BLUE, linewidth=1.8, label="best so far")
-            axes.plot(*_columns(inside), "o", color=_ORANGE, markersize=4, label="evaluation")
+            axes.step(x, best, where="post", color=BLUE, linewidth=1.8, label="best so far")
+            axes.plot(*_columns(inside), "o", color=ORANGE, markersize=4, label="evaluation")
             beyond = [a for a, b in trace if b > top]
             if beyond:
-                axes.plot(beyond, [top] * len(beyond), "^", color=_ORANGE, markersize=5,
+                axes.plot(beyond, [top] * len(beyond), "^", color=ORANGE, markersize=5,
                           clip_on=False, label="above the frame")  # fmt: skip
             axes.set_ylim(low - room, top)
             axes.set_title(title, fontsize=10, loc="left")
             axes.set_xlabel("evaluation")
             _whole_numbers(axes.xaxis)
         panels[0].set_ylabel("fit loss")
-        marks = {label: h for p in panels for h, label in zip(*p.get_legend_handles_labels())}
+        marks: dict[str, Any] = {}
+        for axes in panels:
+            handles, names = axes.get_legend_handles_labels()
+            marks |= dict(zip(names, handles, strict=True))
         panels[-1].legend(marks.values(), marks, loc="upper right", fontsize=9)
 
     return draw("losses", 2.9, paint)
@@ -139,10 +52,10 @@ def coefficient_bars(labels: Sequence[str], values: Sequence[float]) -> str:
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
-        colours = [_BLUE if value >= 0 else _ORANGE for value in values]
+        colours = [BLUE if value >= 0 else ORANGE for value in values]
         axes.bar(range(len(values)), values, color=colours, width=0.72)
-        axes.axhline(0, color=_INK, linewidth=0.8)
-        axes.axhline(1 / len(values), color=_INK, linewidth=0.8, linestyle=(0, (4, 3)))
+        axes.axhline(0, color=INK, linewidth=0.8)
+        axes.axhline(1 / len(values), color=INK, linewidth=0.8, linestyle=(0, (4, 3)))
         axes.annotate("uniform", (1, 1 / len(values)), xycoords=("axes fraction", "data"),
                       ha="right", va="bottom", fontsize=8, xytext=(0, 1),
                       textcoords="offset points")  # fmt: skip
@@ -188,9 +101,10 @@ def candidates(rows: Sequence[Document], chosen: str) -> str:
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
+        both = any(is_finite(row.get("test_loss")) for row in rows)
         for key, offset, colour, marker in (
-            ("guard", -0.14, _BLUE, "o"),
-            ("test", 0.14, _ORANGE, "D"),
+            ("guard", -0.14 * both, BLUE, "o"),
+            ("test", 0.14, ORANGE, "D"),
         ):
             known = [(y, r) for y, r in enumerate(rows) if is_finite(r.get(f"{key}_loss"))]
             if not known:
@@ -204,7 +118,7 @@ def candidates(rows: Sequence[Document], chosen: str) -> str:
         axes.set_yticks(range(len(rows)), [str(row["name"]) for row in rows])
         for text, row in zip(axes.get_yticklabels(), rows, strict=True):
             if row["name"] == chosen:
-                text.set(fontweight="bold", color=_GREEN)
+                text.set(fontweight="bold", color=GREEN)
         axes.set_ylim(len(rows) - 0.4, -0.6)
         axes.set_xlabel("loss")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=9)
@@ -219,14 +133,14 @@ def landscape(found: Mapping[str, Any], labels: Sequence[str]) -> str:
         axes = figure.subplots()
         _contours(figure, axes, found)
         points = found["points"]
-        axes.plot(*_columns(points), "-", color=_INK, linewidth=0.7, alpha=0.5)
-        axes.plot(*_columns(points), "o", color=_INK, markersize=4, label="checkpoints")
+        axes.plot(*_columns(points), "-", color=INK, linewidth=0.7, alpha=0.5)
+        axes.plot(*_columns(points), "o", color=INK, markersize=4, label="checkpoints")
         if found.get("path"):
-            axes.plot(*_columns(found["path"]), ".-", color=_ORANGE, linewidth=1.6, markersize=6,
+            axes.plot(*_columns(found["path"]), ".-", color=ORANGE, linewidth=1.6, markersize=6,
                       label="path of the fit")  # fmt: skip
         named = dict(found.get("candidates") or {})
         for name, point in named.items():
-            axes.plot(*point, "*", color=_GREEN, markersize=11)
+            axes.plot(*point, "*", color=GREEN, markersize=11)
             _name(axes, point, name, bold=True)
         for i in sorted({0, len(points) - 1}):
             if not any(math.dist(points[i], point) < 1e-6 for point in named.values()):
@@ -250,10 +164,10 @@ def _contours(figure: Any, axes: Any, found: Mapping[str, Any]) -> None:
         return
     opacity = [(*_POSITIVE, 0.5 * (1 - i / len(levels))) for i in range(len(levels) - 1)]
     axes.contourf(found["grid_x"], found["grid_y"], values, levels=levels, colors=opacity)
-    lines = axes.contour(found["grid_x"], found["grid_y"], values, levels=levels, colors=[_BLUE],
+    lines = axes.contour(found["grid_x"], found["grid_y"], values, levels=levels, colors=[BLUE],
                          linewidths=0.5, alpha=0.7)  # fmt: skip
     places = decimals(known)
-    axes.clabel(lines, levels[1::3], fmt=lambda v: f"{v:.{places}f}", fontsize=8, colors=[_INK])
+    axes.clabel(lines, levels[1::3], fmt=lambda v: f"{v:.{places}f}", fontsize=8, colors=[INK])
     axes.set_xlim(min(found["grid_x"]), max(found["grid_x"]))
     axes.set_ylim(min(found["grid_y"]), max(found["grid_y"]))
 

@@ -24,7 +24,7 @@ from .progress import Progress, Started, silent
 T = TypeVar("T")
 
 _CONFIG = "config.json"
-_CONFIG_DTYPE = re.compile(rb'("(?:torch_)?dtype"\s*:\s*")b?float\d+(")')
+_CONFIG_DTYPE = re.compile(rb'("(?:torch_)?dtype"\s*:\s*")b?float\w+(")')
 
 
 def check_output(
@@ -90,6 +90,7 @@ def write_merge(
 
     def weights() -> None:
         with writing(output, plan.nbytes):
+            staging.require_shared()
             for file in mine:
                 path = _child(staging.folder, file.name)
                 write_file(path, file.tensors, file.metadata, combination, progress)

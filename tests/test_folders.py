@@ -1,0 +1,46 @@
+"""What goes along with a checkpoint's weights, and what does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+
+from twa_merge.checkpoints import open_checkpoints, sidecars
+
+
+def touch(root: Path, *names: str) -> None:
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("{}")
+
+
+def test_sidecars_of_a_hugging_face_folder(tmp_path: Path) -> None:
+    kept = """
+        config.json generation_config.json tokenizer.json tokenizer_config.json merges.txt
+        chat_template.jinja special_tokens_map.json modeling_x.py LICENSE preprocessor_config.json
+        additional_chat_templates/tool.jinja 1_Pooling/config.json spiece.model USE_POLICY.md
+        scheduler/scheduler_config.json
+    """
+    left = """
+        README.md pytorch_model.bin pytorch_model.bin.index.json tf_model.h5 flax_model.msgpack
+        model.onnx onnx/model.onnx m.gguf consolidated.safetensors consolidated.00.pth
+        original/consolidated.00.pth original/params.json optimizer.pt scheduler.pt rng_state.pth
+        trainer_state.json training_args.bin scaler.pt random_states_0.pkl latest
+        zero_to_fp32.py global_step5/mp_rank_00_model_states.pt checkpoint-5/config.json
+        runs/a/events.out.tfevents.1 .gitattributes .cache/x.json __pycache__/x.pyc
+        twa_merge.json all_results.json final/config.json final/model.safetensors
+    """
+    touch(tmp_path, *kept.split(), *left.split())
+    save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
+    (checkpoint,) = open_checkpoints([tmp_path])
+    assert [p.as_posix() for p in sidecars(checkpoint)] == sorted(kept.split())
+
+
+def test_sidecars_of_bare_files_and_plain_folders(tmp_path: Path) -> None:
+    touch(tmp_path / "step_1", "config.yaml", "data/big.txt", "optimizer.pt")
+    bare = tmp_path / "step_1" / "model_x.pt"
+    torch.save({"w": torch.ones(2)}, bare)
+    assert sidecars(open_checkpoints([bare])[0]) == []
+    assert sidecars(open_checkpoints([bare.parent])[0]) == [Path("config.yaml")]

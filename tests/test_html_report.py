@@ -1,0 +1,210 @@
+"""One self-contained page: complete, deterministic, and safe with any name."""
+
+from __future__ import annotations
+
+import builtins
+import copy
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from twa_merge.errors import OutputError
+from twa_merge.html_report import html_report
+
+DOCUMENT = json.loads((Path(__file__).parent / "documents" / "train.json").read_text())
+LANDSCAPE = {
+    "points": [[-1.0, 0.0], [-0.5, 0.5], [0.0, 0.2], [0.5, -0.3], [1.0, 0.1]],
+    "path": [[0.0, 0.0], [0.3, 0.1], [0.25, 0.2]],
+    "grid_x": [-1.5, -0.5, 0.5, 1.5],
+    "grid_y": [-1.0, 0.0, 1.0],
+    "loss": [[2.0, 1.5, 1.4, None], [1.6, 1.2, 1.1, 1.5], [1.9, 1.5, 1.45, float("nan")]],
+    "candidates": {"twa": [0.25, 0.2], "uniform": [0.0, 0.0]},
+}
+_VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; every tag must be closed where it was opened."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.words: list[str] = []
+        self._open: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self._open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+        if tag not in _VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.words)
+
+
+@pytest.fixture
+def train() -> dict[str, Any]:
+    return copy.deepcopy(DOCUMENT)
+
+
+@pytest.fixture(scope="module")
+def whole() -> str:
+    """The page of the document as it is; drawing takes a second or two."""
+    return html_report(copy.deepcopy(DOCUMENT), LANDSCAPE)
+
+
+@pytest.fixture(scope="module")
+def by_block() -> str:
+    """The page of a winner with several blocks."""
+    blocks = {f"layers.{b}": [0.1, -0.2, 0.3, 0.3, 0.5] for b in range(7)}
+    return html_report(with_blocks(copy.deepcopy(DOCUMENT), blocks), LANDSCAPE)
+
+
+def with_blocks(document: dict[str, Any], blocks: dict[str, list[float]]) -> dict[str, Any]:
+    document["candidates"].append(
+        {"name": "twa-layers", "coefficients": blocks, "guard_loss": 1.0, "fit_loss": 1.0}
+    )
+    document["coefficients"]["blocks"] = blocks
+    return document | {"chosen": "twa-layers"}
+
+
+def test_everything_is_on_the_page(whole: str, train: dict[str, Any]) -> None:
+    page = Page(whole)
+    assert page.tags.count("svg") == 4
+    for candidate in train["candidates"]:
+        assert candidate["name"] in page.text
+        assert f"{candidate['guard_loss']:.4f}" in page.text
+    for checkpoint in train["checkpoints"]:
+        assert Path(checkpoint["path"]).name in page.text
+    for words in ("twa is better than the best single checkpoint", "path of the fit", "fit loss"):
+        assert words in page.text
+    assert train["notes"][0] in page.text
+    assert page.text.count(train["other_candidates"][0]["name"]) >= 1
+
+
+def test_nothing_comes_from_elsewhere(by_block: str) -> None:
+    text, page = by_block, Page(by_block)
+    assert "script" not in page.tags
+    assert "link" not in page.tags
+    for name, value in page.attributes:
+        assert not name.startswith("on")
+        if name in ("src", "href", "xlink:href"):
+            assert value is not None
+            assert value.startswith(("#", "data:image/png;base64,"))
+    assert "http://" not in text
+    assert "https://" not in text
+    assert not re.search(r"url\((?!#)", text)
+    assert ("content", "default-src 'none'; style-src 'unsafe-inline'; img-src data:") in (
+        page.attributes
+    )
+
+
+def test_ids_are_unique_and_all_references_resolve(by_block: str) -> None:
+    ids = [value for name, value in Page(by_block).attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    used = set(re.findall(r'(?:url\(|href=")#([^)"]+)', by_block))
+    assert used
+    assert used <= set(ids)
+
+
+def test_the_same_document_gives_the_same_bytes(whole: str, train: dict[str, Any]) -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red"}):
+        assert html_report(train, LANDSCAPE) == whole
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_colours_are_those_of_the_page(whole: str) -> None:
+    body = whole.split("</style>", 1)[1]
+    assert "var(--ink)" in body
+    assert "var(--blue)" in body
+    assert "#01020" not in body
+    assert "#000000" not in body
+    assert "prefers-color-scheme: dark" in whole
+
+
+def test_names_are_only_ever_text(whole: str, train: dict[str, Any]) -> None:
+    evil = '</text><script>alert("1")</script>$\\frac{a}{$ id="x" &amp; \x1b[31m\u202e日本 {} %s'
+    for i, checkpoint in enumerate(train["checkpoints"]):
+        checkpoint["path"] = f"run/{i}{evil.replace('/', '∕')}"
+        checkpoint["format"] = evil
+    train["candidates"][0]["name"] = evil
+    train["other_candidates"][0]["name"] = evil
+    train["notes"] = [evil]
+    train["device"] = train["version"] = evil
+    train["optimizer"]["stages"][0]["name"] = evil
+    train["improvement"]["over"] = evil
+    landscape = {**LANDSCAPE, "candidates": {evil: [0.1, 0.1], "b$": [0.0, 0.0]}}
+    text = html_report(train, landscape)
+    page = Page(text)
+    assert "script" not in page.tags
+    assert {*page.tags} <= {*Page(whole).tags}
+    assert "\x1b" not in text
+    assert "\u202e" not in text
+    assert '<script>alert("1")</script>$\\frac{a}{$ id="x" &amp; ' in page.text
+
+
+def test_blocks_are_drawn_as_a_map(by_block: str) -> None:
+    page = Page(by_block)
+    assert "image" in page.tags
+    assert all(f"layers.{b}" in page.text for b in range(7))
+    assert "in each block" in page.text
+
+
+def test_parts_may_be_missing(train: dict[str, Any]) -> None:
+    for key in ("candidates", "optimizer", "data", "timings", "subspace", "improvement"):
+        del train[key]
+    assert Page(html_report(train)).tags.count("svg") == 1
+
+
+def test_figures_of_little_data(train: dict[str, Any]) -> None:
+    flat = {**LANDSCAPE, "loss": [[1.0] * 4] * 3, "path": [], "candidates": {}}
+    train["optimizer"]["stages"][0]["trace"] = [[1, 1.0], [2, None]]
+    train["candidates"] = [{"name": "twa", "coefficients": [0.0] * 5, "guard_loss": 1.0}]
+    assert Page(html_report(train, flat)).tags.count("svg") == 4
+
+
+def test_an_average_has_a_page_too() -> None:
+    document = {
+        "method": "average",
+        "checkpoints": [{"path": "a", "step": None}, {"path": "b", "step": None}],
+        "coefficients": {"global": [0.5, 0.5]},
+    }
+    assert Page(html_report(document)).tags.count("svg") == 1
+
+
+def test_without_matplotlib_the_remedy_is_named(
+    train: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = builtins.__import__
+
+    def missing(name: str, *args: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *args)
+
+    monkeypatch.setattr(builtins, "__import__", missing)
+    with pytest.raises(OutputError) as error:
+        html_report(train)
+    assert 'pip install "twa-merge[report]"' in str(error.value)

@@ -1,0 +1,315 @@
+"""What a person sees in the terminal: tables, bars, maps, live progress."""
+
+from __future__ import annotations
+
+import copy
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+from twa_merge_cli import console as consoles
+from twa_merge_cli import figures, live, pictures, render
+
+from twa_merge.progress import Advanced, Evaluated, Noted, Started
+
+DOCUMENT = json.loads((Path(__file__).parent / "documents" / "train.json").read_text())
+
+
+@pytest.fixture
+def train() -> dict[str, Any]:
+    return copy.deepcopy(DOCUMENT)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def shown(draw: Callable[[Console], None], **options: Any) -> str:
+    """What ``draw`` leaves on a console of 100 columns."""
+    file = io.StringIO()
+    settings = {"width": 100, "markup": False, "emoji": False, "highlight": False, **options}
+    draw(Console(file=file, **settings))
+    return file.getvalue()
+
+
+def train_text(document: dict[str, Any], **options: Any) -> str:
+    return shown(lambda c: render.show_train(document, c, Path("merged")), **options)
+
+
+def test_the_table_has_every_loss_and_marks_the_winner(train: dict[str, Any]) -> None:
+    lines = train_text(train).splitlines()
+    (winner,) = [line for line in lines if line.strip().startswith("> ")]
+    twa = next(c for c in train["candidates"] if c["name"] == "twa")
+    for key in ("fit_loss", "guard_loss", "test_loss"):
+        assert f"{twa[key]:.4f}" in winner
+    low, high = twa["guard_ci95"]
+    assert f"{(high - low) / 2:.4f}" in winner
+    assert "0.9100" in winner  # its test accuracy
+
+
+def test_rows_are_ordered_by_guard_loss(train: dict[str, Any]) -> None:
+    train["candidates"].append({"name": "twa-layers", "guard_loss": None, "coefficients": [1.0]})
+    text = train_text(train)
+    order = sorted(
+        (c for c in train["candidates"] if c["guard_loss"] is not None),
+        key=lambda c: c["guard_loss"],
+    )
+    places = [text.index(f" {c['name']} ") for c in [*order, {"name": "twa-layers"}]]
+    assert places == sorted(places)
+
+
+def test_a_long_list_of_candidates_is_cut_but_keeps_the_named_ones(train: dict[str, Any]) -> None:
+    for k in range(50):
+        train["candidates"].append({"name": f"window:{k + 10}", "guard_loss": 0.5 + k})
+    text = train_text(train)
+    assert "window:10 " in text
+    assert "window:59 " not in text
+    assert " last " in text
+    assert " uniform " in text
+    total = len(train["candidates"]) + len(train["other_candidates"])
+    assert f"and {total - 16} more in twa_merge.json" in text
+
+
+def test_the_verdict_is_in_plain_words(train: dict[str, Any]) -> None:
+    sentence = "twa is better than the best single checkpoint by 0.0616 (95 % interval 0.0571 to"
+    assert sentence in train_text(train)
+    train["improvement"] |= {"mean": 0.0003, "ci95": [-0.001, 0.0015]}
+    assert "within noise" in " ".join(train_text(train).split())
+    train["improvement"] |= {"mean": -0.02, "ci95": [-0.03, -0.01]}
+    assert "twa is worse than the best single checkpoint by 0.0200 " in train_text(train)
+    train["improvement"] = {"over": "best_single", "mean": 0.0, "ci95": [0.0, 0.0]}
+    train["chosen"] = "last"
+    assert "No candidate beat the last checkpoint." in train_text(train)
+
+
+def test_coefficients_are_those_of_the_winner(train: dict[str, Any]) -> None:
+    text = train_text(train)
+    for label, value in zip((50, 100, 150, 200, 250), (0.05, -0.1, 0.25, 0.3, 0.5), strict=True):
+        (line,) = [s for s in text.splitlines() if s.startswith(f"  checkpoint-{label} ")]
+        assert f"{value:+.4f}" in line
+    train["chosen"] = "uniform"
+    text = train_text(train)
+    assert text.count(" 0.2000 ") == 5
+
+
+def test_blocks_become_a_map(train: dict[str, Any]) -> None:
+    rows = {"layers.0": [1.0, 0.0, 0.0, -1.0, 1.0], "layers.1": [0.2, 0.2, 0.2, 0.2, 0.2]}
+    train["coefficients"]["blocks"] = rows
+    train["candidates"].append({"name": "twa-layers", "guard_loss": 1.0, "coefficients": rows})
+    train["chosen"] = "twa-layers"
+    lines = train_text(train).splitlines()
+    (first,) = [line for line in lines if line.startswith("  layers.0")]
+    assert first.rstrip().endswith(" █    -█ █")
+    assert any(line.startswith("  layers.1") for line in lines)
+
+
+def test_names_from_files_are_literal(train: dict[str, Any]) -> None:
+    train["checkpoints"][0]["path"] = "run/[bold red]x[/]:smile:\x1b[31m\nnew"
+    train["candidates"][0]["name"] = "[link=http://x]last"
+    train["notes"] = ["a [note]\x07"]
+    text = train_text(train, force_terminal=True, no_color=True)
+    assert "[link=http://x]last" in text
+    assert r"]:smile:\x1b[31m\nnew" in text
+    assert r"a [note]\x07" in text
+    assert "\x07" not in text
+    assert "\x1b[31m" not in text
+
+
+def test_no_color_leaves_no_colour(train: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm-256color")
+    coloured = train_text(train, force_terminal=True)
+    assert "\x1b[34m" in coloured
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert "\x1b[34m" not in train_text(train, force_terminal=True)
+
+
+def test_evaluation() -> None:
+    models = [
+        {"path": "a[b]", "loss": 1.25, "ci95": [1.2, 1.3], "metrics": {"accuracy": 0.5}},
+        {"path": "b", "loss": None, "ci95": [None, None], "metrics": {}},
+    ]
+    document = {"examples": 12, "models": models}
+    text = shown(lambda c: render.show_evaluation(document, c))
+    assert [line.split() for line in text.splitlines() if line.strip()][2:] == [
+        ["a[b]", "1.2500", "0.0500", "0.5000"],
+        ["b", "-", "-", "-"],
+        ["12", "examples"],
+    ]
+
+
+def test_average_shows_the_effective_coefficients() -> None:
+    document = {
+        "method": "average",
+        "checkpoints": [{"path": "r/c-1", "step": 1}, {"path": "r/c-2", "step": 2}],
+        "coefficients": {"global": [0.25, 0.75]},
+        "timings": {"open": 1.0, "write": 64.0},
+    }
+    text = shown(lambda c: render.show_average(document, c, Path("out")))
+    assert "c-1  0.2500" in text
+    assert "c-2  0.7500" in text
+    assert "Written to out in 1:05" in text
+
+
+def inspection() -> dict[str, Any]:
+    return {
+        "checkpoints": [
+            {"path": f"run/c-{i}", "step": i or None, "format": "pickle", "bytes": 2_500_000,
+             "tensors": 4}
+            for i in range(3)
+        ],
+        "tensors": {
+            "averaged": 3,
+            "copied": 1,
+            "tied": 0,
+            "statistics": 0,
+            "by_dtype": {"float32": {"tensors": 4, "parameters": 1_500, "bytes": 6_000}},
+        },
+        "parameters": 1_234_567,
+        "differences": ["A tensor is missing.\n  tensor: x[red]"],
+        "geometry": {
+            "distances": [[0.0, 1.0, 4.0], [1.0, 0.0, 3.0], [4.0, 3.0, 0.0]],
+            "cosines": [[1.0, 0.5, -1.0], [0.5, 1.0, -0.25], [-1.0, -0.25, 1.0]],
+            "distance_to_mean": [1.0, 1.5, 2.0],
+            "norms": [10.0, 11.0, 12.0],
+            "spectrum": [0.75, 0.25, 0.0],
+            "rank": 2,
+            "orthogonality_error": 1.5e-12,
+        },
+        "plan": {
+            "fits": False,
+            "bytes_per_rank": {"offsets": 16_000_000_000},
+            "expected_minutes": 2.5,
+            "advice": ["give [--store disk]"],
+        },
+    }  # fmt: skip
+
+
+def test_inspection() -> None:
+    text = shown(lambda c: render.show_inspection(inspection(), c))
+    lines = [line.rstrip() for line in text.splitlines()]
+    assert "1.23 M parameters; tensors: 3 averaged, 1 copied" in lines
+    assert "difference: A tensor is missing.; tensor: x[red]" in lines
+    assert "  c-0    ░░██" in lines
+    assert "  c-1  ░░  ▓▓" in lines
+    assert "rank 2 from 3 checkpoints; the basis is orthonormal within 1.5e-12" in lines
+    assert any("0.7500" in line and "█" in line for line in lines)
+    assert not any("direction 3" in line for line in lines)
+    assert any(line.split() == ["offsets", "16", "GB"] for line in lines)
+    assert any(line.split() == ["expected", "minutes", "2:30"] for line in lines)
+    assert "  advice: give [--store disk]" in lines
+
+
+def test_bars_share_one_axis() -> None:
+    lines = pictures.bars(["a", "bb"], [-0.5, 1.0], width=50, ascii_only=True)
+    text = [line.plain for line in lines]
+    axis = text[0].index("|")
+    assert text[1][axis] == "|"
+    assert text[0].count("=") * 2 == pytest.approx(text[1].count("#"), abs=2)
+    assert text[0][:axis].endswith("=")
+    assert "#" not in text[0]
+    assert all(len(line) <= 50 for line in text)
+
+
+def test_bars_of_zeros_do_not_fail() -> None:
+    assert [line.plain.strip() for line in pictures.bars(["a"], [0.0], width=40, ascii_only=False)]
+
+
+def test_a_map_wider_than_the_terminal_shows_every_kth_and_the_newest() -> None:
+    rows = [[0.0] * 99 + [1.0]]
+    lines = pictures.signed_map(["row"], rows, width=60, ascii_only=True)
+    assert len(lines[0].plain) <= 60
+    assert lines[0].plain.endswith(" #")
+    assert "every 4. one is shown" in lines[1].plain
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0 B"), (999, "999 B"), (1_500, "1.5 kB"), (999_700, "1 MB"), (8e10, "80 GB"),
+     (3e15, "3e+03 TB")],
+)  # fmt: skip
+def test_size(value: float, text: str) -> None:
+    assert figures.size(value) == text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.04, "0.0 s"), (59, "59 s"), (245, "4:05"), (3729, "1:02:09")]
+)
+def test_duration(seconds: float, text: str) -> None:
+    assert figures.duration(seconds) == text
+
+
+def test_number_has_no_minus_zero() -> None:
+    assert figures.number(-0.00001) == "0.0000"
+    assert figures.number(None) == "-"
+    assert figures.number(float("nan")) == "nan"
+
+
+def story(narrator: live.Narrator) -> None:
+    with narrator as tell:
+        tell(Started("Reading [x]\x1b[5m", 3_000_000, "numbers"))
+        for _ in range(3000):
+            tell(Advanced(1000))
+        tell(Noted("A [note]."))
+        tell(Started("Training coefficients", None, "evaluations"))
+        for number in range(7, 12):
+            tell(Evaluated(number, 2.0 / number, 2.0 / number))
+
+
+def test_a_log_gets_few_lines() -> None:
+    text = shown(lambda c: story(live.LineNarrator(c)))
+    assert [line.rsplit("  ", 1)[0] for line in text.splitlines()] == [
+        "note: A [note].",
+        r"Reading [x]\x1b[5m  3 M/3 M numbers",
+        "Training coefficients  5 evaluations  loss 0.1818, best 0.1818",
+    ]
+
+
+def test_a_slow_stage_reports_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
+    file = io.StringIO()
+    with live.LineNarrator(Console(file=file, width=100)) as tell:
+        tell(Started("Training", 3600, "steps"))
+        for _ in range(3600):
+            now[0] += 1.0
+            tell(Advanced())
+    lines = file.getvalue().splitlines()
+    assert 20 < len(lines) < 60
+    assert lines[0] == "Training  10/3600 steps  59:50 left"
+    assert lines[-1] == "Training  3600/3600 steps  1:00:00"
+
+
+def test_a_terminal_is_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    file = Terminal()
+    console = Console(file=file, width=100, markup=False, highlight=False)
+    narrator = live.live_progress(console)
+    assert isinstance(narrator, live.TerminalNarrator)
+    story(narrator)
+    assert "loss 0.1818" in file.getvalue()
+    assert "\x1b[5m" not in file.getvalue()
+
+
+@pytest.mark.parametrize("name", ["dumb", "log", "quiet"])
+def test_anything_else_is_not(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb" if name == "dumb" else "xterm")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    file = io.StringIO() if name == "log" else Terminal()
+    console = Console(file=file, quiet=name == "quiet")
+    assert isinstance(live.live_progress(console), live.LineNarrator)
+
+
+def test_only_rank_zero_speaks(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank in "01":
+        monkeypatch.setenv("RANK", rank)
+        consoles.make_console().print(f"from {rank}")
+        consoles.write_json({"rank": rank})
+    assert capsys.readouterr().out == 'from 0\n{\n  "rank": "0"\n}\n'
