@@ -232,6 +232,7 @@ def _lines(text: str, indent: str) -> str:
 
 
 def _close_stdout() -> None:
-    """Whatever is still buffered has no reader; the interpreter must not stumble over it."""
+    """Whatever is still buffered has no reader: the interpreter, which flushes it at exit, must
+    not stumble over that (the note on SIGPIPE in Python's documentation of ``signal``)."""
     with contextlib.suppress(OSError, ValueError, AttributeError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

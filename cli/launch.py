@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import tempfile
 
 from .boundary import INTERNAL, INTERRUPTED, LAUNCHED, Exited, Session, how_to_continue
 from .console import make_console, plain
@@ -21,17 +22,19 @@ def relaunch(session: Session, nproc: int, max_restarts: int) -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    os.environ[LAUNCHED] = str(os.getpid())
     # The launcher's default is one thread a process, with a warning.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     if not session.debug:
         logging.disable(logging.ERROR)
     options = ["--standalone", f"--nproc-per-node={nproc}", f"--max-restarts={max_restarts}"]
-    arguments = torchrun.parse_args([*options, "-m", __package__])
-    # Not parsed with the rest: argparse would take our --nproc for an abbreviation of its own.
-    arguments.training_script_args = session.argv
     try:
-        torchrun.run(arguments)
+        # The launcher leaves its own temporary folder behind.
+        with tempfile.TemporaryDirectory(prefix="twa-merge-") as logs:
+            arguments = torchrun.parse_args([*options, f"--log-dir={logs}", "-m", __package__])
+            # Not parsed with the rest: argparse would take --nproc for one of its own.
+            arguments.training_script_args = session.argv
+            os.environ[LAUNCHED] = str(os.getpid())
+            torchrun.run(arguments)
     except ChildFailedError as error:
         rank, failure = error.get_first_failure()
         if failure.exitcode < 0:

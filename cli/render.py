@@ -22,7 +22,6 @@ from twa_merge.document import (
     leading_candidates,
     verdict,
     written_coefficients,
-    written_name,
 )
 
 from .console import plain
@@ -108,9 +107,9 @@ def show_coefficients(document: Document, console: Console) -> None:
     blocks = written_coefficients(document)
     if not blocks:
         return
-    name = plain(written_name(document))
+    of = f" of {plain(document['chosen'])}" if document.get("chosen") else ""
     labels = [plain(label) for label in checkpoint_labels(document["checkpoints"])]
-    console.print(Text(f"\nCoefficients of {name}", "bold"))
+    console.print(Text(f"\nCoefficients{of}", "bold"))
     if len(blocks) == 1:
         _show_bars(labels, next(iter(blocks.values())), console)
         return

@@ -348,9 +348,10 @@ def test_an_interruption_exits_with_130_and_says_how_to_go_on(
     assert err == "Interrupted. The same command continues from out.partial; --fresh starts over.\n"
 
 
-def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
+@pytest.mark.parametrize("more", [[], ["--json"]])
+def test_a_reader_that_goes_away_is_no_error(more: list[str], tmp_path: Path) -> None:
     act = f"return json.load(open({str(DOCUMENT)!r}))"
-    process = python("-m", "twa_merge_cli", *TRAIN, act=act, folder=tmp_path)
+    process = python("-m", "twa_merge_cli", *TRAIN, *more, act=act, folder=tmp_path)
     process.stdout.close()
     err = process.stderr.read()
     process.stderr.close()
@@ -359,18 +360,30 @@ def test_a_reader_that_goes_away_is_no_error(tmp_path: Path) -> None:
 
 
 def test_ascii_terminals_get_ascii(tmp_path: Path) -> None:
-    act = f"return json.load(open({str(DOCUMENT)!r}))"
-    os_environ = {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    act = f"return {{**json.load(open({str(DOCUMENT)!r})), 'notes': ['Größe']}}"
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in os_environ.items():
-            patch.setenv(name, value)
+        patch.setenv("PYTHONIOENCODING", "ascii")
         process = python("-m", "twa_merge_cli", *TRAIN, act=act, folder=tmp_path)
     code, out, err = finish(process)
     assert (code, err) == (0, "")
     assert out.isascii()
     assert "\\u" not in out
-    assert "\\x" not in out
+    assert out.count("\\x") == 2
+    assert r"note: Gr\xf6\xdfe" in out
     assert "#####" in out
+
+
+@pytest.mark.parametrize(("nproc", "code"), [("1", 0), ("2", 2), ("4", 0)])
+def test_nproc_inside_of_torchrun_starts_nothing_more(
+    nproc: str,
+    code: int,
+    library: Callable[..., list[dict[str, Any]]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    calls = library(document)
+    assert run(cli, [*TRAIN, "--nproc", nproc]) == code
+    assert len(calls) == (code == 0)
 
 
 def test_nproc_passes_the_exit_code_on_and_one_process_speaks(tmp_path: Path) -> None:

@@ -130,7 +130,7 @@ def test_the_same_document_gives_the_same_bytes(whole: str, train: dict[str, Any
     import matplotlib
 
     before = dict(matplotlib.rcParams)
-    with matplotlib.rc_context({"font.size": 30, "axes.facecolor": "red"}):
+    with matplotlib.rc_context({"font.size": 30, "xtick.labelsize": 30}):
         assert html_report(train, LANDSCAPE) == whole
     assert dict(matplotlib.rcParams) == before
 
@@ -155,11 +155,12 @@ def test_names_are_only_ever_text(whole: str, train: dict[str, Any]) -> None:
     train["device"] = train["version"] = evil
     train["optimizer"]["stages"][0]["name"] = evil
     train["improvement"]["over"] = evil
-    landscape = {**LANDSCAPE, "candidates": {evil: [0.1, 0.1], "b$": [0.0, 0.0]}}
+    landscape = {**LANDSCAPE, "candidates": {evil: [0.1, 0.1], "$x^2$": [0.0, 0.0]}}
     text = html_report(train, landscape)
     page = Page(text)
     assert "script" not in page.tags
     assert {*page.tags} <= {*Page(whole).tags}
+    assert "$x^2$" in page.words
     assert "\x1b" not in text
     assert "\u202e" not in text
     assert '<script>alert("1")</script>$\\frac{a}{$ id="x" &amp; ' in page.text

@@ -65,7 +65,7 @@ def test_rows_are_ordered_by_guard_loss(train: dict[str, Any]) -> None:
 
 def test_a_long_list_of_candidates_is_cut_but_keeps_the_named_ones(train: dict[str, Any]) -> None:
     for k in range(50):
-        train["candidates"].append({"name": f"window:{k + 10}", "guard_loss": 0.5 + k})
+        train["candidates"].append({"name": f"window:{k + 10}", "guard_loss": 0.5 + k / 100})
     text = train_text(train)
     assert "window:10 " in text
     assert "window:59 " not in text
@@ -303,6 +303,13 @@ def test_anything_else_is_not(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     file = io.StringIO() if name == "log" else Terminal()
     console = Console(file=file, quiet=name == "quiet")
     assert isinstance(live.live_progress(console), live.LineNarrator)
+
+
+def test_the_console_takes_text_literally(capsys: pytest.CaptureFixture[str]) -> None:
+    text = "[bold]x[/] :smile: 'quoted' 12"
+    for stderr in (False, True):
+        consoles.make_console(stderr=stderr).print(text)
+    assert capsys.readouterr() == (text + "\n", text + "\n")
 
 
 def test_only_rank_zero_speaks(

@@ -165,7 +165,6 @@ def test_rows_longer_than_a_slice(tmp_path: Path) -> None:
 
 def test_all_coefficients_zero(tmp_path: Path) -> None:
     run = save_run(tmp_path / "run", states())
-    merge(run, tmp_path / "one")
     merge(run, tmp_path / "out", [0, 0, 0, 0])
     merged = load_file(tmp_path / "out" / "model.safetensors")
     assert not merged["embed.weight"].any()
@@ -489,6 +488,13 @@ def test_the_output_keeps_away_from_the_checkpoints(tmp_path: Path) -> None:
         with pytest.raises(OutputError, match="cannot be the output"):
             check_output(path, open_checkpoints([run]), overwrite=True)
     check_output(run / "merged", open_checkpoints([run]))
+    # A folder of links, as downloads make them, into what would be replaced.
+    merge(run, tmp_path / "out", documents={"twa_merge.json": "{}"})
+    (tmp_path / "linked").mkdir()
+    linked = tmp_path / "linked" / "model.safetensors"
+    linked.symlink_to(tmp_path / "out" / "model.safetensors")
+    with pytest.raises(OutputError, match="holds a checkpoint"):
+        check_output(tmp_path / "out", open_checkpoints([linked.parent]), overwrite=True)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])

@@ -13,13 +13,13 @@ import torch
 from . import report
 from .candidates import parse_weights
 from .checkpoints import open_checkpoints
+from .clock import Clock
 from .config import OutputConfig, Selection
 from .distributed import start
 from .errors import ConfigError
 from .layout import global_block, make_layout
 from .model_card import model_card
 from .progress import Progress, silent
-from .run import Clock
 from .writer import check_output, write_merge
 
 Paths = Sequence[str | PathLike[str]]

@@ -102,7 +102,7 @@ class FitConfig:
     optimizer: str = "lbfgs"
     ridge: float | None = None
     max_evaluations: int = 40
-    tolerance: float = 1e-7
+    tolerance: float = 1e-6
     start: str = "auto"
     span: str = "affine"
     subspace: str = "checkpoints"

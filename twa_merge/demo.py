@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -30,6 +29,64 @@ WARMUP = 50
 SCHEDULES = ("constant", "decay")
 
 
+class Training:
+    """One run of a ``ByteTransformer``, advanced step by step.
+
+    A step's batch depends on the seed and the step's number alone, so that a (deep) copy can go
+    another way from the same point.
+
+    Attributes:
+        step: steps made so far.
+    """
+
+    def __init__(
+        self,
+        text: Text,
+        *,
+        seed: int = 0,
+        learning_rate: float = LEARNING_RATE,
+        batch_size: int = BATCH_SIZE,
+        config: ByteConfig | None = None,
+    ) -> None:
+        self.step = 0
+        self.seed, self.learning_rate, self.batch_size = seed, learning_rate, batch_size
+        self.model = ByteTransformer(config or ByteConfig())
+        self.model.reset(seed)
+        self._bytes = torch.frombuffer(bytearray(b"\n".join(text.train)), dtype=torch.uint8)
+        self._optimizer = torch.optim.AdamW(
+            self.model.parameters(), betas=(0.9, 0.95), weight_decay=0.1, fused=True
+        )
+
+    def advance(self, factor: float = 1.0) -> None:
+        """One step at ``factor`` times the learning rate, less during the warm-up."""
+        self.step += 1
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.learning_rate * factor * min(1.0, self.step / WARMUP)
+        sequence_loss(self.model, self._batch()).mean().backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad()
+
+    def save(self, run: Path) -> Path:
+        """Writes ``run/checkpoint-STEP`` in float32 and returns it."""
+        folder = run / f"checkpoint-{self.step}"
+        folder.mkdir(parents=True, exist_ok=True)
+        # Shards this small only so that a small model has several, as a large one would.
+        save_torch_model(self.model, folder, max_shard_size="700KB")
+        document = {"architectures": ["ByteTransformer"], "model_type": "byte_transformer"}
+        text = json.dumps({**document, **asdict(self.model.config)}, indent=2)
+        (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+        return folder
+
+    def _batch(self) -> Tensor:
+        """Stretches drawn uniformly from the training text: (batch, context + 1) uint8."""
+        generator = torch.Generator().manual_seed((self.seed << 32) + self.step)
+        length = self.model.config.context + 1
+        last = len(self._bytes) - length
+        starts = torch.randint(last + 1, (self.batch_size, 1), generator=generator)
+        return self._bytes[starts + torch.arange(length)]
+
+
 def train_run(
     folder: str | Path,
     *,
@@ -40,7 +97,7 @@ def train_run(
     learning_rate: float = LEARNING_RATE,
     batch_size: int = BATCH_SIZE,
     text: Text | None = None,
-    config: ByteConfig = ByteConfig(),
+    config: ByteConfig | None = None,
     progress: Progress = silent,
 ) -> list[Path]:
     """Trains a ``ByteTransformer`` on the training part of ``text`` and saves checkpoints.
@@ -71,31 +128,28 @@ def train_run(
             expected=f"1 to {steps}, the number of steps",
             found=checkpoints,
         )
-    model = ByteTransformer(config)
-    model.reset(seed)
-    optimizer = torch.optim.AdamW(
-        model.parameters(), learning_rate, betas=(0.9, 0.95), weight_decay=0.1, fused=True
+    training = Training(
+        text or standard_library_text(),
+        seed=seed,
+        learning_rate=learning_rate,
+        batch_size=batch_size,
+        config=config,
     )
     saved_at = {steps * (k + 1) // checkpoints for k in range(checkpoints)}
     saved = []
-    progress(Started("training", steps, "steps"))
-    batches = _batches((text or standard_library_text()).train, config, batch_size, seed)
+    progress(Started("Training a small run", steps, "steps"))
     for step in range(1, steps + 1):
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate * _factor(step, steps, schedule)
-        sequence_loss(model, next(batches)).mean().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
+        training.advance(decay_factor(step, steps) if schedule == "decay" else 1.0)
         if step in saved_at:
-            saved.append(_save(model, Path(folder) / f"checkpoint-{step}"))
+            saved.append(training.save(Path(folder)))
         progress(Advanced())
     return saved
 
 
-def demo_text(seed: int = 0) -> Text:
-    """What the demo's run is trained, merged and tested on."""
-    return standard_library_text(seed)
+def decay_factor(step: int, steps: int) -> float:
+    """Share of the learning rate for step 1..steps: 1, then to zero over the last fifth."""
+    decayed = max(1, steps // 5)
+    return min(1.0, (steps - step + 1) / (decayed + 1))
 
 
 def task(
@@ -104,37 +158,12 @@ def task(
     """The task of the demo's run: ``--task twa_merge.demo:task`` on the command line.
 
     Args:
+        text: that the run was trained on; ``standard_library_text()`` without it.
         sequences: held-out sequences of 128 bytes for fit and guard together; None for all.
         test_sequences: the same of the test part.
+
+    Raises:
+        TaskError: this Python came without its source.
     """
     text = text or standard_library_text()
     return ByteTask(text.held_out, text.test, sequences=sequences, test_sequences=test_sequences)
-
-
-def _factor(step: int, steps: int, schedule: str) -> float:
-    """Share of the learning rate that step 1..steps is made with."""
-    if schedule == "decay" and step > steps - steps // 5:
-        return (steps - step + 1) / (steps // 5 + 1)
-    return min(1.0, step / WARMUP)
-
-
-def _batches(
-    documents: tuple[bytes, ...], config: ByteConfig, batch_size: int, seed: int
-) -> Iterator[Tensor]:
-    """Stretches drawn uniformly from the joined documents: (batch, context + 1) uint8."""
-    text = torch.frombuffer(bytearray(b"\n".join(documents)), dtype=torch.uint8)
-    stretch = torch.arange(config.context + 1)
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        starts = torch.randint(len(text) - config.context, (batch_size, 1), generator=generator)
-        yield text[starts + stretch]
-
-
-def _save(model: ByteTransformer, folder: Path) -> Path:
-    folder.mkdir(parents=True, exist_ok=True)
-    # Shards this small only so that a small model has several, as a large one would.
-    save_torch_model(model, folder, max_shard_size="700KB")
-    document = {"architectures": ["ByteTransformer"], "model_type": "byte_transformer"}
-    text = json.dumps({**document, **asdict(model.config)}, indent=2)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
-    return folder

@@ -20,9 +20,11 @@ from .resume import EvaluationLog
 from .subspace import Chart
 
 # Weights of ‖z‖²/2 that `auto` tries, strongest first, so that each fit starts near the next.
-RIDGES = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0)
+RIDGES = (0.1, 0.01, 0.001, 0.0001)
+# On the path a fit needs to be good enough to compare ridges, no more.
+_PATH_EVALUATIONS = 6
 # Small splits are cross-validated in four folds; for larger ones a quarter held out says enough.
-_FOUR_FOLDS_UP_TO = 192
+_FOUR_FOLDS_UP_TO = 48
 _START_EXAMPLES = 256
 
 
@@ -145,11 +147,11 @@ class Fitter:
         rising = 0
         best = path[math.inf][1]
         for ridge in RIDGES:
-            if rising < 2:
-                z = self._minimise(name, chart, train, ridge, z, 12).z
+            if rising == 0:
+                z = self._minimise(name, chart, train, ridge, z, _PATH_EVALUATIONS).z
                 loss = self.score(chart.alphas(z), unseen)
-                # Two weaker ridges in a row that do worse: the rest overfits all the more.
-                rising = 0 if loss < best else rising + 1
+                # A weaker ridge that does worse: the rest overfits all the more.
+                rising += loss >= best and ridge != RIDGES[0]
                 best = min(best, loss)
                 path[ridge] = (z, loss)
             else:

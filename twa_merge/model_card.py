@@ -18,7 +18,6 @@ from .document import (
     leading_candidates,
     verdict,
     written_coefficients,
-    written_name,
 )
 
 _PROJECT = "twa-merge"
@@ -53,8 +52,9 @@ def _introduction(document: Document) -> str:
         f"Weighted average of {len(checkpoints)} checkpoints{span}, made with "
         f"{_PROJECT} {_text(document.get('version', ''))}.\n",
         f"- checkpoints: {_text(labels[0])} to {_text(labels[-1])}",
-        f"- written: {_text(written_name(document))}",
     ]
+    if document.get("chosen"):
+        lines.append(f"- winner: {_text(document['chosen'])}")
     if document.get("weights"):
         lines.append(f"- weights: {_text(_without_folders(document['weights']))}")
     data = document.get("data") or {}
@@ -117,25 +117,22 @@ def _coefficients(document: Document) -> str:
 
 def _again(document: Document) -> str:
     """The command that makes the same weights from the same checkpoints, without any data."""
-    folders = list(dict.fromkeys(_parent(c["path"]) for c in document["checkpoints"]))
-    names = folders if len(folders) == 1 else checkpoint_labels(document["checkpoints"])
-    command = ["twa-merge", "average", *names, *_selection(document, len(folders))]
+    checkpoints = document["checkpoints"]
+    folders = list(dict.fromkeys(_parent(c["path"]) for c in checkpoints))
+    steps = [c["step"] for c in checkpoints if c.get("step") is not None]
+    command = ["twa-merge", "average"]
+    if len(folders) == 1 and len(steps) == len(checkpoints):
+        command += [folders[0], "--from-step", str(min(steps)), "--to-step", str(max(steps))]
+        every = ((document.get("options") or {}).get("selection") or {}).get("every")
+        command += ["--every", str(every)] if every else []
+    else:
+        command += checkpoint_labels(checkpoints)
     command += ["--weights", "@twa_merge.json", "-o", "merged"]
     dtype = (document.get("options") or {}).get("dtype")
     command += ["--dtype", str(dtype)] if dtype else []
     line = _without_control(shlex.join(command))
     fence = "`" * max(3, _longest_run(line) + 1)
     return f"## The same again\n\n{fence}sh\n{line}\n{fence}\n"
-
-
-def _selection(document: Document, folders: int) -> list[str]:
-    """Options that leave the checkpoints of this merge, where steps can tell."""
-    steps = [c.get("step") for c in document["checkpoints"]]
-    if folders != 1 or len(steps) < 2 or None in steps:
-        return []
-    every = ((document.get("options") or {}).get("selection") or {}).get("every")
-    chosen = ["--from-step", str(min(steps)), "--to-step", str(max(steps))]
-    return [*chosen, "--every", str(every)] if every else chosen
 
 
 def _parent(path: Any) -> str:

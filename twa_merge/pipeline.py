@@ -13,6 +13,7 @@ import torch
 from . import report
 from .candidates import parse_families
 from .checkpoints import open_checkpoints
+from .clock import Clock
 from .config import (
     DataConfig,
     EngineConfig,
@@ -31,7 +32,7 @@ from .layout import make_layout
 from .model_card import model_card
 from .progress import Noted, Progress, silent
 from .resume import EvaluationLog
-from .run import Choices, Clock, Run, fingerprint, set_up, several, task_and_splits
+from .run import Choices, Run, fingerprint, set_up, several, task_and_splits
 from .subspace import Chart, Subspace, make_subspace, orthogonality_error
 from .task import Task
 from .verdict import Verdict, judge

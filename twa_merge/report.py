@@ -7,7 +7,7 @@ import resource
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -15,9 +15,12 @@ from torch import Tensor
 from . import __version__
 from .checkpoints.base import Checkpoint
 from .errors import ConfigError
-from .fit import Fitted
 from .guard import Improvement, Scored, bootstrap_interval
 from .layout import Blocks, Layout, blocks_from_members, global_block
+
+if TYPE_CHECKING:
+    # A merge with fixed coefficients needs no model, and is not to wait for what models need.
+    from .fit import Fitted
 
 FORMAT = 1
 

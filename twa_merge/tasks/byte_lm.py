@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import random
 import sysconfig
 from collections.abc import Iterator, Sequence
@@ -73,7 +74,7 @@ class ByteTransformer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Bytes (batch, time), integer → logits of each next byte (batch, time, 256)."""
-        hidden = self.embedding(x) + self.positions.weight[: x.shape[1]]
+        hidden = self.embedding(x) + self.positions(torch.arange(x.shape[1], device=x.device))
         for layer in self.layers:
             hidden = layer(hidden)
         return self.head(self.norm(hidden))
@@ -229,7 +230,9 @@ def standard_library_text(
 
 
 def _sources(folder: Path) -> Iterator[bytes]:
-    for path in sorted(folder.rglob("*.py")):
-        parts = path.relative_to(folder).parts
-        if not _SKIPPED.intersection(parts) and not parts[-1].startswith("_sysconfigdata"):
-            yield path.read_bytes()
+    for place, folders, files in os.walk(folder):
+        # Walked into in this order; site-packages may hold more files than all the rest.
+        folders[:] = sorted(set(folders) - _SKIPPED)
+        for name in sorted(files):
+            if name.endswith(".py") and not name.startswith("_sysconfigdata"):
+                yield Path(place, name).read_bytes()
