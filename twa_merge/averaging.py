@@ -8,16 +8,14 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from . import report
 from .candidates import parse_weights
 from .checkpoints import open_checkpoints
 from .clock import Clock
-from .config import OutputConfig, Selection
+from .config import OutputConfig, Selection, as_dict
 from .distributed import start
 from .errors import ConfigError
-from .layout import global_block, make_layout
+from .layout import dtype_named, global_block, make_layout
 from .model_card import model_card
 from .progress import Progress, silent
 from .writer import check_output, write_merge
@@ -51,7 +49,8 @@ def average(
     with clock.part("open"):
         found = open_checkpoints(checkpoints, selection or Selection())
         layout = make_layout(found)
-        check_output(target, found, out.overwrite)
+        dtype = dtype_named(out.dtype)
+        check_output(target, found, out.overwrite, dtype=dtype)
         world = start("cpu")
         if weights.startswith("@"):
             path = Path(weights[1:])
@@ -69,7 +68,7 @@ def average(
         "weights": weights,
         "checkpoints": report.checkpoint_list(found),
         "coefficients": coefficients,
-        "options": {"dtype": out.dtype},
+        "options": {"dtype": out.dtype, "selection": as_dict(selection or Selection())},
         "world_size": world.size,
     }
     if len(blocks) > 1:
@@ -81,9 +80,9 @@ def average(
             blocks,
             alphas,
             target,
-            dtype=getattr(torch, out.dtype) if out.dtype else None,
+            dtype=dtype,
             documents={
-                "twa_merge.json": json.dumps(document, indent=1) + "\n",
+                "twa_merge.json": json.dumps(document, indent=1, allow_nan=False) + "\n",
                 "README.md": model_card(document),
             },
             overwrite=out.overwrite,

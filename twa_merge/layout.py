@@ -148,6 +148,11 @@ def _require_same(first: Checkpoint, other: Checkpoint) -> None:
             )
 
 
+def dtype_named(name: str | None) -> torch.dtype | None:
+    """The dtype that --dtype names; None for None."""
+    return getattr(torch, name) if name else None
+
+
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from collections.abc import Mapping, Sequence
 from os import PathLike
@@ -28,7 +29,9 @@ from .config import (
 from .distributed import start
 from .errors import NoImprovement
 from .fit import Fitted
-from .layout import make_layout
+from .html_report import html_report
+from .landscape import landscape
+from .layout import dtype_named, make_layout
 from .model_card import model_card
 from .progress import Noted, Progress, silent
 from .resume import EvaluationLog
@@ -90,7 +93,7 @@ def merge(
         found = open_checkpoints(checkpoints, choices.selection)
         layout = make_layout(several(found))
         world = start(choices.engine.device)
-        check_output(target, found, choices.out.overwrite)
+        check_output(target, found, choices.out.overwrite, dtype=dtype_named(choices.out.dtype))
         chosen_task, splits = task_and_splits(
             task, data, test_data, found[-1], dict(task_options or {}), choices
         )
@@ -107,10 +110,12 @@ def merge(
         fitted = _fit(run)
     with clock.part("guard"):
         verdict = judge(run, fitted)
-    document = _document(run, fitted, verdict, test_data)
+    document = _document(run, fitted, verdict)
     if choices.guard.require_improvement and not verdict.over_single.certain:
         log.remove()
         raise _no_improvement(verdict)
+    with clock.part("report"):
+        documents = _documents(run, document, fitted, verdict)
     with clock.part("write"):
         write_merge(
             found,
@@ -118,9 +123,9 @@ def merge(
             run.blocks,
             verdict.winner.candidate.alphas,
             target,
-            dtype=run.dtype,
+            dtype=run.jury.dtype,
             overrides=run.jury.overrides(verdict.winner),
-            documents=_documents(run, document, fitted, verdict) if world.is_zero else {},
+            documents=documents,
             overwrite=choices.out.overwrite,
             world=world,
             progress=progress,
@@ -167,9 +172,7 @@ def _no_improvement(verdict: Verdict) -> NoImprovement:
     )
 
 
-def _document(
-    run: Run, fitted: Sequence[Fitted], verdict: Verdict, test_data: str | None
-) -> dict[str, Any]:
+def _document(run: Run, fitted: Sequence[Fitted], verdict: Verdict) -> dict[str, Any]:
     whole, seed = fitted[0], run.choices.data.seed
     winner = verdict.winner.candidate
     subspace = whole.chart.subspaces[0]
@@ -216,6 +219,7 @@ def _document(
             "data": as_dict(run.choices.data),
             "guard": as_dict(run.choices.guard),
             "dtype": run.choices.out.dtype,
+            "selection": as_dict(run.choices.selection),
         },
         "timings": run.clock.rounded(),
         "peak_memory_bytes": int(run.world.max(report.peak_memory_bytes(run.world.device))),
@@ -231,7 +235,14 @@ def _documents(
     run: Run, document: dict[str, Any], fitted: Sequence[Fitted], verdict: Verdict
 ) -> dict[str, str]:
     """The files beside the weights: report, model card, and the plots where matplotlib is."""
-    return {
-        "twa_merge.json": json.dumps(document, indent=1) + "\n",
+    files = {
+        "twa_merge.json": json.dumps(document, indent=1, allow_nan=False) + "\n",
         "README.md": model_card(document),
     }
+    if importlib.util.find_spec("matplotlib") is None:
+        run.progress(Noted('No report.html: it needs pip install "twa-merge[report]".'))
+        return files
+    plane = landscape(run.fitter, fitted[0], verdict.shown, run.progress)
+    if run.world.is_zero:
+        files["report.html"] = html_report(document, plane)
+    return files

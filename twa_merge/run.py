@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-
 from .checkpoints.base import Checkpoint
 from .clock import Clock
 from .config import (
@@ -24,7 +22,7 @@ from .distributed import World
 from .errors import CheckpointError, ConfigError
 from .fit import Fitter
 from .ingest import Grams, ingest
-from .layout import Blocks, Layout, global_block, grouped_blocks, tensor_blocks
+from .layout import Blocks, Layout, dtype_named, global_block, grouped_blocks, tensor_blocks
 from .model import LiveModel, build, layer_groups
 from .objective import Batches, Engine
 from .progress import Noted, Progress
@@ -71,11 +69,6 @@ class Run:
     def n(self) -> int:
         return len(self.checkpoints)
 
-    @property
-    def dtype(self) -> torch.dtype | None:
-        name = self.choices.out.dtype
-        return getattr(torch, name) if name else None
-
 
 def set_up(
     checkpoints: list[Checkpoint],
@@ -114,7 +107,7 @@ def set_up(
     fit = Batches(splits.fit, task, size, seed, world)
     guard = Batches(splits.guard, task, size, seed, world)
     test = Batches(splits.test, task, size, seed, world) if splits.test is not None else None
-    dtype = getattr(torch, choices.out.dtype) if choices.out.dtype else None
+    dtype = dtype_named(choices.out.dtype)
     jury = Jury(engine, fit, guard, test, n, dtype, choices.guard.select, choices.guard.batch_norm)
     steps = [c.step for c in checkpoints]
     fitter = Fitter(engine, fit, choices.fit, log, progress, steps)

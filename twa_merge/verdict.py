@@ -15,6 +15,9 @@ from .guard import Improvement, Scored, improvement, pick
 from .progress import Advanced, Started
 from .run import Run
 
+# A greedy soup takes 2n evaluations; on more examples it would cost more than the fit.
+_GREEDY_EXAMPLES = 128
+
 
 @dataclass
 class Verdict:
@@ -36,7 +39,7 @@ def judge(run: Run, fitted: Sequence[Fitted]) -> Verdict:
     families = parse_families(run.choices.guard.candidates)
     candidates = fixed(run.n, families)
     if "greedy" in families and run.n > 2:
-        sample = range(min(run.fitter.batches.size, 1024))
+        sample = range(min(run.fitter.batches.size, _GREEDY_EXAMPLES))
         losses = [run.fitter.score(_one_hot(run.n, i), sample) for i in range(run.n)]
         candidates.append(greedy(run.n, losses, lambda a: run.fitter.score(a, sample)))
     cost = 0.0

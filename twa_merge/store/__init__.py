@@ -1,7 +1,95 @@
-"""Where offsets live."""
+"""Where the offsets live, and how wide they are."""
 
-from .plain import PlainStore
+from __future__ import annotations
+
+import socket
+from collections.abc import Mapping, Sequence
+
+from ..checkpoints.base import Checkpoint
+from ..config import StoreConfig
+from ..distributed import World
+from ..layout import Blocks, Layout
+from ..progress import Noted, Progress, silent
+from .base import Store
+from .disk import DiskStore
+from .limits import device_memory, host_memory
+from .memory import MemoryStore
+from .plan import Machine, Plan, Rates, Work, memory_plan
+
+__all__ = [
+    "Machine",
+    "Plan",
+    "Rates",
+    "Store",
+    "Work",
+    "make_store",
+    "memory_plan",
+    "this_machine",
+]
 
 
-def make_store(checkpoints, layout, blocks, world, config, *, shared=None, progress=None):  # type: ignore
-    return PlainStore(layout, blocks, len(checkpoints), world.device)
+def make_store(
+    checkpoints: Sequence[Checkpoint],
+    layout: Layout,
+    blocks: Blocks,
+    world: World,
+    config: StoreConfig,
+    *,
+    shared: Mapping[str, bool] | None = None,
+    work: Work | None = None,
+    compiled: bool | None = None,
+    progress: Progress | None = None,
+) -> Store:
+    """An empty store for this rank's rows, to be filled by the streaming pass.
+
+    With ``auto`` in ``config`` all ranks call this together, and decide alike.
+
+    Args:
+        shared: tensors of which every rank holds all rows.
+        work: what the memory plan has to reckon with.
+        compiled: fuse project and combine by ``torch.compile``; None decides by size.
+        progress: is told where the offsets go if they do not go where they would best.
+    """
+    whole, progress = shared or {}, progress or silent
+    kind, dtype = config.kind, config.dtype
+    if kind != "disk" and "auto" in (kind, dtype):
+        n, machine = len(checkpoints), this_machine(world)
+        plan = memory_plan(layout, n, machine, config, work=work, shared=whole)
+        kind, dtype = plan.kind, plan.dtype
+        if plan.advice:
+            place = "on disk" if kind == "disk" else f"in {kind} memory as {dtype}"
+            progress(Noted(" ".join([f"The offsets stay {place}.", *plan.advice])))
+
+    def share(name: str) -> tuple[int, int]:
+        rows = layout[name].info.rows
+        return (0, rows) if whole.get(name) else world.share(rows)
+
+    if kind == "disk":
+        return DiskStore(checkpoints, layout, blocks, share=share)
+    return MemoryStore(
+        dtype,
+        len(checkpoints),
+        layout,
+        blocks,
+        share=share,
+        device=world.device,
+        on_host=kind == "host" and world.device.type != "cpu",
+        compiled=compiled,
+        progress=progress,
+    )
+
+
+def this_machine(world: World) -> Machine:
+    """Processes and memory of this run, the least of all ranks. Collective."""
+    hosts = world.gather(socket.gethostname())
+    per_node = max(hosts.count(host) for host in hosts)
+    memory = world.gather((device_memory(world.device), host_memory(per_node)))
+    on_device = [device for device, _ in memory if device is not None]
+    on_host = [host for _, host in memory if host is not None]
+    return Machine(
+        size=world.size,
+        per_node=per_node,
+        device_type=world.device.type,
+        device_memory=min(on_device, default=None),
+        host_memory=min(on_host, default=None),
+    )

@@ -1,0 +1,69 @@
+"""The loss around the solution, in the plane of the two axes of largest variance."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .fit import Fitted, Fitter
+from .guard import Scored
+from .progress import Advanced, Progress, Started
+
+_GRID = 9
+_EXAMPLES = 16
+
+
+def landscape(
+    fitter: Fitter, whole: Fitted, shown: Sequence[Scored], progress: Progress
+) -> dict[str, Any] | None:
+    """Loss on a grid of the plane through the solution, parallel to the first two axes.
+
+    Checkpoints, candidates and the path of the fit are projected onto it. A few examples are
+    enough for contours: all points see the same ones.
+
+    Returns:
+        What ``html_report`` draws, or None where the subspace has fewer than two axes.
+    """
+    subspace = whole.chart.subspaces[0]
+    if subspace.rank < 2:
+        return None
+    plane = subspace.leading(2)
+    corners = torch.eye(subspace.n, dtype=torch.float64)
+    points = torch.stack([plane.coordinates(corner) for corner in corners])
+    path = torch.stack([plane.coordinates(whole.chart.base[0])] + [
+        plane.coordinates(whole.chart.alphas(z)[0]) for z in whole.result.path
+    ])  # fmt: skip
+    everything = torch.cat([points, path])
+    low, high = everything.min(0).values, everything.max(0).values
+    margin = 0.15 * (high - low)
+    axes = [
+        torch.linspace(float(a), float(b), _GRID, dtype=torch.float64)
+        for a, b in zip(low - margin, high + margin, strict=True)
+    ]
+    centre = whole.alphas[0]
+    here = plane.coordinates(centre)
+    sample = range(min(fitter.batches.size, _EXAMPLES))
+    progress(Started("Drawing the landscape", _GRID**2, "points"))
+    rows = []
+    for y in axes[1]:
+        row = []
+        for x in axes[0]:
+            there: Tensor = torch.stack([x, y])
+            row.append(fitter.score((centre + plane.steps(there - here))[None], sample))
+            progress(Advanced())
+        rows.append(row)
+    return {
+        "points": points.tolist(),
+        "path": path.tolist(),
+        "grid_x": axes[0].tolist(),
+        "grid_y": axes[1].tolist(),
+        "loss": rows,
+        "candidates": {
+            s.name: plane.coordinates(s.candidate.alphas[0]).tolist()
+            for s in shown
+            if s.candidate.alphas.shape[0] == 1
+        },
+    }

@@ -1,0 +1,191 @@
+"""Offsets that stay in the checkpoint files: every evaluation reads them again."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..checkpoints.base import Checkpoint, Reader
+from ..errors import CheckpointError
+from ..layout import Blocks, Layout
+from ..stream import SLICE_NUMEL, RowSlice, row_slices, stream
+from .base import held_name, row_of
+
+# Bytes of all checkpoints together that are read ahead of the arithmetic.
+READ_AHEAD = 64 << 20
+_SLICES_AHEAD = 4
+# Numbers of all checkpoints together in one step: their float32 copy stays in a core's cache.
+_STEP = 1 << 18
+
+
+class DiskStore:
+    """Projects and combines straight from the files, while a second thread reads ahead.
+
+    It is exact, and takes no memory but for the slices in flight: even the centre is computed
+    afresh from each slice. The arithmetic is the CPU's, whatever device gradients and targets are
+    on: sending one gradient over is cheaper than n checkpoints.
+
+    Args:
+        share: tensor → this rank's rows [start, stop) of it.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Sequence[Checkpoint],
+        layout: Layout,
+        blocks: Blocks,
+        *,
+        share: Callable[[str], tuple[int, int]],
+    ) -> None:
+        self.blocks = blocks
+        self._checkpoints = [
+            dataclasses.replace(c, reader=WatchfulReader(c.reader)) for c in checkpoints
+        ]
+        self._layout = layout
+        self._share = share
+        self._held: dict[str, None] = {}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._held)
+
+    @property
+    def nbytes(self) -> int:
+        return 0
+
+    def put(self, cut: RowSlice, centre: Tensor, offsets: Tensor) -> None:
+        self._held[cut.name] = None
+
+    def project(self, gradients: Mapping[str, Tensor | None]) -> Tensor:
+        """As ``Store.project``.
+
+        Raises:
+            CheckpointError: a file has vanished or changed since the store was made.
+        """
+        n = len(self._checkpoints)
+        sums = torch.zeros(len(self.blocks), n, dtype=torch.float64)
+        given = {name: g for name, g in gradients.items() if g is not None}
+        for name, gradient, start, rows in self._pass(given):
+            flat = gradient.detach().reshape(-1)[start : start + rows[0].numel()]
+            # float32 differences of float32 numbers lose nothing, of float64 numbers they do.
+            wide = torch.float64 if rows[0].dtype == torch.float64 else torch.float32
+            flat = flat.to("cpu", wide)
+            step = max(1, _STEP // n)
+            offsets = torch.empty(n, min(step, flat.numel()), dtype=wide)
+            for a in range(0, flat.numel(), step):
+                g = flat[a : a + step]
+                here = offsets[:, : g.numel()]
+                for target, row in zip(here, rows, strict=True):
+                    target.copy_(row[a : a + step])
+                here.sub_(here.mean(0))
+                sums[self.blocks.index[name]] += torch.mv(here, g)
+        # Σ_i Δ_i = 0 exactly: what is left in the mean is the rounding of the centre, the same in
+        # every offset.
+        return sums.sub_(sums.mean(1, keepdim=True))
+
+    def combine(self, alphas: Tensor, targets: Mapping[str, Tensor]) -> None:
+        """As ``Store.combine``; Σ α_i w_i is accumulated in float64.
+
+        Raises:
+            CheckpointError: a file has vanished or changed since the store was made.
+        """
+        alphas = alphas.detach().to("cpu", torch.float64)
+        total, term = torch.empty(2, _STEP >> 3, dtype=torch.float64)
+        for name, target, start, rows in self._pass(targets):
+            assert target.dtype == torch.float32
+            weights = alphas[row_of(len(alphas), self.blocks, name)].tolist()
+            out = torch.empty(rows[0].numel())
+            for a in range(0, out.numel(), total.numel()):
+                here = out[a : a + total.numel()]
+                sum_, term_ = total[: here.numel()].zero_(), term[: here.numel()]
+                for row, weight in zip(rows, weights, strict=True):
+                    term_.copy_(row[a : a + here.numel()])
+                    sum_.add_(term_, alpha=weight)
+                here.copy_(sum_)
+            target.detach().view(-1)[start : start + out.numel()].copy_(out)
+
+    def _pass(
+        self, tensors: Mapping[str, Tensor]
+    ) -> Iterator[tuple[str, Tensor, int, list[Tensor]]]:
+        """Reads the rows of all checkpoints that belong to ``tensors``.
+
+        Yields:
+            Tensor held, the one given for it, where in it the slice begins, and n flat slices.
+        """
+        of: dict[str, list[Tensor]] = {}
+        for asked, tensor in tensors.items():
+            name = held_name(self._layout, self._held, asked, tensor.numel())
+            if name is not None:
+                of.setdefault(name, []).append(tensor)
+        for checkpoint in self._checkpoints:
+            checkpoint.reader.require_unchanged(of)  # type: ignore[attr-defined]
+        slices = [cut for name in of for cut in self._slices(name)]
+        for cut, rows in stream(self._checkpoints, slices, ahead=_SLICES_AHEAD):
+            first = cut.start - self._share(cut.name)[0]
+            for tensor in of[cut.name]:
+                yield cut.name, tensor, first * self._layout[cut.name].info.row_numel, rows
+
+    def _slices(self, name: str) -> list[RowSlice]:
+        in_flight = (_SLICES_AHEAD + 2) * len(self._checkpoints)
+        most = READ_AHEAD // (in_flight * self._layout[name].info.dtype.itemsize)
+        numel = max(4096, min(most, SLICE_NUMEL))
+        return row_slices(self._layout, [name], share=lambda _: self._share(name), numel=numel)
+
+
+class WatchfulReader:
+    """A reader that looks at its files before it reads them.
+
+    Touching a mapped page beyond the end of a file kills the process without a word. So the file
+    is looked at immediately before, and the rows are copied out of the mapping at once.
+    """
+
+    def __init__(self, reader: Reader) -> None:
+        self._reader = reader
+        self.tensors = reader.tensors
+        self.files = reader.files
+        self.aliases = reader.aliases
+        self._paths: dict[str, list[Path]] = {}
+        for file in reader.files:
+            for name in file.names:
+                self._paths.setdefault(name, []).append(file.path)
+        self._seen = {file.path: _look(file.path) for file in reader.files}
+
+    def rows(self, name: str, start: int, stop: int) -> Tensor:
+        self.require_unchanged([name])
+        try:
+            return self._reader.rows(name, start, stop).clone()
+        except Exception:
+            self.require_unchanged([name])
+            raise
+
+    def close(self) -> None:
+        self._reader.close()
+
+    def require_unchanged(self, names: Iterable[str]) -> None:
+        """Raises CheckpointError if a file with one of these tensors is not what it was."""
+        for path in {path for name in names for path in self._paths.get(name, self._seen)}:
+            now = _look(path)
+            if now != self._seen[path]:
+                size = self._seen[path][0]
+                raise CheckpointError(
+                    "A file of weights has vanished or changed while it was in use.",
+                    checkpoint=path,
+                    expected=f"{size} bytes, unchanged since the run began",
+                    found=f"{now[0]} bytes, written to since" if now[1] else "nothing there",
+                    remedy="bring the file back and run the same command again; with --store "
+                    "host or device the files are read only at the beginning and the end",
+                )
+
+
+def _look(path: Path) -> tuple[int, int]:
+    """Size and time of the last change; zeros where there is no such file."""
+    try:
+        found = os.stat(path)
+    except OSError:
+        return 0, 0
+    return found.st_size, found.st_mtime_ns

@@ -1,0 +1,234 @@
+"""Project and combine on tiles of offsets, in every width.
+
+Sums are taken over a tile's numbers in float32 and over tiles in float64, always in the same
+order.
+
+There are two ways to do each: plain torch expressions under ``torch.compile``, which fuse the
+unpacking with the product (DESIGN.md has the figures), and an eager one for small stores, odd
+tiles and machines without a compiler.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from ..progress import Noted, Progress
+from .quantize import BITS, GROUP, PLAIN, unpack
+from .tiles import TILE, Tiles
+
+# Numbers (of all offsets) in one eager step: their float32 copy stays in a core's cache.
+_EAGER_CPU = 1 << 18
+# Numbers in one compiled call: enough to hide its overhead; the scales times β stay in cache.
+_CALL_CPU = 1 << 23
+_CALL_GPU = 1 << 28
+# A compiled call of fewer tiles is not worth its overhead, and a single one would be a graph of
+# its own.
+_FEWEST_TILES = 4
+# Numbers in a store from which evaluations pay for some ten seconds of compiling.
+COMPILE_FROM = 1 << 27
+
+_SIGN = -(1 << 31)
+
+
+class Kernels:
+    """Project and combine for one store.
+
+    Args:
+        dtype: of the store.
+        device: that computes.
+        compiled: use ``torch.compile``; falls back to eager, with one note, where it fails.
+    """
+
+    def __init__(
+        self, dtype: str, device: torch.device, *, compiled: bool, progress: Progress
+    ) -> None:
+        self.dtype = dtype
+        self.device = device
+        self._progress = progress
+        self._project: Callable[..., Tensor] | None = None
+        self._combine: Callable[..., Tensor] | None = None
+        if compiled:
+            self._project = torch.compile(project_tiles, fullgraph=True)
+            self._combine = torch.compile(combine_tiles, fullgraph=True)
+        # On a GPU the gradient comes out of a cache that all cores share: reading it once for four
+        # offsets takes that off the narrow widths. On a CPU it is in a core's own cache anyway.
+        self._together = 4 if device.type == "cuda" else 1
+
+    @property
+    def compiled(self) -> bool:
+        return self._project is not None
+
+    def project(self, tiles: Tiles, gradient: Tensor) -> Tensor:
+        """⟨Δ_i, g⟩ over the tiles: gradient (u, T) float32 → (n,) float64 on the device."""
+        n = tiles.data.shape[1]
+        total = torch.zeros(n, dtype=torch.float64, device=self.device)
+        for part in self._parts(tiles):
+            here, g = tiles[part], gradient[part]
+            sums = self._fused(self._project, here, here.scales, g, self.dtype, self._together)
+            if sums is None:
+                sums = self._project_eagerly(here, g)
+            total += sums.sum(0, dtype=torch.float64)
+        return total
+
+    def combine(
+        self, tiles: Tiles, centre: Tensor, beta: Tensor, total: Tensor, out: Tensor
+    ) -> None:
+        """out = total·c + Σ β_i Δ_i.
+
+        Args:
+            centre, out: (u, T) float32; ``beta``: (n,) float32; ``total``: (1,) float32.
+        """
+        for part in self._parts(tiles):
+            here, c, o = tiles[part], centre[part], out[part]
+            weight = beta if here.scales is None else here.scales * beta[:, None]
+            if self._fused(self._combine, here, weight, c, total, o, self.dtype) is None:
+                self._combine_eagerly(here, c, beta, total, o)
+
+    def _parts(self, tiles: Tiles) -> Iterator[slice]:
+        numbers = tiles.data.shape[1] * tiles.width
+        most = _CALL_GPU if self.device.type == "cuda" else _CALL_CPU
+        step = max(1, most // numbers)
+        return (slice(a, a + step) for a in range(0, len(tiles), step))
+
+    def _fused(
+        self, function: Callable[..., Tensor] | None, tiles: Tiles, *args: object
+    ) -> Tensor | None:
+        """What the compiled function returns; None where the eager way is to be gone."""
+        if function is None or tiles.width != TILE or len(tiles) < _FEWEST_TILES:
+            return None
+        for arg in (tiles.data, *args):
+            # The number of tiles differs by tensor; one graph serves all of them.
+            if isinstance(arg, Tensor) and arg.dim() > 1:
+                torch._dynamo.mark_dynamic(arg, 0)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                return function(tiles.data, *args)
+        except Exception as error:
+            # Whatever stops a compiler, the eager way gives the same numbers; what stops both
+            # (no memory left, say) is raised from there.
+            self._project = self._combine = None
+            reason = (str(error).strip() or "no reason given").splitlines()[0]
+            self._progress(
+                Noted(
+                    "torch.compile does not work here, so the slower eager kernels are used: "
+                    f"{type(error).__name__}: {reason}"
+                )
+            )
+            return None
+
+    def _project_eagerly(self, tiles: Tiles, gradient: Tensor) -> Tensor:
+        sums = torch.empty(tiles.data.shape[:2], device=self.device)
+        for part, numbers in self._unpacked(tiles):
+            # Not bmm on a GPU: its products may be rounded to TF32.
+            if self.device.type == "cuda":
+                sums[part] = (numbers * gradient[part][:, None, :]).sum(-1)
+            else:
+                torch.bmm(numbers, gradient[part][:, :, None], out=sums[part][:, :, None])
+        return sums
+
+    def _combine_eagerly(
+        self, tiles: Tiles, centre: Tensor, beta: Tensor, total: Tensor, out: Tensor
+    ) -> None:
+        for part, numbers in self._unpacked(tiles):
+            if self.device.type == "cuda":
+                sums = (numbers * beta[:, None]).sum(1)
+            else:
+                rows = beta.expand(numbers.shape[0], 1, -1)
+                sums = torch.bmm(rows, numbers)[:, 0]
+            torch.addcmul(sums, centre[part], total, out=out[part])
+
+    def _unpacked(self, tiles: Tiles) -> Iterator[tuple[slice, Tensor]]:
+        """Runs of tiles that fit in a cache, and their numbers (k, n, T) in float32."""
+        if self.dtype == "float32":
+            yield slice(0, len(tiles)), tiles.data
+            return
+        most = _CALL_GPU if self.device.type == "cuda" else _EAGER_CPU
+        n = tiles.data.shape[1]
+        step = min(len(tiles), max(1, most // (n * tiles.width)))
+        scratch = torch.empty(step, n, tiles.width, device=self.device)
+        for a in range(0, len(tiles), step):
+            here = tiles[a : a + step]
+            numbers = scratch[: len(here)]
+            if here.scales is None:
+                numbers.copy_(here.data)
+            else:
+                packed = here.data.unflatten(-1, (here.scales.shape[-1], -1))
+                unpack(packed, here.scales, self.dtype, numbers.unflatten(-1, (-1, GROUP)))
+            yield slice(a, a + step), numbers
+
+
+def project_tiles(
+    data: Tensor, scales: Tensor | None, gradient: Tensor, dtype: str, together: int
+) -> Tensor:
+    """⟨Δ_i, g⟩ of every tile: (u, n, ·) and (u, T) → (u, n) float32.
+
+    Args:
+        together: how many offsets to take for one reading of the gradient, where that divides n.
+    """
+    n = data.shape[1]
+    k = together if n % together == 0 else 1
+    data = data.unflatten(1, (n // k, k))
+    sums = []
+    for i in range(k):
+        if scales is None:
+            products = data[:, :, i].float() * gradient[:, None]
+            sums.append(products.sum(-1))
+        else:
+            scale = scales.unflatten(1, (n // k, k))[:, :, i]
+            groups = data[:, :, i].unflatten(-1, (scale.shape[-1], -1))
+            lanes = _times_gradient(groups, gradient.unflatten(-1, (-1, GROUP))[:, None], dtype)
+            sums.append((lanes * scale[..., None]).sum((-1, -2)))
+    return torch.stack(sums, 2).flatten(1) if k > 1 else sums[0]
+
+
+def _times_gradient(groups: Tensor, g: Tensor, dtype: str) -> Tensor:
+    """Unscaled products, added up lane by lane: (u, n, G, bytes), (u, 1, G, 128) → (.., lanes)."""
+    if dtype == "int8":
+        return groups.float() * g
+    q = groups.int()
+    if dtype == "int4":
+        low, high = g[..., :64], g[..., 64:]
+        return ((q & 15) - 8).float() * low + ((q >> 4) - 8).float() * high
+    # The bit, moved to where float32 has its sign, turns the gradient's sign over.
+    planes = g.unflatten(-1, (8, 16)).view(torch.int32)
+    lanes = _flip(q << 31, planes[..., 0, :])
+    for k in range(1, 8):
+        lanes = lanes + _flip(q << (31 - k), planes[..., k, :])
+    return -lanes
+
+
+def combine_tiles(
+    data: Tensor, weight: Tensor, centre: Tensor, total: Tensor, out: Tensor, dtype: str
+) -> Tensor:
+    """out = total·c + Σ_i weight_i q_i, written in place; returns ``total``.
+
+    Args:
+        weight: β (n,), or scales times β (u, n, G).
+    """
+    if dtype in PLAIN:
+        out.copy_(centre * total + (data.float() * weight[:, None]).sum(1))
+        return total
+    planes = 8 // BITS[dtype]
+    groups = data.unflatten(-1, (weight.shape[-1], 1, -1))
+    scale = weight[..., None, None]
+    plane = torch.arange(planes, dtype=torch.int32, device=data.device)[:, None]
+    if dtype == "int8":
+        numbers = groups.float() * scale
+    elif dtype == "int4":
+        numbers = (((groups.int() >> (4 * plane)) & 15) - 8).float() * scale
+    else:
+        numbers = -_flip(groups.int() << (31 - plane), scale.view(torch.int32))
+    shape = (-1, planes, GROUP // planes)
+    c = centre.unflatten(-1, shape)
+    out.unflatten(-1, shape).copy_(c * total + numbers.sum(1))
+    return total
+
+
+def _flip(bits: Tensor, number: Tensor) -> Tensor:
+    """float32 ``number``, seen as int32, with its sign turned over where the top bit is set."""
+    return ((bits & _SIGN) ^ number).view(torch.float32)

@@ -1,0 +1,305 @@
+"""What a run will take, before anything is loaded: memory, passes over the files, minutes."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from ..config import StoreConfig
+from ..layout import Entry, Layout
+from ..stream import SLICE_NUMEL
+from .disk import READ_AHEAD
+from .memory import STAGED
+from .quantize import bits_per_number
+from .tiles import footprint
+
+# Shares of the memory that a plan may fill; the rest goes to fragments, workspaces and neighbours.
+DEVICE_SHARE = 0.92
+HOST_SHARE = 0.85
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Bytes a second that a plan counts on.
+
+    The defaults are cautious figures for a local solid-state disk, two processor cores, PCIe 4 and
+    a data-centre GPU; give measured ones where minutes matter.
+
+    Attributes:
+        files: read by one node.
+        cpu, gpu: of offsets that one process projects or combines from its own memory.
+        link: from host to device, per process.
+    """
+
+    files: float = 2e9
+    cpu: float = 5e9
+    gpu: float = 1e12
+    link: float = 2e10
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a plan has to reckon with besides the checkpoints.
+
+    Attributes:
+        evaluations: of loss and gradient: a projection and a combination each.
+        combinations: further ones, for candidates.
+        seconds: forward and backward passes of one evaluation.
+        activations: bytes they take at most, per process.
+    """
+
+    evaluations: int = 15
+    combinations: int = 50
+    seconds: float = 0.0
+    activations: int = 0
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What there is: ``size`` processes, ``per_node`` of them on a node.
+
+    Attributes:
+        device_type: ``cpu`` or ``cuda``.
+        device_memory: bytes of one GPU; None if there is none, or it is not known.
+        host_memory: bytes of one node; None if not known.
+    """
+
+    size: int = 1
+    per_node: int = 1
+    device_type: str = "cpu"
+    device_memory: int | None = None
+    host_memory: int | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Where the offsets will live, and what that takes on the rank that takes most.
+
+    Attributes:
+        kind: ``device``, ``host`` or ``disk``.
+        dtype: of the offsets; on disk, of the files.
+        machine: that it was made for.
+        device: bytes on the device by kind of use; empty where the device is the CPU.
+        host: bytes in host memory by kind of use, per process.
+        passes: over all checkpoint files, the first and the writing one included.
+        minutes: expected, apart from what ``Work`` does not know.
+        fits: as far as the memory is known.
+        advice: what to know or to change, in sentences.
+    """
+
+    kind: str
+    dtype: str
+    machine: Machine
+    device: Mapping[str, int]
+    host: Mapping[str, int]
+    passes: int
+    minutes: float
+    fits: bool
+    advice: tuple[str, ...] = ()
+
+    @property
+    def device_total(self) -> int:
+        return sum(self.device.values())
+
+    @property
+    def host_total(self) -> int:
+        return sum(self.host.values())
+
+
+def memory_plan(
+    layout: Layout,
+    n: int,
+    machine: Machine,
+    config: StoreConfig,
+    *,
+    work: Work | None = None,
+    rates: Rates | None = None,
+    layer_numel: tuple[int, int] | None = None,
+    shared: Mapping[str, bool] | None = None,
+) -> Plan:
+    """Chooses where the offsets live and says what everything takes. Looks at nothing else.
+
+    What ``auto`` stands for, in this order, the first that fits: the checkpoints' own width on the
+    device, then in host memory; 8 bits on the device, on the host; 4 bits likewise; the files.
+    Quality comes first: at their own width and at 8 bits offsets cost the fit nothing that can be
+    measured, so a slower place beats a narrower width, but not files, which every evaluation would
+    read twice. One bit is never chosen by itself.
+
+    Args:
+        n: checkpoints.
+        layer_numel: numbers in the largest sharded layer, and in what is sharded with the root;
+            guessed from the tensors' names otherwise.
+        shared: tensors that every rank holds whole.
+    """
+    work, rates = work or Work(), rates or Rates()
+    planner = _Planner(layout, n, work, rates, layer_numel, shared or {})
+    plans = [planner.plan(machine, kind, dtype) for kind, dtype in choices(layout, config, machine)]
+    best = next((plan for plan in plans if plan.fits), plans[-1])
+    advice = planner.advice(best, config, wished=plans[0])
+    return dataclasses.replace(best, advice=tuple(advice))
+
+
+def choices(layout: Layout, config: StoreConfig, machine: Machine) -> list[tuple[str, str]]:
+    """Place and dtype, most wanted first. The CPU's own memory counts as the device."""
+    own = own_dtype(layout)
+    dtypes = (own, "int8", "int4") if config.dtype == "auto" else (config.dtype,)
+    places = ("device", "host") if machine.device_type != "cpu" else ("device",)
+    if config.kind != "auto":
+        places = (config.kind,)
+    found = [(place, dtype) for dtype in dtypes for place in places if place != "disk"]
+    return [*found, ("disk", own)] if config.kind in ("auto", "disk") else found
+
+
+def own_dtype(layout: Layout) -> str:
+    """``float32`` or ``bfloat16``, whichever most of the numbers come closest to."""
+    infos = [layout[name].info for name in layout.in_subspace]
+    wide = sum(info.numel for info in infos if info.dtype.itemsize >= 4)
+    return "float32" if 2 * wide > sum(info.numel for info in infos) else "bfloat16"
+
+
+@dataclass(frozen=True)
+class _Planner:
+    layout: Layout
+    n: int
+    work: Work
+    rates: Rates
+    layer_numel: tuple[int, int] | None
+    shared: Mapping[str, bool]
+
+    def plan(self, machine: Machine, kind: str, dtype: str) -> Plan:
+        memory = self._model(machine)
+        offsets, centre = (0, 0) if kind == "disk" else self._store(machine, dtype)
+        held = {"offsets": offsets, "centre": centre}
+        passing = {"slices in flight": self._streaming(kind)}
+        device: dict[str, int] = {}
+        if machine.device_type == "cpu":
+            host = memory | held | passing
+        elif kind == "device":
+            device, host = memory | held, passing
+        else:
+            host = held | passing
+            device = memory | ({"offsets in flight": 2 * STAGED} if kind == "host" else {})
+        fits = _fits(sum(device.values()), machine.device_memory, DEVICE_SHARE) and _fits(
+            sum(host.values()) * machine.per_node, machine.host_memory, HOST_SHARE
+        )
+        again = 2 * self.work.evaluations + self.work.combinations
+        passes = 2 + (again if kind == "disk" else 0)
+        minutes = self._minutes(machine, kind, passes, again * (offsets + centre))
+        device, host = _without_zeros(device), _without_zeros(host)
+        return Plan(kind, dtype, machine, device, host, passes, minutes, fits)
+
+    def advice(self, plan: Plan, config: StoreConfig, wished: Plan) -> Iterator[str]:
+        machine = plan.machine
+        if config.kind == "disk" and config.dtype != "auto":
+            yield "--store-dtype changes nothing on disk: the files are read as they are."
+        if plan.device and machine.device_memory is None:
+            yield f"Each GPU needs {gigabytes(plan.device_total)}; its memory is not known here."
+        if machine.host_memory is None:
+            needed = gigabytes(plan.host_total * machine.per_node)
+            yield f"Each node needs {needed} of its own memory, which is not known here."
+        if plan.fits and plan == wished:
+            return
+        where = "the GPU" if wished.device else "memory"
+        needed = gigabytes(wished.device_total or wished.host_total)
+        yield (
+            f"With {wished.dtype} offsets a process needs {needed}, which is more than {where} has."
+            if wished.kind != "disk"
+            else f"Even with the offsets left on disk a process needs {needed}."
+        )
+        more = self._processes_for(wished)
+        if more:
+            yield f"{more} processes with as much memory each would hold it."
+        if not plan.fits:
+            yield from self._ways_out(plan, config)
+
+    def _ways_out(self, plan: Plan, config: StoreConfig) -> Iterator[str]:
+        tried = choices(self.layout, config, plan.machine)
+        for kind, dtype in choices(self.layout, StoreConfig(), plan.machine):
+            if (kind, dtype) not in tried and self.plan(plan.machine, kind, dtype).fits:
+                option = "" if kind == "disk" else f" --store-dtype {dtype}"
+                yield f"--store {kind}{option} fits."
+        yield "--activation-checkpointing and a smaller --batch-size lower what activations take."
+
+    def _processes_for(self, wished: Plan) -> int | None:
+        """The least doubling of the processes, on more nodes alike, with which ``wished`` fits."""
+        machine = wished.machine
+        for doubling in range(1, 13):
+            more = dataclasses.replace(machine, size=machine.size << doubling)
+            if self.plan(more, wished.kind, wished.dtype).fits:
+                return more.size
+        return None
+
+    def _model(self, machine: Machine) -> dict[str, int]:
+        entries = [e for e in self.layout.entries.values() if e.tied_to is None]
+        parameters = sum(self._local(e, machine.size) for e in entries if e.averaged)
+        trained = sum(self._local(e, machine.size) for e in entries if e.in_subspace)
+        copied = sum(e.info.nbytes for e in entries if not e.averaged)
+        layer, root = self.layer_numel or largest_layer(self.layout)
+        # A layer's gathered parameters, the next one's ahead of time, and its whole gradient; the
+        # root's parameters and gradient stay for the whole pass.
+        gathered = 3 * layer + 2 * root if machine.size > 1 else 0
+        return {
+            "parameters": 4 * parameters + copied,
+            "gradients": 4 * trained,
+            "gathered layer": 4 * gathered,
+            "activations": self.work.activations,
+        }
+
+    def _store(self, machine: Machine, dtype: str) -> tuple[int, int]:
+        sizes = [
+            footprint(self._local(e, machine.size), self.n, dtype)
+            for e in self.layout.entries.values()
+            if e.averaged and e.tied_to is None
+        ]
+        return sum(offsets for offsets, _ in sizes), sum(centre for _, centre in sizes)
+
+    def _local(self, entry: Entry, size: int) -> int:
+        """Numbers of a tensor on the rank that has most of them, which is the first."""
+        info = entry.info
+        return math.ceil(info.rows / (1 if self.shared.get(entry.name) else size)) * info.row_numel
+
+    def _streaming(self, kind: str) -> int:
+        """The first pass holds a slice of all checkpoints in float64, and a copy to centre it."""
+        longest = max((e.info.row_numel for e in self.layout.entries.values()), default=0)
+        first = 2 * 8 * self.n * max(SLICE_NUMEL, longest)
+        return max(first, READ_AHEAD) if kind == "disk" else first
+
+    def _minutes(self, machine: Machine, kind: str, passes: int, touched: int) -> float:
+        nodes = machine.size / machine.per_node
+        saved = sum(self.layout[name].info.nbytes for name in self.layout.averaged)
+        seconds = passes * self.n * saved / (self.rates.files * nodes)
+        rate = self.rates.cpu if machine.device_type == "cpu" else self.rates.gpu
+        seconds += touched / (rate if kind == "device" else min(rate, self.rates.link))
+        return (seconds + self.work.evaluations * self.work.seconds) / 60
+
+
+def largest_layer(layout: Layout) -> tuple[int, int]:
+    """Numbers in the largest repeated layer and outside of all: layers have numbers in names."""
+    layers: dict[str, int] = {}
+    for name in layout.in_subspace:
+        parts = name.split(".")
+        end = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
+        layer = ".".join(parts[: end + 1])
+        layers[layer] = layers.get(layer, 0) + layout[name].info.numel
+    root = layers.pop("", 0)
+    return max(layers.values(), default=0), root
+
+
+def gigabytes(nbytes: float) -> str:
+    """``12.3 GB``, in powers of ten as the makers of memory cards and disks count."""
+    return f"{nbytes / 1e9:.3g} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.3g} MB"
+
+
+def compression(layout: Layout, dtype: str) -> float:
+    """How much narrower the store's numbers are than the checkpoints' own."""
+    return bits_per_number(own_dtype(layout)) / bits_per_number(dtype)
+
+
+def _fits(needed: int, there: int | None, share: float) -> bool:
+    return there is None or needed <= share * there
+
+
+def _without_zeros(uses: Mapping[str, int]) -> dict[str, int]:
+    return {use: nbytes for use, nbytes in uses.items() if nbytes}
