@@ -96,7 +96,7 @@ def make_trainer_run(
     seed: int = 0,
     *,
     checkpoints: int = 12,
-    lr: float = 4e-3,
+    lr: float = 6e-3,
     batch_size: int = 8,
 ) -> TrainerRun:
     """Trains a small Llama on the standard library's source at a constant learning rate.
@@ -106,7 +106,13 @@ def make_trainer_run(
         lr: high on purpose: such a run bounces from wall to wall of its valley while it moves
             along it, so that neither one checkpoint nor a plain mean of them is the best there is.
     """
-    from transformers import LlamaForCausalLM, Trainer, TrainingArguments, set_seed
+    from transformers import (
+        LlamaForCausalLM,
+        PrinterCallback,
+        Trainer,
+        TrainingArguments,
+        set_seed,
+    )
 
     text = standard_library_text(seed, held_out=0.15, test=0.15)
     train, held_out, test = (
@@ -138,6 +144,7 @@ def make_trainer_run(
     trainer = Trainer(
         model=model, args=arguments, train_dataset=windows, processing_class=tokenizer
     )
+    trainer.remove_callback(PrinterCallback)
     # Matrices are so small that a second thread costs more than it gives.
     threads = torch.get_num_threads()
     torch.set_num_threads(1)

@@ -74,7 +74,7 @@ def call_factory(factory: Callable[..., Any], name: str, data: str | None) -> Ta
         raise TaskError(
             f"The task {name} wants more than it can be given.",
             expected="no parameter without a default but `data`",
-            found=f"{factory.__name__}{inspect.signature(factory)}",
+            found=f"{getattr(factory, '__name__', name)}{inspect.signature(factory)}",
         )
     takes_data = "data" in parameters or any(
         p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values()
@@ -83,7 +83,7 @@ def call_factory(factory: Callable[..., Any], name: str, data: str | None) -> Ta
         raise TaskError(
             f"The task {name} takes no data.",
             expected="a parameter called data",
-            found=f"{factory.__name__}{inspect.signature(factory)}",
+            found=f"{getattr(factory, '__name__', name)}{inspect.signature(factory)}",
             remedy="leave --data out, or give the function a parameter `data`",
         )
     task = factory(data=data) if takes_data and data is not None else factory()

@@ -1,7 +1,6 @@
 """Project and combine on tiles of offsets, in every width.
 
-Sums are taken over a tile's numbers in float32 and over tiles in float64, always in the same
-order.
+Sums are taken over pieces of a tile in float32 and over tiles in float64, always in the same order.
 
 There are two ways to do each: plain torch expressions under ``torch.compile``, which fuse the
 unpacking with the product (DESIGN.md has the figures), and an eager one for small stores, odd
@@ -25,6 +24,8 @@ _EAGER_CPU = 1 << 18
 # Numbers in one compiled call: enough to hide its overhead; the scales times β stay in cache.
 _CALL_CPU = 1 << 23
 _CALL_GPU = 1 << 28
+# Numbers added up in float32 before anything else: sums of 512 keep seven digits.
+_SUMMED = 512
 # A compiled call of fewer tiles is not worth its overhead, and a single one would be a graph of
 # its own.
 _FEWEST_TILES = 4
@@ -122,13 +123,14 @@ class Kernels:
             return None
 
     def _project_eagerly(self, tiles: Tiles, gradient: Tensor) -> Tensor:
-        sums = torch.empty(tiles.data.shape[:2], device=self.device)
+        shape = tiles.data.shape[:2]
+        sums = torch.zeros(shape, dtype=torch.float64, device=self.device)
         for part, numbers in self._unpacked(tiles):
-            # Not bmm on a GPU: its products may be rounded to TF32.
-            if self.device.type == "cuda":
-                sums[part] = (numbers * gradient[part][:, None, :]).sum(-1)
-            else:
-                torch.bmm(numbers, gradient[part][:, :, None], out=sums[part][:, :, None])
+            for a in range(0, tiles.width, _SUMMED):
+                x, g = numbers[:, :, a : a + _SUMMED], gradient[part, None, a : a + _SUMMED]
+                # Not bmm on a GPU: its products may be rounded to TF32.
+                on_gpu = self.device.type == "cuda"
+                sums[part] += (x * g).sum(-1) if on_gpu else torch.bmm(x, g.mT)[:, :, 0]
         return sums
 
     def _combine_eagerly(
@@ -177,7 +179,7 @@ def project_tiles(
     for i in range(k):
         if scales is None:
             products = data[:, :, i].float() * gradient[:, None]
-            sums.append(products.sum(-1))
+            sums.append(products.unflatten(-1, (-1, _SUMMED)).sum(-1).sum(-1))
         else:
             scale = scales.unflatten(1, (n // k, k))[:, :, i]
             groups = data[:, :, i].unflatten(-1, (scale.shape[-1], -1))

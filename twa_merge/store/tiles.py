@@ -20,8 +20,8 @@ from torch import Tensor
 
 from .quantize import CONTAINER, GROUP, GROUP_BYTES, PLAIN, pack
 
-# Numbers of one offset in a tile: rows of 4 KB and more suit the processor's prefetchers, and
-# float32 sums of 4,096 numbers keep seven digits.
+# Numbers of one offset in a tile: long rows suit the processor's prefetchers, and all n of them
+# still fit in a core's cache.
 TILE = 4096
 
 # Numbers quantised at a time: the few float32 copies that it takes stay in cache.

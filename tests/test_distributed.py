@@ -1,0 +1,154 @@
+"""Several processes, really launched, against one."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from runs import save_run, states_of
+from safetensors.torch import load_file
+from small_task import train
+
+TESTS = Path(__file__).parent
+TASK = TESTS / "small_task.py"
+
+
+def command(k: int, *arguments: object) -> list[str]:
+    """The command line under torchrun, or alone."""
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(k)]
+    return [sys.executable, *(launch if k > 1 else []), "-m", "twa_merge_cli", *map(str, arguments)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    paths = [str(TESTS), os.environ.get("PYTHONPATH", "")]
+    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"} | more
+
+
+def run(k: int, *arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(k, *arguments), env=environment(**more), capture_output=True, text=True, timeout=240
+    )
+
+
+def document(folder: Path) -> dict:
+    return json.loads((folder / "twa_merge.json").read_text())
+
+
+def assert_same_tensors(one: Path, other: Path) -> None:
+    a, b = (load_file(f / "model.safetensors") for f in (one, other))
+    assert list(a) == list(b)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("store", ["device", "disk"])
+def test_2_and_4_processes_give_the_coefficients_of_one(tmp_path, store):
+    """Fewer rows than ranks in one tensor, fewer batches than ranks: both work."""
+    train(tmp_path / "run")
+    documents = {}
+    for k in (1, 2, 4):
+        out = tmp_path / f"merged{k}"
+        # fmt: off
+        done = run(k, "train", tmp_path / "run", "--task", TASK, "-o", out, "--batch-size", 30,
+                   "--blocks", "tensors", "--max-evaluations", 8, "--ridge", "0.01",
+                   "--store", store, "--device", "cpu")
+        # fmt: on
+        assert done.returncode == 0, done.stderr
+        documents[k] = document(out)
+        assert documents[k]["world_size"] == k
+    for k in (2, 4):
+        assert documents[k]["chosen"] == documents[1]["chosen"]
+        for kind in documents[1]["coefficients"]:
+            one, other = (documents[i]["coefficients"][kind] for i in (1, k))
+            rows = (
+                zip(one.values(), other.values(), strict=True)
+                if kind == "blocks"
+                else [(one, other)]
+            )
+            for a, b in rows:
+                assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-5
+        assert_same_tensors(tmp_path / "merged1", tmp_path / f"merged{k}")
+
+
+def test_average_and_geometry_on_several_processes(tmp_path):
+    save_run(tmp_path / "run", states_of(4))
+    for k in (1, 2):
+        assert run(k, "average", tmp_path / "run", "-o", tmp_path / f"a{k}").returncode == 0
+    assert_same_tensors(tmp_path / "a1", tmp_path / "a2")
+    one, two = (
+        json.loads(run(k, "inspect", tmp_path / "run", "--geometry", "--json").stdout)
+        for k in (1, 2)
+    )
+    for key in ("distances", "cosines"):
+        a, b = (torch.tensor(d["geometry"][key], dtype=torch.float64) for d in (one, two))
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_nproc_starts_the_same_thing(tmp_path):
+    train(tmp_path / "run")
+    # fmt: off
+    done = run(1, "train", tmp_path / "run", "--task", TASK, "-o", tmp_path / "m", "--nproc", 2,
+               "--blocks", "global", "--ridge", "0", "--device", "cpu", "--json")
+    # fmt: on
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["world_size"] == 2
+
+
+def test_a_user_error_is_one_message_from_all_processes(tmp_path):
+    train(tmp_path / "run", checkpoints=1)
+    done = run(
+        2, "train", tmp_path / "run", "--task", TASK, "-o", tmp_path / "m", "--device", "cpu"
+    )
+    assert done.returncode != 0
+    assert done.stderr.count("only one checkpoint") == 1
+    assert not (tmp_path / "m").exists()
+
+
+def ranks_of(parent: psutil.Process) -> list[psutil.Process]:
+    return [p for p in parent.children(recursive=True) if "RANK" in _environ(p)]
+
+
+def _environ(process: psutil.Process) -> dict[str, str]:
+    try:
+        return process.environ() if "twa_merge_cli" in " ".join(process.cmdline()) else {}
+    except psutil.Error:
+        return {}
+
+
+def test_a_killed_rank_ends_the_run_and_another_number_of_ranks_continues_it(tmp_path):
+    train(tmp_path / "run")
+    # fmt: off
+    options = ["train", tmp_path / "run", "--task", TASK, "--blocks", "global", "--ridge", "0.001",
+               "--max-evaluations", 12, "--device", "cpu", "-o"]
+    # fmt: on
+    assert run(1, *options, tmp_path / "whole").returncode == 0
+    killed = subprocess.Popen(
+        command(2, *options, tmp_path / "m"),
+        env=environment(SMALL_TASK_SLEEP="0.05"),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    state = tmp_path / "m.partial" / "state.jsonl"
+    deadline = time.monotonic() + 120
+    while not (state.exists() and len(state.read_text().splitlines()) > 3):
+        assert time.monotonic() < deadline
+        assert killed.poll() is None, killed.stderr.read()
+        time.sleep(0.05)
+    ranks_of(psutil.Process(killed.pid))[1].send_signal(signal.SIGKILL)
+    _, stderr = killed.communicate(timeout=120)
+    assert killed.returncode not in (0, None)
+    assert not (tmp_path / "m").exists()
+    assert len(state.read_text()) < 20_000
+    done = run(1, *options, tmp_path / "m")
+    assert done.returncode == 0, done.stderr
+    assert "Continuing" in done.stderr
+    one, other = (document(tmp_path / f)["coefficients"]["global"] for f in ("whole", "m"))
+    assert max(abs(a - b) for a, b in zip(one, other, strict=True)) < 1e-5
