@@ -138,7 +138,7 @@ def test_parameters_alone_can_be_on_meta(
     assert {p.device.type for p in model.parameters()} == {"meta"}
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
     buffers = dict(reference(folder).named_buffers())
-    assert buffers
+    assert buffers or kind == "gpt2"
     for name, buffer in model.named_buffers():
         assert torch.equal(buffer, buffers[name]), name
 
