@@ -65,7 +65,7 @@ class DataConfig:
 
     guard_fraction: float = 0.25
     seed: int = 0
-    batch_size: int = 16
+    batch_size: int = 32
     sample: int | None = None
 
     def __post_init__(self) -> None:
@@ -102,7 +102,7 @@ class FitConfig:
     optimizer: str = "lbfgs"
     ridge: float | None = None
     max_evaluations: int = 40
-    tolerance: float = 1e-6
+    tolerance: float = 1e-5
     start: str = "auto"
     span: str = "affine"
     subspace: str = "checkpoints"

@@ -21,6 +21,7 @@ def first_order(
     batches: Batches,
     config: FitConfig,
     observe: Callable[[int, float, float], None],
+    examples: int,
 ) -> FitResult:
     """Projected SGD or AdamW (Trainable Weight Averaging, arXiv 2205.13104, algorithm 1).
 
@@ -31,6 +32,7 @@ def first_order(
 
     Args:
         function: (z, positions of a batch) → loss and ∇_z.
+        examples: of the fit split to use.
 
     Returns:
         The last iterate, as in the paper; ``loss`` is the mean over the last epoch.
@@ -43,10 +45,8 @@ def first_order(
         )
     else:
         optimizer = torch.optim.AdamW([y], lr=config.lr, weight_decay=config.weight_decay)
-    positions = list(range(batches.size))
-    parts = [
-        positions[i : i + batches.batch_size] for i in range(0, batches.size, batches.batch_size)
-    ]
+    positions = list(range(examples))
+    parts = [positions[i : i + batches.batch_size] for i in range(0, examples, batches.batch_size)]
     steps = config.epochs * len(parts)
     trace: list[tuple[int, float]] = []
     path: list[Tensor] = []

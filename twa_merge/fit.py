@@ -26,6 +26,8 @@ _PATH_EVALUATIONS = 6
 # Small splits are cross-validated in four folds; for larger ones a quarter held out says enough.
 _FOUR_FOLDS_UP_TO = 48
 _START_EXAMPLES = 256
+# The fit begins with this many examples and takes twice as many as long as that moves it.
+_FIRST_SAMPLE = 256
 
 
 @dataclass
@@ -37,7 +39,8 @@ class Fitted:
         ridge: the ridge that was used.
         result: of the last fit, over the whole sample.
         scores: ridge → loss on examples that its fit did not see.
-        evaluations: of loss and gradient, in units of the whole sample.
+        evaluations: of loss and gradient, in units of all examples that the fit may use.
+        examples: that the last fit used.
     """
 
     name: str
@@ -47,6 +50,7 @@ class Fitted:
     result: FitResult
     scores: dict[float, float] = field(default_factory=dict)
     evaluations: float = 0.0
+    examples: int = 0
 
 
 @dataclass
@@ -59,6 +63,7 @@ class Fitter:
     log: EvaluationLog
     progress: Progress
     steps: Sequence[int | None] = ()
+    sample: int | None = None
     evaluations: float = 0.0
     _number: int = 0
 
@@ -85,7 +90,7 @@ class Fitter:
                 )
             return single(n, list(self.steps).index(int(word)))[None]
         sizes = [*(2**i for i in range(n.bit_length()) if 2**i < n), n]
-        sample = range(min(self.batches.size, _START_EXAMPLES))
+        sample = range(min(self.limit, _START_EXAMPLES))
         self.progress(Started("Looking for a start", len(sizes), "windows"))
         losses = []
         for k in sizes:
@@ -99,38 +104,72 @@ class Fitter:
         self.engine.set_weights(alphas)
         losses, _ = self.engine.example_losses(self.batches, chosen, by_batch=True)
         mean = float(losses.mean())
-        self.evaluations += len(chosen) / self.batches.size / 3
+        self.evaluations += len(chosen) / self.limit / 3
         return mean if math.isfinite(mean) else math.inf
 
     def stage(self, name: str, chart: Chart) -> Fitted:
         """Fits one chart from its base, with the ridge that unseen examples prefer."""
         before = self.evaluations
-        everything = range(self.batches.size)
-        limit = self.config.max_evaluations
         self.progress(Started(f"Training coefficients ({name})", None, "evaluations"))
         scores: dict[float, float] = {}
         if self.config.optimizer != "lbfgs":
-            result = self._first_order(name, chart)
             ridge = self.config.ridge or 0.0
+            result, examples = self._first_order(name, chart), self.limit
         else:
             ridge, start, scores = self._choose_ridge(name, chart)
-            result = self._minimise(name, chart, everything, ridge, start, limit)
+            result, examples = self._grow(name, chart, ridge, start)
         alphas = chart.alphas(result.z) if math.isfinite(result.loss) else chart.base
-        return Fitted(name, chart, alphas, ridge, result, scores, self.evaluations - before)
+        spent = self.evaluations - before
+        return Fitted(name, chart, alphas, ridge, result, scores, spent, examples)
+
+    @property
+    def limit(self) -> int:
+        """Examples that the fit may use."""
+        return min(self.batches.size, self.sample or self.batches.size)
+
+    def _grow(self, name: str, chart: Chart, ridge: float, start: Tensor) -> tuple[FitResult, int]:
+        """Fits a sample that doubles until the answer moves by less than its statistical error.
+
+        Returns:
+            The last fit and the number of examples it used.
+        """
+        size, most = min(self.limit, _FIRST_SAMPLE), self.config.max_evaluations
+        result = self._minimise(name, chart, range(size), ridge, start, most)
+        while size < self.limit and math.isfinite(result.loss):
+            size = min(2 * size, self.limit)
+            grown = self._minimise(name, chart, range(size), ridge, result.z, most)
+            moved = self._still_moves(chart, result.z, grown.z, range(size))
+            result = grown
+            if not moved:
+                break
+        return result, size
+
+    def _still_moves(self, chart: Chart, old: Tensor, new: Tensor, chosen: Sequence[int]) -> bool:
+        """Whether the larger sample's answer is better on it by more than one standard error."""
+        if torch.equal(old, new):
+            return False
+        columns = []
+        for z in (old, new):
+            self.engine.set_weights(chart.alphas(z))
+            columns.append(self.engine.example_losses(self.batches, chosen, by_batch=True)[0])
+            self.evaluations += len(chosen) / self.limit / 3
+        gain = columns[0] - columns[1]
+        return float(gain.mean()) > float(gain.std()) / len(gain) ** 0.5
 
     def _choose_ridge(self, name: str, chart: Chart) -> tuple[float, Tensor, dict[float, float]]:
         zero = torch.zeros(chart.size, dtype=torch.float64)
-        if self.config.ridge is not None or self.batches.size < 4 or chart.size == 0:
+        size = min(self.limit, _FIRST_SAMPLE)
+        if self.config.ridge is not None or size < 4 or chart.size == 0:
             ridge = RIDGES[0] if self.config.ridge is None else self.config.ridge
             return ridge, zero, {}
         totals = dict.fromkeys([math.inf, *RIDGES], 0.0)
         starts: dict[float, list[Tensor]] = {ridge: [] for ridge in totals}
-        for fold, (train, unseen) in enumerate(folds(self.batches.size)):
+        for fold, (train, unseen) in enumerate(folds(size)):
             path = self._path(f"{name}/fold{fold}", chart, train, unseen)
             for ridge, (z, loss) in path.items():
                 totals[ridge] += loss * len(unseen)
                 starts[ridge].append(z)
-        held = sum(len(unseen) for _, unseen in folds(self.batches.size))
+        held = sum(len(unseen) for _, unseen in folds(size))
         scores = {ridge: total / held for ridge, total in totals.items()}
         best = min(scores, key=lambda r: (scores[r], -r))
         if best == math.inf:
@@ -168,7 +207,7 @@ class Fitter:
         limit: int,
     ) -> FitResult:
         objective = Objective(self.engine, chart, self.batches, chosen, ridge)
-        share = len(chosen) / self.batches.size
+        share = len(chosen) / self.limit
         function = self.log.answer(f"{name}/ridge{ridge:g}", chart, objective)
 
         def observe(number: int, loss: float, best: float) -> None:
@@ -186,7 +225,7 @@ class Fitter:
 
     def _first_order(self, name: str, chart: Chart) -> FitResult:
         def observe(number: int, loss: float, best: float) -> None:
-            self.evaluations += self.batches.batch_size / self.batches.size
+            self.evaluations += self.batches.batch_size / self.limit
             self._number += 1
             self.progress(Evaluated(self._number, loss, best))
 
@@ -197,7 +236,7 @@ class Fitter:
                 key, chart, Objective(self.engine, chart, self.batches, chosen, ridge)
             )(z)
 
-        return first_order(function, chart, self.batches, self.config, observe)
+        return first_order(function, chart, self.batches, self.config, observe, self.limit)
 
 
 def folds(size: int) -> Iterator[tuple[list[int], list[int]]]:

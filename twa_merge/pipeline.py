@@ -202,6 +202,8 @@ def _document(run: Run, fitted: Sequence[Fitted], verdict: Verdict) -> dict[str,
         "data": {
             "fit_examples": len(run.splits.fit),  # type: ignore[arg-type]
             "guard_examples": len(run.splits.guard),  # type: ignore[arg-type]
+            "fit_examples_used": max(f.examples for f in fitted),
+            "guard_examples_used": len(run.jury.guard_sample),
             "test_examples": 0 if run.splits.test is None else len(run.splits.test),  # type: ignore[arg-type]
         },
         "candidates": [report.candidate_row(s, run.blocks, seed) for s in verdict.shown],

@@ -71,6 +71,7 @@ def stage_row(fitted: Fitted) -> dict[str, Any]:
     return {
         "name": fitted.name,
         "coordinates": fitted.chart.size,
+        "fit_examples": fitted.examples,
         "ridge": fitted.ridge,
         "ridge_scores": [[finite(ridge), finite(score)] for ridge, score in fitted.scores.items()],
         "evaluations": round(fitted.evaluations, 2),

@@ -15,6 +15,9 @@ from .objective import Batches, Engine
 
 # Statistics settle after some thousand examples; re-estimating them on all would dominate.
 _STATISTICS_EXAMPLES = 2048
+# Candidates are many; a thousand paired examples tell them apart.
+_GUARD_EXAMPLES = 1024
+_FIT_EXAMPLES = 512
 
 
 @dataclass
@@ -35,6 +38,11 @@ class Jury:
     dtype: torch.dtype | None
     select: str
     batch_norm: str
+
+    @property
+    def guard_sample(self) -> range:
+        """The examples of the guard split that candidates are compared on."""
+        return range(min(self.guard.size, _GUARD_EXAMPLES))
 
     @property
     def modes(self) -> list[str | None]:
@@ -61,15 +69,16 @@ class Jury:
         tried = []
         for mode in self.modes:
             self.apply(candidate.alphas, mode)
-            losses, metrics = self.engine.example_losses(self.guard, range(self.guard.size))
+            losses, metrics = self.engine.example_losses(self.guard, self.guard_sample)
             tried.append(Scored(candidate, losses, metrics, batch_norm=mode))
         return min(tried, key=lambda s: _finite(float(s.cost_of(self.select).mean())))
 
     def complete(self, scored: Sequence[Scored]) -> None:
         """Adds fit and test losses: reported, never chosen by."""
+        fitted = range(min(self.fit.size, _FIT_EXAMPLES))
         for item in scored:
             self.apply(item.candidate.alphas, item.batch_norm)
-            losses, _ = self.engine.example_losses(self.fit, range(self.fit.size))
+            losses, _ = self.engine.example_losses(self.fit, fitted)
             item.fit_loss = float(losses.mean())
             if self.test is not None:
                 losses, metrics = self.engine.example_losses(self.test, range(self.test.size))

@@ -105,7 +105,8 @@ def where(args: argparse.Namespace) -> str:
         names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
         name = f"{names[0] if names else platform.processor()}, {torch.get_num_threads()} threads"
     place = ", offsets in host memory" if args.host else ""
-    return f"{args.offsets} offsets of {args.numbers:,} numbers on {name}{place}; torch {torch.__version__}"
+    what = f"{args.offsets} offsets of {args.numbers:,} numbers"
+    return f"{what} on {name}{place}; torch {torch.__version__}"
 
 
 def main() -> None:

@@ -47,19 +47,22 @@ def main() -> None:
     print(
         f"8 checkpoints of a 134 M-parameter Llama, bfloat16, {nbytes / 1e9:.2f} GB, "
         f"page cache {'cold' if options.cold else 'warm'}; "
-        f"{options.repetitions} rounds of all commands in turn after one that does not count"
+        f"{options.repetitions} timed rounds of all commands in turn; memory is sampled "
+        "in two more, before and after"
     )
     for name, command in commands.items():
         print(f"  {name}: {_shown(command)}")
-    results: dict[str, list[Measured]] = {name: [] for name in commands}
-    for repetition in range(-1, options.repetitions):
+    timed: dict[str, list[Measured]] = {name: [] for name in commands}
+    sampled: dict[str, list[Measured]] = {name: [] for name in commands}
+    for repetition in range(-1, options.repetitions + 1):
+        memory = repetition in (-1, options.repetitions)
         for name, command in commands.items():
-            measured = _once(command, list(outputs.values()), inputs if options.cold else [])
-            if repetition >= 0:
-                results[name].append(measured)
-        if repetition < 0 and options.mergekit:
-            _compare(commands, outputs)
-    _report(results)
+            dropped = inputs if options.cold else []
+            measured = _once(command, list(outputs.values()), dropped, memory)
+            (sampled if memory else timed)[name].append(measured)
+    _report(timed, sampled)
+    if options.mergekit:
+        _compare(commands, outputs)
 
 
 def _commands(
@@ -87,7 +90,9 @@ def _shown(command: list[str]) -> str:
     return " ".join(words if len(words) < 10 else [*words[:6], "…"])
 
 
-def _once(command: list[str], outputs: list[Path], dropped: list[Path]) -> Measured:
+def _once(
+    command: list[str], outputs: list[Path], dropped: list[Path], memory: bool = False
+) -> Measured:
     for path in outputs:
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
     # What earlier processes have left to be written would be charged to this one.
@@ -95,29 +100,34 @@ def _once(command: list[str], outputs: list[Path], dropped: list[Path]) -> Measu
     for path in dropped:
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return run(command, {**os.environ, "HF_HUB_OFFLINE": "1"})
+    return run(command, {**os.environ, "HF_HUB_OFFLINE": "1"}, memory=memory)
 
 
-def _report(results: dict[str, list[Measured]]) -> None:
+def _report(timed: dict[str, list[Measured]], sampled: dict[str, list[Measured]]) -> None:
     print(f"{'':14}{'wall s':>24}{'CPU s':>24}{'peak anonymous MB':>24}")
-    for name, rows in results.items():
-        wall, cpu = (spread([getattr(r, k) for r in rows]) for k in ("wall", "cpu"))
-        print(f"{name:14}{wall:>24}{cpu:>24}{spread([r.anonymous / 1e6 for r in rows], 0):>24}")
-    middle = {
-        name: {k: statistics.median(getattr(r, k) for r in rows) for k in ("wall", "cpu")}
-        for name, rows in results.items()
-    }
-    ours = results["ours"]
-    if "mergekit" in results:
-        wall = [m.wall / o.wall for o, m in zip(ours, results["mergekit"], strict=True)]
-        cpu = [m.cpu / o.cpu for o, m in zip(ours, results["mergekit"], strict=True)]
-        # The least favourable pair, whichever runs it comes from.
-        memory = max(r.anonymous for r in ours) / min(r.anonymous for r in results["mergekit"])
-        print(f"mergekit / ours, wall clock, round by round: {spread(wall)} (demanded: 4)")
-        print(f"mergekit / ours, CPU time, round by round: {spread(cpu)}")
-        print(f"ours / mergekit, peak anonymous memory, at worst: {memory:.2f} (demanded: 0.25)")
+    for name, rows in timed.items():
+        wall, cpu = spread([r.wall for r in rows]), spread([r.cpu for r in rows])
+        memory = spread([r.anonymous / 1e6 for r in sampled[name]], 0)
+        print(f"{name:14}{wall:>24}{cpu:>24}{memory:>24}")
+    ours = timed["ours"]
+    if "mergekit" in timed:
+        pairs = list(zip(ours, timed["mergekit"], strict=True))
+        wall, cpu = (
+            spread([m.wall / o.wall for o, m in pairs]),
+            spread([m.cpu / o.cpu for o, m in pairs]),
+        )
+        print(f"mergekit / ours, wall clock, round by round: {wall} (demanded: 4)")
+        print(f"mergekit / ours, CPU time, round by round: {cpu}")
+        # The least favourable pair, whichever rounds they come from.
+        least = min(r.anonymous for r in sampled["mergekit"])
+        most = max(r.anonymous for r in sampled["ours"])
+        print(
+            f"ours / mergekit, peak anonymous memory, at worst: {most / least:.3f} (demanded: 0.25)"
+        )
     for name in ("floor", "import torch"):
-        share = middle[name]["wall"] / middle["ours"]["wall"]
+        share = statistics.median(r.wall for r in timed[name]) / statistics.median(
+            r.wall for r in ours
+        )
         print(f"{name}, as a share of our wall clock: {share:.0%}")
 
 

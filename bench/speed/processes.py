@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import statistics
@@ -18,18 +19,22 @@ _SAMPLE_SECONDS = 0.01
 
 @dataclass(frozen=True)
 class Measured:
-    """One process: seconds by the clock, seconds of CPU (children included), peak bytes."""
+    """One process: seconds by the clock, seconds of CPU, peak bytes; children included."""
 
     wall: float
     cpu: float
-    anonymous: int
+    anonymous: int = 0
 
 
-def run(command: Sequence[str], env: Mapping[str, str] | None = None) -> Measured:
+def run(
+    command: Sequence[str], env: Mapping[str, str] | None = None, *, memory: bool = False
+) -> Measured:
     """Runs one command to its end and measures it.
 
-    Peak memory is the largest sum of RssAnon over the process and its children, sampled every ten
-    milliseconds: what it has allocated, without the pages of mapped files.
+    Args:
+        memory: look every ten milliseconds how much RssAnon the process and its children hold
+            together: what they have allocated, without the pages of mapped files. Looking takes
+            CPU time from the command, so its seconds mean little then.
 
     Raises:
         SystemExit: the command failed; its output is shown.
@@ -39,12 +44,14 @@ def run(command: Sequence[str], env: Mapping[str, str] | None = None) -> Measure
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env
     ) as process:
         sampler = _Sampler(process.pid)
-        sampler.start()
+        if memory:
+            sampler.start()
         assert process.stdout is not None
         said = process.stdout.read()
         _, status, usage = os.wait4(process.pid, 0)
         wall = time.perf_counter() - begun
-        sampler.stop()
+        if memory:
+            sampler.stop()
         process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"{' '.join(command)}\nended with {process.returncode}:\n{said}")
@@ -70,11 +77,11 @@ class _Sampler(threading.Thread):
 def _tree(pid: int) -> list[int]:
     found = [pid]
     for parent in found:
-        for children in Path(f"/proc/{parent}/task").glob("*/children"):
-            try:
-                found += map(int, children.read_text().split())
-            except OSError:
-                continue
+        # Threads and processes may end while they are being looked at.
+        with contextlib.suppress(OSError):
+            for thread in os.listdir(f"/proc/{parent}/task"):
+                children = Path(f"/proc/{parent}/task/{thread}/children").read_text()
+                found += map(int, children.split())
     return found
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..progress import Noted, Progress
-from .quantize import BITS, GROUP, PLAIN, unpack
+from .quantize import GROUP, PLAIN, unpack
 from .tiles import TILE, Tiles
 
 # Numbers (of all offsets) in one eager step: their float32 copy stays in a core's cache.
@@ -52,6 +52,7 @@ class Kernels:
         self._progress = progress
         self._project: Callable[..., Tensor] | None = None
         self._combine: Callable[..., Tensor] | None = None
+        self._traced: set[Callable[..., Tensor]] = set()
         if compiled:
             self._project = torch.compile(project_tiles, fullgraph=True)
             self._combine = torch.compile(combine_tiles, fullgraph=True)
@@ -101,14 +102,10 @@ class Kernels:
         """What the compiled function returns; None where the eager way is to be gone."""
         if function is None or tiles.width != TILE or len(tiles) < _FEWEST_TILES:
             return None
-        for arg in (tiles.data, *args):
-            # The number of tiles differs by tensor; one graph serves all of them.
-            if isinstance(arg, Tensor) and arg.dim() > 1:
-                torch._dynamo.mark_dynamic(arg, 0)
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
+            if function in self._traced:
                 return function(tiles.data, *args)
+            return self._trace(function, tiles.data, *args)
         except Exception as error:
             # Whatever stops a compiler, the eager way gives the same numbers; what stops both
             # (no memory left, say) is raised from there.
@@ -122,15 +119,26 @@ class Kernels:
             )
             return None
 
+    def _trace(self, function: Callable[..., Tensor], *args: object) -> Tensor:
+        for arg in args:
+            # The number of tiles differs by tensor; one graph serves all of them.
+            if isinstance(arg, Tensor) and arg.dim() > 1:
+                torch._dynamo.mark_dynamic(arg, 0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            result = function(*args)
+        self._traced.add(function)
+        return result
+
     def _project_eagerly(self, tiles: Tiles, gradient: Tensor) -> Tensor:
-        shape = tiles.data.shape[:2]
-        sums = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        sums = torch.empty(tiles.data.shape[:2], device=self.device)
         for part, numbers in self._unpacked(tiles):
-            for a in range(0, tiles.width, _SUMMED):
-                x, g = numbers[:, :, a : a + _SUMMED], gradient[part, None, a : a + _SUMMED]
-                # Not bmm on a GPU: its products may be rounded to TF32.
-                on_gpu = self.device.type == "cuda"
-                sums[part] += (x * g).sum(-1) if on_gpu else torch.bmm(x, g.mT)[:, :, 0]
+            if self.device.type == "cuda":
+                # Not a matrix product: those may be rounded to TF32.
+                sums[part] = (numbers * gradient[part, None]).sum(-1)
+            else:
+                for row, tile, g in zip(sums[part], numbers, gradient[part], strict=True):
+                    torch.mv(tile, g, out=row)
         return sums
 
     def _combine_eagerly(
@@ -215,19 +223,21 @@ def combine_tiles(
     if dtype in PLAIN:
         out.copy_(centre * total + (data.float() * weight[:, None]).sum(1))
         return total
-    planes = 8 // BITS[dtype]
-    groups = data.unflatten(-1, (weight.shape[-1], 1, -1))
-    scale = weight[..., None, None]
-    plane = torch.arange(planes, dtype=torch.int32, device=data.device)[:, None]
+    groups = data.unflatten(-1, (weight.shape[-1], -1))
+    scale = weight[..., None]
     if dtype == "int8":
-        numbers = groups.float() * scale
+        sums = (groups.float() * scale).sum(1)
     elif dtype == "int4":
-        numbers = (((groups.int() >> (4 * plane)) & 15) - 8).float() * scale
+        q = groups.int()
+        zero = 8 * scale.sum(1)
+        low, high = (half.float() * scale for half in (q & 15, q >> 4))
+        sums = torch.cat((low.sum(1) - zero, high.sum(1) - zero), -1)
     else:
-        numbers = -_flip(groups.int() << (31 - plane), scale.view(torch.int32))
-    shape = (-1, planes, GROUP // planes)
-    c = centre.unflatten(-1, shape)
-    out.unflatten(-1, shape).copy_(c * total + numbers.sum(1))
+        q = groups.int()
+        signs = scale.view(torch.int32)
+        sums = torch.cat([-_flip(q << (31 - k), signs).sum(1) for k in range(8)], -1)
+    shape = (-1, GROUP)
+    out.unflatten(-1, shape).copy_(centre.unflatten(-1, shape) * total + sums)
     return total
 
 

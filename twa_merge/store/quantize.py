@@ -53,15 +53,12 @@ def pack(groups: Tensor, dtype: str, numbers: int = GROUP) -> tuple[Tensor, Tens
     if dtype == "int1":
         scale = groups.square().mean(-1).mul_(GROUP / numbers).sqrt_()
         bits = (groups >= 0).view(torch.uint8).unflatten(-1, (8, 16))
-        packed = bits[..., 0, :].clone()
-        for k in range(1, 8):
-            packed |= bits[..., k, :] << k
-        return packed, scale
+        places = torch.arange(8, dtype=torch.uint8, device=groups.device)[:, None]
+        return (bits << places).sum(-2, dtype=torch.uint8), scale
     largest = 127.0 if dtype == "int8" else 7.0
     scale = groups.abs().amax(-1).div_(largest)
     # A group of zeros has the scale 0; its numbers must become 0, not 0 / 0.
     q = (groups / scale.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round_()
-    q.clamp_(-largest, largest)
     if dtype == "int8":
         return q.to(torch.int8), scale
     nibbles = q.add_(8.0).to(torch.uint8)
@@ -81,8 +78,7 @@ def unpack(packed: Tensor, scale: Tensor, dtype: str, out: Tensor) -> Tensor:
         out[..., 64:].copy_(packed >> 4)
         out.sub_(8.0)
     else:
-        planes = out.unflatten(-1, (8, 16))
-        for k in range(8):
-            planes[..., k, :].copy_((packed >> k) & 1)
-        out.mul_(2.0).sub_(1.0)
+        # The bit as it stands in its byte, as a number, divided by what it stands for.
+        values = 2 ** torch.arange(8, dtype=torch.uint8, device=out.device)[:, None]
+        out.unflatten(-1, (8, 16)).copy_(packed[..., None, :] & values).mul_(2.0 / values).sub_(1.0)
     return out.mul_(scale[..., None])

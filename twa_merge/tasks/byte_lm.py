@@ -32,7 +32,7 @@ class ByteConfig:
 
     width: int = 96
     layers: int = 3
-    heads: int = 6
+    heads: int = 3
     context: int = 128
 
 
@@ -57,7 +57,7 @@ class Layer(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.attention_out(mixed.transpose(1, 2).reshape(batch, time, width))
-        return x + self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x)), approximate="tanh"))
+        return x + self.mlp_out(F.relu(self.mlp_in(self.mlp_norm(x))))
 
 
 class ByteTransformer(nn.Module):

@@ -100,7 +100,8 @@ def _read(files: Sequence[Path], text_field: str) -> Iterator[str]:
         try:
             rows = datasets.load_dataset(
                 LOADERS[suffix],
-                data_files=[str(f.resolve()) for f in files],
+                # Names are taken for patterns: unescaped, a file called [1].txt would be left out.
+                data_files=[glob.escape(str(f.resolve())) for f in files],
                 split="train",
                 streaming=True,
                 cache_dir=cache,
