@@ -99,6 +99,7 @@ _CAUSAL_LM = [
     opt("model", "--model", "Architecture and tokenizer, if not the checkpoint's own.",
         metavar="MODEL"),
     opt("max_length", "--max-length", "Tokens a sequence.", type=click.IntRange(2), metavar="N"),
+    opt("tokenizer", "--tokenizer", "Tokenizer, if not the model's own.", metavar="TOKENIZER"),
     opt("text_field", "--text-field", "Field of .jsonl and .parquet.  [default: text]",
         metavar="NAME"),
     opt("trust_remote_code", "--trust-remote-code", "Run model code from the folder.",

@@ -68,7 +68,7 @@ def evaluate(
         examples = batches.size
         runner = Engine(live, store, blocks, named, world)
         runner.set_weights(torch.ones(1, 1, dtype=torch.float64))
-        losses, metrics = runner.example_losses(batches, range(batches.size))
+        losses, metrics = runner.example_losses(batches, range(batches.size), with_metrics=True)
         low, high = report.bootstrap_interval(losses, data_config.seed)
         rows.append(
             {

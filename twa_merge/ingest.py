@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+import queue
+import threading
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +21,10 @@ from .progress import Advanced, Progress, Started, silent
 from .store.base import Store
 from .stream import RowSlice, blame, row_slices, stream
 from .subspace import GramAccumulator
+
+# Numbers worked on at a time by one thread: 2 MB of float64 stay in a core's second-level cache.
+_PIECE = 1 << 18
+_MAX_WORKERS = 8
 
 
 @dataclass(frozen=True)
@@ -76,26 +86,23 @@ def ingest(
     for name in wanted:
         share = None if shared.get(name) and store is not None else world.share
         slices += row_slices(layout, [name], share=share)
+    pass_ = _Pass(checkpoints, layout, store, check)
     exact = GramAccumulator(len(names), n)
     stored = GramAccumulator(len(names), n) if check else None
     squares = torch.zeros(1, dtype=torch.float64)
     cross = torch.zeros(n, dtype=torch.float64)
     total = sum(_numel(layout, cut) for cut in slices)
     progress(Started("Reading checkpoints", total * n, "numbers"))
-    for cut, rows in stream(checkpoints, slices):
-        centre, offsets = centred(rows)
-        if not bool(centre.isfinite().all()):
-            raise blame(checkpoints, cut)
-        if store is not None:
-            store.put(cut, centre, offsets)
-        group = number.get(cut.name)
-        if group is not None and (world.is_zero or not shared.get(cut.name)):
-            exact.add(group, offsets)
-            squares += centre @ centre
-            cross += offsets @ centre
-            if stored is not None:
-                stored.add(group, offsets.float().double())
-        progress(Advanced(offsets.numel()))
+    with closing(pass_.run(slices)) as passing:
+        for cut, sums in passing:
+            group = number.get(cut.name)
+            if group is not None and (world.is_zero or not shared.get(cut.name)):
+                exact.gram[group] += sums.exact
+                squares += sums.squares
+                cross += sums.cross
+                if stored is not None:
+                    stored.gram[group] += sums.stored
+            progress(Advanced(_numel(layout, cut) * n))
     return Grams(
         names,
         world.sum(exact.gram),
@@ -105,13 +112,134 @@ def ingest(
     )
 
 
-def centred(rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Centre (m,) and offsets (n, m) in float64 of n flat tensors of m numbers."""
-    offsets = torch.empty(len(rows), rows[0].numel(), dtype=torch.float64)
-    for i, row in enumerate(rows):
-        offsets[i].copy_(row)
-    centre = offsets.mean(0)
-    return centre, offsets.sub_(centre)
+@dataclass
+class _Sums:
+    """What one slice adds to ``Grams``: (n, n), (n, n), a number, (n,), float64."""
+
+    exact: Tensor
+    stored: Tensor
+    squares: float
+    cross: Tensor
+
+
+class _Pass:
+    """Works on slices in several threads, one thread a slice.
+
+    Each thread works on pieces that stay in its core's cache. Torch's own team of threads, which
+    would share every one of these short operations, waits for its slowest member each time: with
+    another program on a core that takes ten times as long.
+    """
+
+    def __init__(
+        self,
+        checkpoints: Sequence[Checkpoint],
+        layout: Layout,
+        store: Store | None,
+        check: bool,
+    ) -> None:
+        self._checkpoints, self._layout = checkpoints, layout
+        self._store, self._storing = store, threading.Lock()
+        self._check = check
+
+    def run(self, slices: Sequence[RowSlice]) -> Generator[tuple[RowSlice, _Sums], None, None]:
+        """The slices with their sums, in the order given, however many threads there are."""
+        workers = min(_MAX_WORKERS, torch.get_num_threads())
+        buffers: queue.SimpleQueue[_Buffer] = queue.SimpleQueue()
+        for _ in range(workers):
+            buffers.put(_Buffer(len(self._checkpoints)))
+
+        def work(cut: RowSlice, rows: list[Tensor]) -> _Sums:
+            buffer = buffers.get()
+            try:
+                return self._take(cut, rows, buffer)
+            finally:
+                buffers.put(buffer)
+
+        pending: deque[tuple[RowSlice, Future[_Sums]]] = deque()
+        with (
+            one_thread_each(),
+            ThreadPoolExecutor(workers, "twa-merge-gram") as pool,
+            closing(stream(self._checkpoints, slices)) as streamed,
+        ):
+            try:
+                for cut, rows in streamed:
+                    pending.append((cut, pool.submit(work, cut, rows)))
+                    if len(pending) > 2 * workers:
+                        cut, future = pending.popleft()
+                        yield cut, future.result()
+                while pending:
+                    cut, future = pending.popleft()
+                    yield cut, future.result()
+            finally:
+                for _, future in pending:
+                    future.cancel()
+
+    def _take(self, cut: RowSlice, rows: list[Tensor], buffer: _Buffer) -> _Sums:
+        n, width = len(rows), self._layout[cut.name].info.row_numel
+        exact, stored = GramAccumulator(1, n), GramAccumulator(1, n)
+        squares, cross = 0.0, torch.zeros(n, dtype=torch.float64)
+        step = max(1, _PIECE // n // max(1, width))
+        for start in range(cut.start, cut.stop, step):
+            piece = RowSlice(cut.name, start, min(start + step, cut.stop))
+            a, b = ((row - cut.start) * width for row in (piece.start, piece.stop))
+            centre, offsets = buffer.centred([row[a:b] for row in rows])
+            square = float(centre @ centre)
+            if not math.isfinite(square) and not bool(centre.isfinite().all()):
+                raise blame(self._checkpoints, piece)
+            if self._store is not None:
+                with self._storing:
+                    self._store.put(piece, centre, offsets)
+            squares += square
+            exact.add(0, offsets)
+            cross += offsets @ centre
+            if self._check:
+                stored.add(0, buffer.rounded(offsets))
+        return _Sums(exact.gram[0], stored.gram[0], squares, cross)
+
+
+class _Buffer:
+    """One thread's memory, so that nothing is allocated piece by piece."""
+
+    def __init__(self, n: int) -> None:
+        self._n = n
+        self._grow(max(1, _PIECE // n))
+
+    def _grow(self, m: int) -> None:
+        self._offsets = torch.empty(self._n * m, dtype=torch.float64)
+        self._centre = torch.empty(m, dtype=torch.float64)
+        self._single = torch.empty(m)
+
+    def centred(self, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Centre (m,) and offsets (n, m) in float64 of n flat tensors of m numbers.
+
+        They are overwritten by the next call.
+        """
+        m = rows[0].numel()
+        if m > self._centre.numel():
+            self._grow(m)
+        offsets = self._offsets[: self._n * m].view(self._n, m)
+        for target, row in zip(offsets, rows, strict=True):
+            target.copy_(row)
+        centre = torch.mean(offsets, 0, out=self._centre[:m])
+        return centre, offsets.sub_(centre)
+
+    def rounded(self, offsets: Tensor) -> Tensor:
+        """The offsets rounded to float32, in place."""
+        single = self._single[: offsets.shape[1]]
+        for row in offsets:
+            row.copy_(single.copy_(row))
+        return offsets
+
+
+@contextmanager
+def one_thread_each() -> Iterator[None]:
+    """Operations inside, and in threads that start inside, keep to the thread that calls them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _numel(layout: Layout, cut: RowSlice) -> int:

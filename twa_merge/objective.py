@@ -179,25 +179,27 @@ class Engine:
 
     @torch.no_grad()
     def example_losses(
-        self, batches: Batches, chosen: Sequence[int], *, by_batch: bool = False
+        self,
+        batches: Batches,
+        chosen: Sequence[int],
+        *,
+        by_batch: bool = False,
+        with_metrics: bool = False,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss and metrics of every chosen example with the weights as they are.
 
         Args:
             by_batch: normalise by batch statistics, as the fit does.
+            with_metrics: compute the task's metrics too, which may take a second forward pass.
 
         Returns:
             Losses (len(chosen),) float64 and metrics of the same shape, the same on every rank.
         """
         place = {p: i for i, p in enumerate(chosen)}
         columns: dict[str, Tensor] = {"": torch.zeros(len(chosen), dtype=torch.float64)}
-        metrics = metrics_of(self.task)
         with batch_statistics(self.live.module) if by_batch else _nothing():
             for positions, batch, counts in batches.rounds(chosen):
-                found = {"": self.losses_of(batch, len(positions))}
-                if metrics is not None:
-                    with user_code("compute its metrics"):
-                        found |= metrics(self.live.module, batch)
+                found = self._columns(batch, len(positions), with_metrics)
                 where = torch.tensor([place[p] for p in positions])
                 for name, values in found.items():
                     column = columns.setdefault(name, torch.zeros(len(chosen), dtype=torch.float64))
@@ -207,6 +209,20 @@ class Engine:
         summed = self.world.sum(torch.stack([columns[k] for k in names]))
         result = dict(zip(names, summed, strict=True))
         return result.pop(""), result
+
+    def _columns(self, batch: Any, size: int, with_metrics: bool) -> dict[str, Tensor]:
+        """The batch's losses under the empty name, and its metrics under theirs."""
+        together = getattr(self.task, "loss_and_metrics", None)
+        if with_metrics and together is not None:
+            with user_code("compute its loss"):
+                losses, metrics = together(self.live.module, batch)
+            return {"": losses, **metrics}
+        columns = {"": self.losses_of(batch, size)}
+        metrics_alone = metrics_of(self.task)
+        if with_metrics and metrics_alone is not None:
+            with user_code("compute its metrics"):
+                columns |= metrics_alone(self.live.module, batch)
+        return columns
 
 
 @contextmanager

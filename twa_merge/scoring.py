@@ -69,7 +69,9 @@ class Jury:
         tried = []
         for mode in self.modes:
             self.apply(candidate.alphas, mode)
-            losses, metrics = self.engine.example_losses(self.guard, self.guard_sample)
+            losses, metrics = self.engine.example_losses(
+                self.guard, self.guard_sample, with_metrics=self.select != "loss"
+            )
             tried.append(Scored(candidate, losses, metrics, batch_norm=mode))
         return min(tried, key=lambda s: _finite(float(s.cost_of(self.select).mean())))
 
@@ -81,7 +83,9 @@ class Jury:
             losses, _ = self.engine.example_losses(self.fit, fitted)
             item.fit_loss = float(losses.mean())
             if self.test is not None:
-                losses, metrics = self.engine.example_losses(self.test, range(self.test.size))
+                losses, metrics = self.engine.example_losses(
+                    self.test, range(self.test.size), with_metrics=True
+                )
                 item.test_loss = float(losses.mean())
                 item.test_metrics = {k: float(v.mean()) for k, v in metrics.items()}
 

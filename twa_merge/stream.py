@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -51,7 +51,7 @@ def row_slices(
 
 def stream(
     checkpoints: Sequence[Checkpoint], slices: Sequence[RowSlice], *, ahead: int = 4
-) -> Iterator[tuple[RowSlice, list[Tensor]]]:
+) -> Generator[tuple[RowSlice, list[Tensor]], None, None]:
     """Yields every slice with its rows from all checkpoints.
 
     The next slices are paged in by a second thread meanwhile.

@@ -23,6 +23,7 @@ class Task(Protocol):
 
     - ``collate(examples) -> batch``: ``torch.utils.data.default_collate`` otherwise;
     - ``metrics(model, batch) -> {name: Tensor (batch,)}``: reported next to the loss;
+    - ``loss_and_metrics(model, batch)``: both at once, where one forward pass serves both;
     - ``groups() -> Sequence``: one hashable label per example of ``dataset()``; examples of one
       group stay on one side of the split (several crops of one image, sequences of one text);
     - ``split(guard_fraction, seed) -> (fit, guard)``: takes the splitting over altogether;

@@ -34,6 +34,9 @@ class Store(Protocol):
     def put(self, cut: RowSlice, centre: Tensor, offsets: Tensor) -> None:
         """Takes one slice in, during the streaming pass.
 
+        Slices may be cut and come in any way, from several threads at once; their memory may be
+        used again afterwards.
+
         Args:
             cut: rows inside this rank's share of the tensor, by their numbers in the whole tensor.
             centre: (m,) float64, the slice of the centre, flat.

@@ -21,8 +21,8 @@ from .tiles import TILE, Tiles
 
 # Numbers (of all offsets) in one eager step: their float32 copy stays in a core's cache.
 _EAGER_CPU = 1 << 18
-# Numbers in one compiled call: enough to hide its overhead; the scales times β stay in cache.
-_CALL_CPU = 1 << 23
+# Numbers combined in one call: enough to hide its overhead; the scales times β stay in cache.
+_CALL_CPU = 1 << 24
 _CALL_GPU = 1 << 28
 # Numbers added up in float32 before anything else: sums of 512 keep seven digits.
 _SUMMED = 512
@@ -66,15 +66,10 @@ class Kernels:
 
     def project(self, tiles: Tiles, gradient: Tensor) -> Tensor:
         """⟨Δ_i, g⟩ over the tiles: gradient (u, T) float32 → (n,) float64 on the device."""
-        n = tiles.data.shape[1]
-        total = torch.zeros(n, dtype=torch.float64, device=self.device)
-        for part in self._parts(tiles):
-            here, g = tiles[part], gradient[part]
-            sums = self._fused(self._project, here, here.scales, g, self.dtype, self._together)
-            if sums is None:
-                sums = self._project_eagerly(here, g)
-            total += sums.sum(0, dtype=torch.float64)
-        return total
+        sums = self._fused(self._project, tiles, tiles.scales, gradient, self.dtype, self._together)
+        if sums is None:
+            sums = self._project_eagerly(tiles, gradient)
+        return sums.sum(0, dtype=torch.float64)
 
     def combine(
         self, tiles: Tiles, centre: Tensor, beta: Tensor, total: Tensor, out: Tensor
@@ -84,22 +79,19 @@ class Kernels:
         Args:
             centre, out: (u, T) float32; ``beta``: (n,) float32; ``total``: (1,) float32.
         """
-        for part in self._parts(tiles):
+        numbers = tiles.data.shape[1] * tiles.width
+        step = max(1, (_CALL_GPU if self.device.type == "cuda" else _CALL_CPU) // numbers)
+        for a in range(0, len(tiles), step):
+            part = slice(a, a + step)
             here, c, o = tiles[part], centre[part], out[part]
             weight = beta if here.scales is None else here.scales * beta[:, None]
             if self._fused(self._combine, here, weight, c, total, o, self.dtype) is None:
                 self._combine_eagerly(here, c, beta, total, o)
 
-    def _parts(self, tiles: Tiles) -> Iterator[slice]:
-        numbers = tiles.data.shape[1] * tiles.width
-        most = _CALL_GPU if self.device.type == "cuda" else _CALL_CPU
-        step = max(1, most // numbers)
-        return (slice(a, a + step) for a in range(0, len(tiles), step))
-
     def _fused(
         self, function: Callable[..., Tensor] | None, tiles: Tiles, *args: object
     ) -> Tensor | None:
-        """What the compiled function returns; None where the eager way is to be gone."""
+        """What the compiled function returns; None where the eager way has to be taken."""
         if function is None or tiles.width != TILE or len(tiles) < _FEWEST_TILES:
             return None
         try:

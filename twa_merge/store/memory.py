@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 
@@ -55,6 +56,7 @@ class MemoryStore:
         self._compiled = compiled
         self._progress = progress
         self._held: dict[str, Held] = {}
+        self._allocating = threading.Lock()
         self._kernels: Kernels | None = None
         self._pin = self._home != self._device
         self._pinned: list[int] = []
@@ -71,9 +73,10 @@ class MemoryStore:
     def put(self, cut: RowSlice, centre: Tensor, offsets: Tensor) -> None:
         row_numel = self._layout[cut.name].info.row_numel
         start, stop = self._share(cut.name)
-        if cut.name not in self._held:
-            numel = (stop - start) * row_numel
-            self._held[cut.name] = allocate(numel, self._n, self._dtype, self._memory)
+        with self._allocating:
+            if cut.name not in self._held:
+                numel = (stop - start) * row_numel
+                self._held[cut.name] = allocate(numel, self._n, self._dtype, self._memory)
         self._held[cut.name].put((cut.start - start) * row_numel, centre, offsets)
 
     def project(self, gradients: Mapping[str, Tensor | None]) -> Tensor:

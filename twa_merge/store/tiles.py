@@ -12,6 +12,7 @@ A tensor's numbers on this rank are whole tiles and one narrower tile for what i
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -68,7 +69,10 @@ class Part:
 
 @dataclass
 class Held:
-    """One tensor's offsets and centre on this rank, filled slice by slice in any order."""
+    """One tensor's offsets and centre on this rank, filled by slices in any order.
+
+    Several threads may put slices at once: they write to different places, all but their accounts.
+    """
 
     dtype: str
     n: int
@@ -78,6 +82,7 @@ class Held:
     # Group → its (n, 128) numbers and how many of them have come. Slices need not end where groups
     # do; only the groups at their ends wait here.
     pending: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def nbytes(self) -> int:
@@ -97,7 +102,8 @@ class Held:
             self._write(at, offsets)
         else:
             self._quantise(at, offsets)
-        self.missing -= m
+        with self.lock:
+            self.missing -= m
 
     def _quantise(self, at: int, offsets: Tensor) -> None:
         """Packs whole groups at once, those at the ends of the slice when they are complete."""
@@ -109,7 +115,8 @@ class Held:
             self._pack(c, offsets[:, c - at : min(c + step, b) - at].float())
         for c, d in ((at, a), (b, stop)):
             if c < d:
-                self._collect(c, offsets[:, c - at : d - at].float())
+                with self.lock:
+                    self._collect(c, offsets[:, c - at : d - at].float())
 
     def _collect(self, at: int, offsets: Tensor) -> None:
         group, m = at // GROUP, offsets.shape[1]

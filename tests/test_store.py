@@ -1,0 +1,411 @@
+"""Stores against float64 sums that know nothing of tiles, slices, packing or files."""
+
+from __future__ import annotations
+
+import os
+import random
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from runs import save_run, states_of
+from torch import Tensor
+
+from twa_merge.checkpoints import open_checkpoints
+from twa_merge.config import StoreConfig
+from twa_merge.distributed import World
+from twa_merge.errors import CheckpointError
+from twa_merge.layout import global_block, make_layout, tensor_blocks
+from twa_merge.progress import Noted
+from twa_merge.store import kernels, make_store
+from twa_merge.store.kernels import combine_tiles, project_tiles
+from twa_merge.store.quantize import GROUP_BYTES, bits_per_number, pack, unpack
+from twa_merge.store.tiles import footprint
+from twa_merge.stream import row_slices
+
+WIDTHS = ("float32", "bfloat16", "int8", "int4", "int1")
+# Rows that no group divides, whole tiles only, tiles and a rest, less than a group, nothing.
+SHAPES = {
+    "odd": (150, 127),
+    "even": (12, 4096),
+    "flat": (9000,),
+    "few": (7,),
+    "one": (),
+    "no": (0, 3),
+}
+N = 5
+
+
+class Offsets:
+    """A run's checkpoints on disk, and centre and offsets in float64."""
+
+    def __init__(self, folder: Path, *, n: int = N, dtype=torch.float32, shapes=None) -> None:
+        self.states = states_of(n, shapes=shapes or SHAPES, dtype=dtype, scale=0.01)
+        save_run(folder, self.states)
+        self.checkpoints = open_checkpoints([folder])
+        self.layout = make_layout(self.checkpoints)
+        self.blocks = tensor_blocks(self.layout)
+        self.names = list(self.states[0])
+        weights = {
+            k: torch.stack([s[k].double().flatten() for s in self.states]) for k in self.names
+        }
+        self.weights = weights
+        self.centre = {k: w.mean(0) for k, w in weights.items()}
+        self.delta = {k: w - self.centre[k] for k, w in weights.items()}
+
+    def store(self, kind="device", dtype="float32", *, world=None, **more):
+        world = world or World()
+        config = StoreConfig(kind, dtype)
+        store = make_store(self.checkpoints, self.layout, self.blocks, world, config, **more)
+        self.fill(store, row_slices(self.layout, self.names, share=world.share))
+        return store
+
+    def fill(self, store, slices) -> None:
+        for cut in slices:
+            size = self.layout[cut.name].info.row_numel
+            where = slice(cut.start * size, cut.stop * size)
+            offsets = self.delta[cut.name][:, where].clone()
+            store.put(cut, self.centre[cut.name][where], offsets)
+            # A store may not keep what it was given: the streaming pass uses it again.
+            offsets.fill_(float("nan"))
+
+    def gradients(self, seed: int = 1) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(seed)
+        return {k: torch.randn(s.shape, generator=generator) for k, s in self.states[0].items()}
+
+    def projected(self, delta, gradients) -> Tensor:
+        return torch.stack([delta[k] @ gradients[k].double().flatten() for k in self.blocks.names])
+
+    def combined(self, delta, alphas: Tensor, name: str) -> Tensor:
+        alpha = alphas[self.blocks.index[name] if len(alphas) > 1 else 0]
+        total = alpha.sum()
+        return total * self.centre[name] + (alpha - total / len(alpha)) @ delta[name]
+
+
+@pytest.fixture(scope="module")
+def offsets(tmp_path_factory) -> Offsets:
+    return Offsets(tmp_path_factory.mktemp("run"))
+
+
+def targets_like(states) -> dict[str, Tensor]:
+    return {k: torch.full_like(s, float("nan"), dtype=torch.float32) for k, s in states.items()}
+
+
+def alphas_of(blocks: int, n: int = N, seed: int = 2) -> Tensor:
+    """Any coefficients that add up to one."""
+    alphas = torch.randn(
+        blocks, n, dtype=torch.float64, generator=torch.Generator().manual_seed(seed)
+    )
+    return alphas + (1 - alphas.sum(1, keepdim=True)) / n
+
+
+def rounded(row: Tensor, dtype: str) -> Tensor:
+    """One offset as a store of this width keeps it, number by number, group by group."""
+    row = row.float()
+    if dtype in ("float32", "bfloat16") or not row.numel():
+        return row.to(getattr(torch, dtype, torch.float32)).double()
+    groups = []
+    for group in row.split(128):
+        if dtype == "int1":
+            norm = group.square().mean().sqrt()
+            groups.append(torch.where(group >= 0, norm, -norm).double())
+        else:
+            scale = group.abs().max() / (127 if dtype == "int8" else 7)
+            groups.append((group / scale).round().double() * scale.double())
+    return torch.cat(groups)
+
+
+def kept(offsets: Offsets, dtype: str) -> dict[str, Tensor]:
+    return {k: torch.stack([rounded(x, dtype) for x in d]) for k, d in offsets.delta.items()}
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
+    assert found.shape == expected.shape
+    assert float((found - expected).norm()) <= tolerance * float(expected.norm())
+
+
+@pytest.mark.parametrize("dtype", WIDTHS)
+def test_project_and_combine_in_every_width(offsets, dtype):
+    store = offsets.store(dtype=dtype)
+    delta, gradients = kept(offsets, dtype), offsets.gradients()
+    found, expected = store.project(gradients), offsets.projected(delta, gradients)
+    assert found.dtype == torch.float64
+    for block in range(len(offsets.blocks)):
+        close(found[block], expected[block], 1e-6)
+    alphas, targets = alphas_of(len(offsets.blocks)), targets_like(offsets.states[0])
+    store.combine(alphas, targets)
+    for name, target in targets.items():
+        close(target.flatten().double(), offsets.combined(delta, alphas, name), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", WIDTHS)
+@pytest.mark.parametrize(("numel", "threads"), [(100, 1), (130, 4), (5000, 4)])
+def test_what_is_stored_does_not_depend_on_how_it_came(offsets, dtype, numel, threads):
+    config = StoreConfig("device", dtype)
+    store = make_store(offsets.checkpoints, offsets.layout, offsets.blocks, World(), config)
+    slices = row_slices(offsets.layout, offsets.names, numel=numel)
+    random.Random(0).shuffle(slices)
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(lambda k: offsets.fill(store, slices[k::threads]), range(threads)))
+    gradients, in_order = offsets.gradients(), offsets.store(dtype=dtype)
+    assert torch.equal(store.project(gradients), in_order.project(gradients))
+    first, second = targets_like(offsets.states[0]), targets_like(offsets.states[0])
+    store.combine(alphas_of(1), first)
+    in_order.combine(alphas_of(1), second)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("dtype", WIDTHS)
+@pytest.mark.parametrize("together", [1, 4])
+def test_expressions_for_the_compiler(dtype, together):
+    """The same functions that torch.compile gets, run as they stand."""
+    generator = torch.Generator().manual_seed(0)
+    u, n, width = 3, 8, 4096
+    x = torch.randn(u, n, width, generator=generator)
+    if dtype in GROUP_BYTES:
+        data, scales = pack(x.unflatten(-1, (-1, 128)), dtype)
+        x = unpack(data, scales, dtype, torch.empty(u, n, 32, 128)).flatten(2)
+        data = data.flatten(2)
+    else:
+        data, scales = x.to(getattr(torch, dtype)), None
+        x = data.float()
+    g, c, out = (torch.randn(u, width, generator=generator) for _ in range(3))
+    close(
+        project_tiles(data, scales, g, dtype, together).double(),
+        torch.einsum("unt,ut->un", x.double(), g.double()),
+        1e-6,
+    )
+    beta = torch.randn(n, generator=generator)
+    weight = beta if scales is None else scales * beta[:, None]
+    combine_tiles(data, weight, c, torch.tensor([0.5]), out, dtype)
+    close(
+        out.double(), 0.5 * c.double() + torch.einsum("unt,n->ut", x.double(), beta.double()), 1e-6
+    )
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int4"])
+def test_compiled_kernels_agree_with_eager_ones(offsets, dtype):
+    notes = []
+    compiled = offsets.store(dtype=dtype, compiled=True, progress=notes.append)
+    eager = offsets.store(dtype=dtype, compiled=False)
+    gradients, alphas = offsets.gradients(), alphas_of(1)
+    close(compiled.project(gradients), eager.project(gradients), 1e-6)
+    mine, other = targets_like(offsets.states[0]), targets_like(offsets.states[0])
+    compiled.combine(alphas, mine)
+    eager.combine(alphas, other)
+    for name in offsets.names:
+        torch.testing.assert_close(mine[name], other[name], rtol=1e-5, atol=1e-6)
+    assert notes == []
+
+
+def test_without_a_compiler_says_so_once_and_goes_on(offsets, monkeypatch):
+    def broken(*args, **kwargs):
+        def call(*args):
+            raise RuntimeError("no C++ compiler here\nand a long trace")
+
+        return call
+
+    monkeypatch.setattr(kernels.torch, "compile", broken)
+    notes = []
+    store = offsets.store(dtype="int8", compiled=True, progress=notes.append)
+    gradients = offsets.gradients()
+    expected = offsets.store(dtype="int8", compiled=False).project(gradients)
+    assert torch.equal(store.project(gradients), expected)
+    store.combine(alphas_of(1), targets_like(offsets.states[0]))
+    assert len(notes) == 1
+    assert isinstance(notes[0], Noted)
+    assert "no C++ compiler here" in notes[0].text
+
+
+def test_float32_products_keep_six_digits_over_a_million_numbers(tmp_path):
+    big = Offsets(tmp_path, n=3, shapes={"w": (1 << 20,)})
+    gradients = big.gradients()
+    found = big.store().project(gradients)
+    close(found, big.projected(big.delta, gradients), 1e-6)
+    assert torch.equal(found, big.store().project(gradients))
+
+
+@pytest.mark.parametrize("dtype", WIDTHS)
+def test_the_uniform_mean_is_the_centre_itself(offsets, dtype):
+    store = offsets.store(dtype=dtype)
+    targets = targets_like(offsets.states[0])
+    store.combine(torch.full((1, N), 1 / N, dtype=torch.float64), targets)
+    for name, target in targets.items():
+        assert torch.equal(target.flatten(), offsets.centre[name].float())
+
+
+@pytest.mark.parametrize("kind", ["device", "disk"])
+def test_coefficients_need_not_add_up_to_one(offsets, kind):
+    store = offsets.store(kind)
+    alphas = torch.tensor([[0.5, -0.25, 0.0, 2.0, 0.25]], dtype=torch.float64)
+    targets = targets_like(offsets.states[0])
+    store.combine(alphas, targets)
+    for name, target in targets.items():
+        close(target.flatten().double(), alphas[0] @ offsets.weights[name], 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["device", "disk"])
+def test_some_tensors_only(offsets, kind):
+    store = offsets.store(kind)
+    gradients = offsets.gradients()
+    found = store.project({"odd": gradients["odd"], "flat": None})
+    expected = offsets.projected(offsets.delta, gradients)
+    row = offsets.blocks.index["odd"]
+    close(found[row], expected[row], 1e-5)
+    assert not found[torch.arange(len(found)) != row].any()
+    target = {"few": torch.empty(7)}
+    store.combine(alphas_of(1), target)
+    close(target["few"].double(), offsets.combined(offsets.delta, alphas_of(1), "few"), 1e-6)
+
+
+@pytest.mark.parametrize("kind", ["device", "disk"])
+def test_holds_what_was_put_and_nothing_else(offsets, kind):
+    config = StoreConfig(kind, "float32")
+    blocks = global_block(offsets.layout)
+    store = make_store(offsets.checkpoints, offsets.layout, blocks, World(), config)
+    assert store.names == []
+    with pytest.raises(KeyError, match="odd"):
+        store.combine(alphas_of(1), {"odd": torch.empty(150, 127)})
+    with pytest.raises(KeyError, match="odd"):
+        store.project({"odd": torch.empty(150, 127)})
+    store.combine(alphas_of(1), {"no": torch.empty(0, 3)})
+    assert store.project({}).shape == (1, N)
+
+
+@pytest.mark.parametrize("kind", ["device", "disk"])
+@pytest.mark.parametrize("size", [2, 4, 300])
+def test_ranks_add_up_to_one_process(offsets, kind, size):
+    gradients, alphas = offsets.gradients(), alphas_of(1)
+    total = torch.zeros(len(offsets.blocks), N, dtype=torch.float64)
+    whole = targets_like(offsets.states[0])
+    for rank in range(0, size, max(1, size - 1) if size > 4 else 1):
+        world = World(rank, size)
+        store = offsets.store(kind, world=world)
+
+        def mine(tensor: Tensor, world: World = world) -> Tensor:
+            a, b = world.share(tensor.shape[0] if tensor.dim() else 1)
+            return tensor[a:b] if tensor.dim() else tensor if a < b else tensor.flatten()[:0]
+
+        total += store.project({k: mine(g) for k, g in gradients.items()})
+        store.combine(alphas, {k: mine(t) for k, t in whole.items()})
+    if size <= 4:
+        close(total, offsets.projected(offsets.delta, gradients), 1e-5)
+        for name, target in whole.items():
+            close(target.flatten().double(), offsets.combined(offsets.delta, alphas, name), 1e-6)
+    else:
+        # Only the first and the last of more ranks than rows: the last owns no row of anything.
+        close(whole["few"][:1].double(), offsets.combined(offsets.delta, alphas, "few")[:1], 1e-6)
+        assert whole["few"][1:].isnan().all()
+
+
+def test_tied_tensors_follow_the_one_they_are_tied_to(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    for step in (1, 2):
+        shared = torch.randn(30, 20, generator=generator)
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        torch.save({"in": shared, "out": shared}, tmp_path / f"checkpoint-{step}/model.pt")
+    checkpoints = open_checkpoints([tmp_path])
+    layout = make_layout(checkpoints)
+    blocks = tensor_blocks(layout)
+    assert layout["out"].tied_to == "in"
+    store = make_store(checkpoints, layout, blocks, World(), StoreConfig("disk"))
+    (cut,) = row_slices(layout, ["in"])
+    store.put(cut, torch.zeros(600), torch.zeros(2, 600))
+    ones = {"in": torch.empty(30, 20), "out": torch.empty(30, 20)}
+    store.combine(torch.tensor([[0.0, 1.0]], dtype=torch.float64), ones)
+    assert torch.equal(ones["in"], shared)
+    assert torch.equal(ones["out"], shared)
+    gradient = torch.randn(30, 20, generator=generator)
+    both = store.project({"in": gradient, "out": gradient})
+    torch.testing.assert_close(both, 2 * store.project({"in": gradient}))
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4", "int1"])
+def test_packed_for_real(offsets, dtype):
+    store = offsets.store(dtype=dtype)
+    sizes = [footprint(offsets.weights[k].shape[1], N, dtype) for k in offsets.names]
+    assert store.nbytes == sum(a + b for a, b in sizes)
+    numbers = 12 * 4096
+    assert footprint(numbers, N, dtype) == (numbers * N * bits_per_number(dtype) / 8, 4 * numbers)
+    # Never more than one group too many.
+    assert footprint(129, N, dtype)[0] == 2 * N * (GROUP_BYTES[dtype] + 4)
+
+
+def test_one_bit_keeps_every_norm(offsets):
+    delta = torch.stack([rounded(x, "int1") for x in offsets.delta["odd"]])
+    close(delta.norm(dim=1), offsets.delta["odd"].norm(dim=1), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4", "int1"])
+def test_groups_of_zeros_stay_zero(dtype):
+    packed, scale = pack(torch.zeros(2, 3, 128), dtype)
+    assert not unpack(packed, scale, dtype, torch.empty(2, 3, 128)).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
+def test_disk_is_exact(tmp_path, dtype):
+    run = Offsets(tmp_path, dtype=dtype)
+    store = run.store("disk")
+    assert store.nbytes == 0
+    gradients = run.gradients()
+    close(store.project(gradients), run.projected(run.delta, gradients), 2e-6)
+    alphas, targets = alphas_of(len(run.blocks)), targets_like(run.states[0])
+    store.combine(alphas, targets)
+    for name, target in targets.items():
+        expected = (alphas[run.blocks.index[name]] @ run.weights[name]).float()
+        torch.testing.assert_close(target.flatten(), expected, rtol=2e-7, atol=1e-8)
+
+
+def delete(path: Path) -> None:
+    path.unlink()
+
+
+def cut_short(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def rewrite(path: Path) -> None:
+    stat = path.stat()
+    os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
+
+
+@pytest.mark.parametrize("harm", [delete, cut_short, rewrite])
+@pytest.mark.parametrize("when", ["before", "during"])
+def test_a_file_that_is_lost_in_mid_run_is_named(tmp_path, harm, when):
+    run = Offsets(tmp_path, shapes={f"layer.{i}": (64, 512) for i in range(40)})
+    store = run.store("disk")
+    store.project(run.gradients())
+    victim = tmp_path / "checkpoint-300" / "model.safetensors"
+
+    def lost_after_a_while():
+        rows = type(run.checkpoints[0].reader).rows
+        calls = 0
+
+        def counting(self, *args):
+            nonlocal calls
+            calls += 1
+            if calls == 30:
+                harm(victim)
+            return rows(self, *args)
+
+        return counting
+
+    with pytest.MonkeyPatch.context() as patch:
+        if when == "during":
+            patch.setattr(type(run.checkpoints[0].reader), "rows", lost_after_a_while())
+        else:
+            harm(victim)
+        with pytest.raises(CheckpointError, match="vanished or changed") as caught:
+            store.combine(alphas_of(1), targets_like(run.states[0]))
+    assert caught.value.details["checkpoint"] == str(victim)
+    assert "what to do" in caught.value.details
+
+
+def test_auto_keeps_small_runs_in_memory_in_their_own_width(tmp_path):
+    run = Offsets(tmp_path, dtype=torch.bfloat16)
+    notes = []
+    store = run.store("auto", "auto", progress=notes.append)
+    numbers = sum(w.shape[1] for w in run.weights.values())
+    assert store.nbytes == numbers * (2 * N + 4)
+    assert notes == []
