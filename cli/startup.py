@@ -3,40 +3,41 @@
 from __future__ import annotations
 
 import gc
-import importlib
+import os
 import sys
+from importlib import metadata
 from types import ModuleType
-from typing import Any
 
-# Kernels for tensors without data, which compilers trace programs with: a quarter of the time that
-# `import torch` takes, and an eighth of its memory.
-_DEFERRED = "torch._meta_registrations"
+# Kernels for tensors without data, with which compilers and sharded tensors find out shapes: a
+# quarter of the time that `import torch` takes, an eighth of its memory, and nothing to do for
+# sums over files. Only in versions of torch that have been tried without.
+_LEFT_OUT, _TRIED = "torch._meta_registrations", "2.13."
 
 
 def import_torch() -> None:
     """Imports torch in 1.4 seconds of CPU instead of 2.4.
 
-    What is left out comes when something asks for it. The collector, which finds nothing in the
-    half a million objects of an import, is kept from looking through them then and at the exit.
+    The garbage collector finds nothing in the half a million objects of an import: it is kept from
+    looking through them then, and again at the exit. What else is left out can be imported later,
+    and has to be before anything is compiled or sharded.
     """
     if "torch" in sys.modules:
         return
-    placeholder = ModuleType(_DEFERRED)
-    placeholder.__getattr__ = _load  # type: ignore[method-assign]
-    sys.modules[_DEFERRED] = placeholder
+    placeholder = ModuleType(_LEFT_OUT)
+    if "RANK" not in os.environ and _version().startswith(_TRIED):
+        sys.modules[_LEFT_OUT] = placeholder
     gc.disable()
     try:
         import torch  # noqa: F401
     finally:
         gc.freeze()
         gc.enable()
-        if sys.modules.get(_DEFERRED) is placeholder:
-            del sys.modules[_DEFERRED]
+        if sys.modules.get(_LEFT_OUT) is placeholder:
+            del sys.modules[_LEFT_OUT]
 
 
-def _load(attribute: str) -> Any:
-    # Looking through all modules, as `inspect` does, is not asking for this one.
-    if attribute.startswith("__"):
-        raise AttributeError(attribute)
-    sys.modules.pop(_DEFERRED, None)
-    return getattr(importlib.import_module(_DEFERRED), attribute)
+def _version() -> str:
+    try:
+        return metadata.version("torch")
+    except metadata.PackageNotFoundError:
+        return ""

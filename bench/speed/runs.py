@@ -45,3 +45,27 @@ def _make(paths: list[Path], sizes: dict[str, int]) -> None:
                 parameter.add_(torch.randn_like(parameter), alpha=2e-3)
         model.save_pretrained(path)
         print(f"made {path}")
+
+
+def byte_run(folder: Path, checkpoints: int, config: Any, seed: int = 0) -> list[Path]:
+    """A run folder of float32 byte-level transformers: a random start, and steps away from it."""
+    import torch
+    from safetensors.torch import save_file
+
+    from twa_merge.tasks.byte_lm import ByteTransformer
+
+    document = {"checkpoints": checkpoints, "config": str(config), "seed": seed}
+    made = folder / "made.json"
+    paths = [folder / f"checkpoint-{100 * (k + 1)}" for k in range(checkpoints)]
+    if not made.is_file() or json.loads(made.read_text()) != document:
+        model = ByteTransformer(config)
+        model.reset(seed)
+        torch.manual_seed(seed)
+        for path in paths:
+            with torch.no_grad():
+                for parameter in model.parameters():
+                    parameter.add_(torch.randn_like(parameter), alpha=2e-3)
+            path.mkdir(parents=True, exist_ok=True)
+            save_file(model.state_dict(), path / "model.safetensors", metadata={"format": "pt"})
+        made.write_text(json.dumps(document))
+    return paths
