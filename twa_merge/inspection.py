@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
 
 from . import report
 from .checkpoints import open_checkpoints
 from .checkpoints.base import Checkpoint
-from .config import Selection
-from .distributed import start
+from .config import Selection, StoreConfig
+from .distributed import World, start
 from .errors import CheckpointError
 from .ingest import ingest
 from .layout import Layout, make_layout
 from .progress import Progress, silent
+from .store import Machine, memory_plan, this_machine
 from .subspace import make_subspace, orthogonality_error
 
 Paths = Sequence[str | PathLike[str]]
@@ -25,9 +26,14 @@ def inspect(
     *,
     selection: Selection | None = None,
     geometry: bool = False,
+    plan: Mapping[str, int | None] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """What is in a folder of checkpoints, from headers; with ``geometry`` from one pass over all.
+
+    Args:
+        plan: ``gpus`` (0 or None for the CPU of this machine) and ``gpu_memory`` in bytes: adds
+            what training would take on them.
 
     Raises:
         CheckpointError: a checkpoint cannot be read, or a number is not finite.
@@ -52,8 +58,35 @@ def inspect(
         ),
         "differences": differences,
         "geometry": _geometry(found, layout, progress) if geometry else None,
+        "plan": _plan(layout, len(found), plan) if plan is not None else None,
     }
     return document
+
+
+def _plan(layout: Layout, n: int, wanted: Mapping[str, int | None]) -> dict[str, Any]:
+    """The memory plan of ``train`` for these checkpoints, on other machines than this one too."""
+    gpus = wanted.get("gpus") or 0
+    if gpus:
+        machine = Machine(
+            size=gpus,
+            per_node=gpus,
+            device_type="cuda",
+            device_memory=wanted.get("gpu_memory"),
+        )
+    else:
+        machine = this_machine(World())
+    found = memory_plan(layout, n, machine, StoreConfig())
+    return {
+        "processes": machine.size,
+        "store": found.kind,
+        "store dtype": found.dtype,
+        "device bytes per process": {**found.device, "total": found.device_total},
+        "host bytes per process": {**found.host, "total": found.host_total},
+        "passes over the files": found.passes,
+        "minutes": round(found.minutes, 1),
+        "fits": found.fits,
+        "advice": list(found.advice),
+    }
 
 
 def _tensor_summary(layout: Layout) -> dict[str, Any]:
