@@ -13,6 +13,7 @@ import argparse
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ def main() -> None:
         # Another point each time, as in a fit: nothing can be remembered.
         z += 0.01
         parts.seconds.clear()
-        both = timed(lambda: plain_passes(run, objective)), timed(lambda: objective(z))
+        both = timed(partial(plain_passes, run, objective)), timed(partial(objective, z))
         if repetition >= 0:
             plain.append(both[0])
             ours.append(both[1])

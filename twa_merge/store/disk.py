@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -122,8 +122,6 @@ class DiskStore:
             name = held_name(self._layout, self._held, asked, tensor.numel())
             if name is not None:
                 of.setdefault(name, []).append(tensor)
-        for checkpoint in self._checkpoints:
-            checkpoint.reader.require_unchanged(of)  # type: ignore[attr-defined]
         slices = [cut for name in of for cut in self._slices(name)]
         for cut, rows in stream(self._checkpoints, slices, ahead=_SLICES_AHEAD):
             first = cut.start - self._share(cut.name)[0]
@@ -156,19 +154,19 @@ class WatchfulReader:
         self._seen = {file.path: _look(file.path) for file in reader.files}
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
-        self.require_unchanged([name])
+        self._require_unchanged(name)
         try:
             return self._reader.rows(name, start, stop).clone()
         except Exception:
-            self.require_unchanged([name])
+            self._require_unchanged(name)
             raise
 
     def close(self) -> None:
         self._reader.close()
 
-    def require_unchanged(self, names: Iterable[str]) -> None:
-        """Raises CheckpointError if a file with one of these tensors is not what it was."""
-        for path in {path for name in names for path in self._paths.get(name, self._seen)}:
+    def _require_unchanged(self, name: str) -> None:
+        """Raises CheckpointError if a file that holds this tensor is not what it was."""
+        for path in self._paths.get(name, self._seen):
             now = _look(path)
             if now != self._seen[path]:
                 size = self._seen[path][0]
