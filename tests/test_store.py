@@ -226,13 +226,15 @@ def test_float32_products_keep_six_digits_over_a_million_numbers(tmp_path):
     assert torch.equal(found, big.store().project(gradients))
 
 
+@pytest.mark.parametrize("total", [1.0, 2.0])
 @pytest.mark.parametrize("dtype", WIDTHS)
-def test_the_uniform_mean_is_the_centre_itself(offsets, dtype):
+def test_equal_coefficients_give_the_centre_itself(offsets, dtype, total):
+    """Rounded offsets no longer add up to nothing: they must not get into the mean."""
     store = offsets.store(dtype=dtype)
     targets = targets_like(offsets.states[0])
-    store.combine(torch.full((1, N), 1 / N, dtype=torch.float64), targets)
+    store.combine(torch.full((1, N), total / N, dtype=torch.float64), targets)
     for name, target in targets.items():
-        assert torch.equal(target.flatten(), offsets.centre[name].float())
+        assert torch.equal(target.flatten(), total * offsets.centre[name].float())
 
 
 @pytest.mark.parametrize("kind", ["device", "disk"])

@@ -156,7 +156,7 @@ def decay_factor(step: int, steps: int) -> float:
 
 
 def task(
-    text: Text | None = None, *, sequences: int | None = 320, test_sequences: int | None = 256
+    text: Text | None = None, *, sequences: int | None = 256, test_sequences: int | None = 256
 ) -> ByteTask:
     """The task of the demo's run: ``--task twa_merge.demo:task`` on the command line.
 

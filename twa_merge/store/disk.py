@@ -155,11 +155,7 @@ class WatchfulReader:
 
     def rows(self, name: str, start: int, stop: int) -> Tensor:
         self._require_unchanged(name)
-        try:
-            return self._reader.rows(name, start, stop).clone()
-        except Exception:
-            self._require_unchanged(name)
-            raise
+        return self._reader.rows(name, start, stop).clone()
 
     def close(self) -> None:
         self._reader.close()
