@@ -20,7 +20,7 @@ from twa_merge.layout import global_block, make_layout, tensor_blocks
 from twa_merge.progress import Noted
 from twa_merge.store import kernels, make_store
 from twa_merge.store.kernels import combine_tiles, project_tiles
-from twa_merge.store.quantize import GROUP_BYTES, bits_per_number, pack, unpack
+from twa_merge.store.quantize import GROUP_BYTES, pack, unpack
 from twa_merge.store.tiles import footprint
 from twa_merge.stream import row_slices
 
@@ -329,7 +329,8 @@ def test_packed_for_real(offsets, dtype):
     sizes = [footprint(offsets.weights[k].shape[1], N, dtype) for k in offsets.names]
     assert store.nbytes == sum(a + b for a, b in sizes)
     numbers = 12 * 4096
-    assert footprint(numbers, N, dtype) == (numbers * N * bits_per_number(dtype) / 8, 4 * numbers)
+    bits = {"int8": 8.25, "int4": 4.25, "int1": 1.25}[dtype]
+    assert footprint(numbers, N, dtype) == (numbers * N * bits / 8, 4 * numbers)
     # Never more than one group too many.
     assert footprint(129, N, dtype)[0] == 2 * N * (GROUP_BYTES[dtype] + 4)
 

@@ -21,12 +21,13 @@ from pathlib import Path
 import torch
 
 from twa_merge.checkpoints.base import TensorInfo
+from twa_merge.config import STORE_DTYPES
 from twa_merge.layout import Entry, Layout, global_block
 from twa_merge.store.memory import MemoryStore
-from twa_merge.store.quantize import BITS
 from twa_merge.stream import row_slices
 
 NAME, ROW = "weight", 4096
+WIDTHS = STORE_DTYPES[1:]
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
@@ -117,7 +118,7 @@ def main() -> None:
     parser.add_argument("--offsets", type=int, default=16)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--widths", nargs="+", default=list(BITS), choices=list(BITS))
+    parser.add_argument("--widths", nargs="+", default=WIDTHS, choices=WIDTHS)
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args()
     if args.threads:

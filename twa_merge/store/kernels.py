@@ -56,8 +56,9 @@ class Kernels:
         if compiled:
             self._project = torch.compile(project_tiles, fullgraph=True)
             self._combine = torch.compile(combine_tiles, fullgraph=True)
-        # On a GPU the gradient comes out of a cache that all cores share: reading it once for four
-        # offsets takes that off the narrow widths. On a CPU it is in a core's own cache anyway.
+        # On a GPU the gradient comes out of a cache that all cores share, which by reckoning would
+        # limit the narrow widths: read it once for four offsets (not yet measured on a GPU). On a
+        # CPU it is in a core's own cache, and measured alike.
         self._together = 4 if device.type == "cuda" else 1
 
     @property

@@ -51,7 +51,10 @@ def _available(root: Path) -> Iterator[int]:
 def _groups(root: Path) -> Iterator[int]:
     mounted = root / "sys/fs/cgroup"
     for line in _read(root / "proc/self/cgroup").splitlines():
-        _, controllers, path = line.split(":", 2)
+        _, _, rest = line.partition(":")
+        controllers, found, path = rest.partition(":")
+        if not found:
+            continue
         if controllers == "":
             yield from _group(mounted, path, "memory.max", "memory.current", "inactive_file")
         elif "memory" in controllers.split(","):

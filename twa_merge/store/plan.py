@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ..config import StoreConfig
-from ..layout import Entry, Layout
-from ..stream import SLICE_NUMEL
+from ..layout import Layout
 from .disk import READ_AHEAD
 from .memory import STAGED
-from .quantize import bits_per_number
-from .tiles import footprint
+from .needs import longest_row, model_bytes, own_dtype, store_bytes
 
 # Shares of the memory that a plan may fill; the rest goes to fragments, workspaces and neighbours.
 DEVICE_SHARE = 0.92
@@ -24,8 +21,8 @@ HOST_SHARE = 0.85
 class Rates:
     """Bytes a second that a plan counts on.
 
-    The defaults are cautious figures for a local solid-state disk, two processor cores, PCIe 4 and
-    a data-centre GPU; give measured ones where minutes matter.
+    The defaults are assumptions, not measurements: a local solid-state disk, two processor cores,
+    PCIe 4, a data-centre GPU. Give measured ones where minutes matter.
 
     Attributes:
         files: read by one node.
@@ -123,9 +120,8 @@ def memory_plan(
 
     What ``auto`` stands for, in this order, the first that fits: the checkpoints' own width on the
     device, then in host memory; 8 bits on the device, on the host; 4 bits likewise; the files.
-    Quality comes first: at their own width and at 8 bits offsets cost the fit nothing that can be
-    measured, so a slower place beats a narrower width, but not files, which every evaluation would
-    read twice. One bit is never chosen by itself.
+    Quality comes first, so a slower place beats a narrower width. Files would be exact, but every
+    evaluation reads them twice: 8 and 4 bits come before them, one bit is never chosen by itself.
 
     Args:
         n: checkpoints.
@@ -152,13 +148,6 @@ def choices(layout: Layout, config: StoreConfig, machine: Machine) -> list[tuple
     return [*found, ("disk", own)] if config.kind in ("auto", "disk") else found
 
 
-def own_dtype(layout: Layout) -> str:
-    """``float32`` or ``bfloat16``, whichever most of the numbers come closest to."""
-    infos = [layout[name].info for name in layout.in_subspace]
-    wide = sum(info.numel for info in infos if info.dtype.itemsize >= 4)
-    return "float32" if 2 * wide > sum(info.numel for info in infos) else "bfloat16"
-
-
 @dataclass(frozen=True)
 class _Planner:
     layout: Layout
@@ -169,10 +158,12 @@ class _Planner:
     shared: Mapping[str, bool]
 
     def plan(self, machine: Machine, kind: str, dtype: str) -> Plan:
-        memory = self._model(machine)
-        offsets, centre = (0, 0) if kind == "disk" else self._store(machine, dtype)
-        held = {"offsets": offsets, "centre": centre}
-        passing = {"slices in flight": self._streaming(kind)}
+        memory = model_bytes(self.layout, machine.size, self.shared, self.layer_numel)
+        memory["activations"] = self.work.activations
+        held = {"offsets": 0, "centre": 0}
+        if kind != "disk":
+            held = store_bytes(self.layout, self.n, dtype, machine.size, self.shared)
+        passing = {"slices in flight": READ_AHEAD + 16 * self.n * longest_row(self.layout)}
         device: dict[str, int] = {}
         if machine.device_type == "cpu":
             host = memory | held | passing
@@ -186,7 +177,7 @@ class _Planner:
         )
         again = 2 * self.work.evaluations + self.work.combinations
         passes = 2 + (again if kind == "disk" else 0)
-        minutes = self._minutes(machine, kind, passes, again * (offsets + centre))
+        minutes = self._minutes(machine, kind, passes, again * sum(held.values()))
         device, host = _without_zeros(device), _without_zeros(host)
         return Plan(kind, dtype, machine, device, host, passes, minutes, fits)
 
@@ -231,41 +222,6 @@ class _Planner:
                 return more.size
         return None
 
-    def _model(self, machine: Machine) -> dict[str, int]:
-        entries = [e for e in self.layout.entries.values() if e.tied_to is None]
-        parameters = sum(self._local(e, machine.size) for e in entries if e.averaged)
-        trained = sum(self._local(e, machine.size) for e in entries if e.in_subspace)
-        copied = sum(e.info.nbytes for e in entries if not e.averaged)
-        layer, root = self.layer_numel or largest_layer(self.layout)
-        # A layer's gathered parameters, the next one's ahead of time, and its whole gradient; the
-        # root's parameters and gradient stay for the whole pass.
-        gathered = 3 * layer + 2 * root if machine.size > 1 else 0
-        return {
-            "parameters": 4 * parameters + copied,
-            "gradients": 4 * trained,
-            "gathered layer": 4 * gathered,
-            "activations": self.work.activations,
-        }
-
-    def _store(self, machine: Machine, dtype: str) -> tuple[int, int]:
-        sizes = [
-            footprint(self._local(e, machine.size), self.n, dtype)
-            for e in self.layout.entries.values()
-            if e.averaged and e.tied_to is None
-        ]
-        return sum(offsets for offsets, _ in sizes), sum(centre for _, centre in sizes)
-
-    def _local(self, entry: Entry, size: int) -> int:
-        """Numbers of a tensor on the rank that has most of them, which is the first."""
-        info = entry.info
-        return math.ceil(info.rows / (1 if self.shared.get(entry.name) else size)) * info.row_numel
-
-    def _streaming(self, kind: str) -> int:
-        """The first pass holds a slice of all checkpoints in float64, and a copy to centre it."""
-        longest = max((e.info.row_numel for e in self.layout.entries.values()), default=0)
-        first = 2 * 8 * self.n * max(SLICE_NUMEL, longest)
-        return max(first, READ_AHEAD) if kind == "disk" else first
-
     def _minutes(self, machine: Machine, kind: str, passes: int, touched: int) -> float:
         nodes = machine.size / machine.per_node
         saved = sum(self.layout[name].info.nbytes for name in self.layout.averaged)
@@ -275,26 +231,9 @@ class _Planner:
         return (seconds + self.work.evaluations * self.work.seconds) / 60
 
 
-def largest_layer(layout: Layout) -> tuple[int, int]:
-    """Numbers in the largest repeated layer and outside of all: layers have numbers in names."""
-    layers: dict[str, int] = {}
-    for name in layout.in_subspace:
-        parts = name.split(".")
-        end = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
-        layer = ".".join(parts[: end + 1])
-        layers[layer] = layers.get(layer, 0) + layout[name].info.numel
-    root = layers.pop("", 0)
-    return max(layers.values(), default=0), root
-
-
 def gigabytes(nbytes: float) -> str:
     """``12.3 GB``, in powers of ten as the makers of memory cards and disks count."""
     return f"{nbytes / 1e9:.3g} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.3g} MB"
-
-
-def compression(layout: Layout, dtype: str) -> float:
-    """How much narrower the store's numbers are than the checkpoints' own."""
-    return bits_per_number(own_dtype(layout)) / bits_per_number(dtype)
 
 
 def _fits(needed: int, there: int | None, share: float) -> bool:

@@ -11,12 +11,16 @@ so that unpacking gives runs of consecutive numbers, without any shuffling betwe
 
 int8 and int4 are symmetric, scaled by the group's largest magnitude. One bit keeps the sign alone;
 the scale is the group's root mean square, so that every group, and with it every offset, keeps the
-norm it had (the renormalisation of Trainable Weight Averaging, arXiv 2205.13104). The mean
-magnitude would be closer in the least-squares sense, but shortens every offset by a fifth, and by
-a different part wherever the numbers are distributed differently.
+norm it had (the renormalisation of Trainable Weight Averaging, arXiv 2205.13104). That is the
+design's choice, not the best one measured: with the mean magnitude, which is closest in the
+least-squares sense, coefficients fitted to a random quadratic (8 offsets, 20 problems) lost 42 % of
+the gain instead of 57 % (4 bits lost 0.8 %, 8 bits less than 0.001 %).
 
-Scales are float32. With 128 numbers a group they cost a quarter of a bit a number, as 16-bit scales
-over 64 would, lose nothing, and leave kernels of one lane width to the compiler.
+A scale is a float32 number for 128 others: a quarter of a bit each. bfloat16 for 64 costs as much
+and is more accurate (relative error of normal numbers at 4 bits 0.108 against 0.117, at 8 bits
+0.0060 against 0.0065; 0.161 against 0.194 at 4 bits with heavy tails), but 16-bit numbers in the
+kernels made what torch.compile writes for a CPU several times slower. float16 loses offsets around
+1e-9 altogether.
 """
 
 from __future__ import annotations
@@ -26,17 +30,10 @@ from torch import Tensor
 
 GROUP = 128
 
-# Store dtype → bits of one number, scale not counted.
-BITS = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4, "int1": 1}
 PLAIN = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Bytes of a group, and the dtype they are stored in.
 GROUP_BYTES = {"int8": 128, "int4": 64, "int1": 16}
 CONTAINER = {"int8": torch.int8, "int4": torch.uint8, "int1": torch.uint8}
-
-
-def bits_per_number(dtype: str) -> float:
-    """Bits of one stored number, its share of the scale included."""
-    return BITS[dtype] + (0 if dtype in PLAIN else 32 / GROUP)
 
 
 def pack(groups: Tensor, dtype: str, numbers: int = GROUP) -> tuple[Tensor, Tensor]:

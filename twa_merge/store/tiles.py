@@ -21,8 +21,8 @@ from torch import Tensor
 
 from .quantize import CONTAINER, GROUP, GROUP_BYTES, PLAIN, pack
 
-# Numbers of one offset in a tile: long rows suit the processor's prefetchers, and all n of them
-# still fit in a core's cache.
+# Numbers of one offset in a tile: all n rows of a few dozen offsets fit in a core's second-level
+# cache, and there are few enough partial sums. Widths from 512 to 16,384 measured alike.
 TILE = 4096
 
 # Numbers quantised at a time: the few float32 copies that it takes stay in cache.

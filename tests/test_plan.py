@@ -1,0 +1,198 @@
+"""The memory plan: arithmetic by hand, the order of choices, and what a machine says of itself."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from twa_merge.checkpoints.base import TensorInfo
+from twa_merge.config import StoreConfig
+from twa_merge.distributed import World
+from twa_merge.layout import Entry, Layout
+from twa_merge.store import Machine, Rates, Work, memory_plan, this_machine
+from twa_merge.store.limits import host_memory
+
+GB = 10**9
+# 24 layers of 40 M numbers and 80 M outside: 1.04 G numbers, in rows of 4,096.
+NUMBERS = 24 * 40_960_000 + 81_920_000
+LAYER, ROOT = 40_960_000, 81_920_000
+N = 16
+
+
+def layout_of(dtype=torch.bfloat16) -> Layout:
+    entries = {"embed.weight": Entry("embed.weight", TensorInfo((20_000, 4096), dtype), True)}
+    for i in range(24):
+        name = f"model.layers.{i}.weight"
+        entries[name] = Entry(name, TensorInfo((10_000, 4096), dtype), True)
+    entries["tied"] = Entry("tied", TensorInfo((20_000, 4096), dtype), True, tied_to="embed.weight")
+    entries["step"] = Entry("step", TensorInfo((), torch.int64), False)
+    return Layout(entries)
+
+
+def plan_for(machine: Machine, config: StoreConfig | None = None, dtype=torch.bfloat16, **more):
+    return memory_plan(layout_of(dtype), N, machine, config or StoreConfig(), **more)
+
+
+def gpus(size: int = 1, memory: float = 80, host: float | None = 1000) -> Machine:
+    on_host = None if host is None else int(host * GB)
+    return Machine(size, min(size, 8), "cuda", int(memory * GB), on_host)
+
+
+def test_bytes_by_kind_on_one_gpu():
+    plan = plan_for(gpus(), work=Work(activations=5 * GB))
+    assert (plan.kind, plan.dtype, plan.fits, plan.advice) == ("device", "bfloat16", True, ())
+    assert plan.device == {
+        "parameters": 4 * NUMBERS + 8,
+        "gradients": 4 * NUMBERS,
+        "activations": 5 * GB,
+        "offsets": 2 * N * NUMBERS,
+        "centre": 4 * NUMBERS,
+    }
+    assert plan.passes == 2
+
+
+def test_bytes_fall_with_the_number_of_ranks():
+    plan = plan_for(gpus(8))
+    assert plan.device["offsets"] == 2 * N * NUMBERS // 8
+    assert plan.device["parameters"] == 4 * NUMBERS // 8 + 8
+    assert plan.device["gathered layer"] == 4 * (3 * LAYER + 2 * ROOT)
+    shared = plan_for(gpus(8), shared={"embed.weight": True})
+    more = 4 * (ROOT - ROOT // 8)
+    assert shared.device["parameters"] == plan.device["parameters"] + more
+
+
+@pytest.mark.parametrize(
+    ("memory", "host", "kind", "dtype"),
+    [
+        (60, 1000, "device", "bfloat16"),
+        (40, 1000, "host", "bfloat16"),
+        (40, 30, "device", "int8"),
+        (30, 30, "host", "int8"),
+        (30, 20, "device", "int4"),
+        (15, 30, "host", "int8"),
+        (15, 17, "host", "int4"),
+        (12, 2, "disk", "bfloat16"),
+    ],
+)
+def test_auto_puts_width_before_place_and_disk_last(memory, host, kind, dtype):
+    plan = plan_for(gpus(memory=memory, host=host))
+    assert (plan.kind, plan.dtype, plan.fits) == (kind, dtype, True)
+    # Whoever does not get the first choice is told what would.
+    assert bool(plan.advice) == (kind != "device" or dtype != "bfloat16")
+
+
+def test_the_checkpoints_own_width():
+    assert plan_for(gpus(memory=200), dtype=torch.float32).dtype == "float32"
+    assert plan_for(gpus(memory=200), dtype=torch.float16).dtype == "bfloat16"
+
+
+def test_a_cpu_has_one_memory():
+    plan = plan_for(Machine(2, 2, "cpu", None, 100 * GB))
+    assert (plan.kind, plan.dtype, dict(plan.device)) == ("device", "bfloat16", {})
+    assert plan.host["offsets"] == 2 * N * NUMBERS // 2
+    # Both processes share the node.
+    assert plan_for(Machine(2, 2, "cpu", None, 50 * GB)).dtype == "int8"
+    assert plan_for(Machine(2, 1, "cpu", None, 50 * GB)).dtype == "bfloat16"
+
+
+def test_disk_takes_no_memory_for_offsets_and_a_pass_for_every_operation():
+    plan = plan_for(gpus(), StoreConfig("disk"), work=Work(evaluations=10, combinations=7))
+    assert "offsets" not in plan.device | plan.host
+    assert "centre" not in plan.device | plan.host
+    assert plan.passes == 2 + 2 * 10 + 7
+
+
+def test_minutes_from_given_rates():
+    rates = Rates(files=1e9, gpu=1e10, link=1e9)
+    work = Work(evaluations=10, combinations=0, seconds=3.0)
+    plan = plan_for(gpus(), work=work, rates=rates)
+    touched = 20 * (2 * N + 4) * NUMBERS
+    assert plan.minutes == pytest.approx((2 * saved_of() / 1e9 + touched / 1e10 + 30) / 60)
+    on_disk = plan_for(gpus(), StoreConfig("disk"), work=work, rates=rates)
+    assert on_disk.minutes == pytest.approx((22 * saved_of() / 1e9 + 30) / 60)
+
+
+def saved_of() -> int:
+    """Bytes in the files: the tied tensor's name stands in every one of them as well."""
+    return 2 * N * (NUMBERS + ROOT)
+
+
+def test_what_does_not_fit_says_what_would():
+    plan = plan_for(gpus(memory=20), StoreConfig("device", "bfloat16"))
+    assert not plan.fits
+    text = " ".join(plan.advice)
+    assert "more than the GPU has" in text
+    assert "4 processes" in text
+    assert "--store host --store-dtype bfloat16 fits" in text
+    assert "--store disk fits" in text
+    hopeless = plan_for(gpus(memory=1, host=1))
+    assert not hopeless.fits
+    assert hopeless.kind == "disk"
+
+
+def test_memory_that_is_not_known_is_said_to_be_needed():
+    plan = plan_for(gpus(memory=40, host=None))
+    assert (plan.kind, plan.fits) == ("host", True)
+    assert any("which is not known here" in line for line in plan.advice)
+
+
+def test_this_machine_knows_its_memory():
+    machine = this_machine(World())
+    assert (machine.size, machine.per_node, machine.device_type) == (1, 1, "cpu")
+    assert machine.host_memory is None or machine.host_memory > 1 << 20
+
+
+def write(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        path = root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+
+
+MEMINFO = "MemTotal:  9000 kB\nMemFree:  100 kB\nMemAvailable:  8000 kB\n"
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({"proc/meminfo": MEMINFO}, 8_192_000),
+        (  # version 2: the group around has less left, and its cached files count as free
+            {
+                "proc/meminfo": MEMINFO,
+                "proc/self/cgroup": "0::/job/step\n",
+                "sys/fs/cgroup/job/step/memory.max": "max\n",
+                "sys/fs/cgroup/job/step/memory.current": "5\n",
+                "sys/fs/cgroup/job/memory.max": "1000000\n",
+                "sys/fs/cgroup/job/memory.current": "600000\n",
+                "sys/fs/cgroup/job/memory.stat": "anon 1\ninactive_file 200000\n",
+            },
+            600_000,
+        ),
+        (  # version 1, in a container that shows its own group as the root
+            {
+                "proc/meminfo": MEMINFO,
+                "proc/self/cgroup": "5:cpu,cpuacct:/a\n4:memory:/docker/abc\n",
+                "sys/fs/cgroup/memory/memory.limit_in_bytes": "2000000\n",
+                "sys/fs/cgroup/memory/memory.usage_in_bytes": "500000\n",
+                "sys/fs/cgroup/memory/memory.stat": "total_inactive_file 100\n",
+            },
+            1_500_100,
+        ),
+        ({"proc/self/cgroup": "garbage\n"}, None),
+        ({}, None),
+    ],
+)
+def test_the_least_of_all_limits_counts(tmp_path, files, expected):
+    write(tmp_path, files)
+    assert host_memory(root=tmp_path) == expected
+
+
+def test_resource_limits_hold_for_each_process(tmp_path, monkeypatch):
+    resource = pytest.importorskip("resource")
+    limits = {resource.RLIMIT_AS: 3_000_000, resource.RLIMIT_DATA: resource.RLIM_INFINITY}
+    monkeypatch.setattr(resource, "getrlimit", lambda kind: (limits[kind], limits[kind]))
+    write(tmp_path, {"proc/meminfo": MEMINFO, "proc/self/status": "VmSize:\t  1000 kB\n"})
+    assert host_memory(1, tmp_path) == 3_000_000 - 1_024_000
+    assert host_memory(3, tmp_path) == 3 * (3_000_000 - 1_024_000)

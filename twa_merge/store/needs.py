@@ -1,0 +1,76 @@
+"""Bytes that a run takes on the rank that takes most, from the tensors' shapes alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+from ..layout import Entry, Layout
+from .tiles import footprint
+
+
+def own_dtype(layout: Layout) -> str:
+    """``float32`` or ``bfloat16``, whichever most of the numbers come closest to."""
+    infos = [layout[name].info for name in layout.in_subspace]
+    wide = sum(info.numel for info in infos if info.dtype.itemsize >= 4)
+    return "float32" if 2 * wide > sum(info.numel for info in infos) else "bfloat16"
+
+
+def model_bytes(
+    layout: Layout, size: int, shared: Mapping[str, bool], layer_numel: tuple[int, int] | None
+) -> dict[str, int]:
+    """The model's bytes by kind, one of ``size`` processes: float32 throughout.
+
+    Args:
+        shared: tensors that every rank holds whole.
+        layer_numel: numbers in the largest sharded layer and in what is sharded with the root;
+            None goes by the tensors' names.
+    """
+    entries = [e for e in layout.entries.values() if e.tied_to is None]
+    parameters = sum(_local(e, size, shared) for e in entries if e.averaged)
+    trained = sum(_local(e, size, shared) for e in entries if e.in_subspace)
+    copied = sum(e.info.nbytes for e in entries if not e.averaged)
+    layer, root = layer_numel or largest_layer(layout)
+    # A layer's gathered parameters, the next one's ahead of time, and its whole gradient; the
+    # root's parameters and gradient stay for the whole pass.
+    gathered = 3 * layer + 2 * root if size > 1 else 0
+    return {
+        "parameters": 4 * parameters + copied,
+        "gradients": 4 * trained,
+        "gathered layer": 4 * gathered,
+    }
+
+
+def store_bytes(
+    layout: Layout, n: int, dtype: str, size: int, shared: Mapping[str, bool]
+) -> dict[str, int]:
+    """What a store in memory takes, scales and padding included."""
+    sizes = [
+        footprint(_local(entry, size, shared), n, dtype)
+        for entry in layout.entries.values()
+        if entry.averaged and entry.tied_to is None
+    ]
+    return {"offsets": sum(o for o, _ in sizes), "centre": sum(c for _, c in sizes)}
+
+
+def longest_row(layout: Layout) -> int:
+    """Numbers in the longest row: no slice is shorter than one."""
+    return max((entry.info.row_numel for entry in layout.entries.values()), default=0)
+
+
+def _local(entry: Entry, size: int, shared: Mapping[str, bool]) -> int:
+    """Numbers of a tensor on the rank that has most of them, which is the first."""
+    info = entry.info
+    return math.ceil(info.rows / (1 if shared.get(entry.name) else size)) * info.row_numel
+
+
+def largest_layer(layout: Layout) -> tuple[int, int]:
+    """Numbers in the largest repeated layer and outside of all: layers have numbers in names."""
+    layers: dict[str, int] = {}
+    for name in layout.in_subspace:
+        parts = name.split(".")
+        end = next((i for i, part in enumerate(parts) if part.isdigit()), -1)
+        layer = ".".join(parts[: end + 1])
+        layers[layer] = layers.get(layer, 0) + layout[name].info.numel
+    root = layers.pop("", 0)
+    return max(layers.values(), default=0), root
