@@ -27,7 +27,7 @@ from .config import (
     parse_subspace,
 )
 from .distributed import start
-from .errors import NoImprovement
+from .errors import ConfigError, NoImprovement
 from .fit import Fitted
 from .html_report import html_report
 from .landscape import landscape
@@ -90,6 +90,7 @@ def merge(
     clock, target = Clock(), Path(output)
     with clock.part("open"):
         parse_families(choices.guard.candidates)
+        _require_supported(choices.fit)
         found = open_checkpoints(checkpoints, choices.selection)
         layout = make_layout(several(found))
         world = start(choices.engine.device)
@@ -133,6 +134,16 @@ def merge(
     log.remove()
     document["timings"] = clock.rounded()
     return document
+
+
+def _require_supported(fit: FitConfig) -> None:
+    """Refuses what is planned but not there yet, rather than doing something else silently."""
+    if fit.span != "affine" or fit.subspace.startswith("random"):
+        raise ConfigError(
+            "This span is not supported yet.",
+            expected="--span affine with --subspace checkpoints or pca:R",
+            found=f"--span {fit.span} --subspace {fit.subspace}",
+        )
 
 
 def _fit(run: Run) -> list[Fitted]:
