@@ -56,8 +56,8 @@ def test_greedy_keeps_what_does_not_hurt():
     def score(alphas):
         return float((alphas[0] - target).square().sum())
 
-    losses = [score(torch.eye(4, dtype=torch.float64)[i][None]) for i in range(4)]
-    assert torch.equal(greedy(4, losses, score).alphas[0], target)
+    losses = torch.tensor([score(torch.eye(4, dtype=torch.float64)[i][None]) for i in range(4)])
+    assert torch.equal(greedy(losses, score).alphas[0], target)
 
 
 @pytest.mark.parametrize(

@@ -24,6 +24,14 @@ def test_ties_go_to_the_simpler():
     assert pick([a, b], "loss") is b
 
 
+def test_examples_that_a_cross_validation_held_out_count_as_much_as_guard_examples():
+    lucky = scored("lucky", torch.tensor([0.9]), 0, unseen=torch.tensor([2.0, 2.0]).double())
+    sound = scored("sound", torch.tensor([1.0]), 5, unseen=torch.tensor([1.0, 1.0]).double())
+    assert pick([lucky, sound], "loss") is sound
+    assert abs(lucky.evidence("loss") - 4.9 / 3) < 1e-6
+    assert improvement(sound, lucky, "loss", seed=0).mean < 0  # measured on the guard split alone
+
+
 def test_what_is_not_finite_never_wins():
     a = scored("twa", torch.tensor([float("nan"), -9.0]), 7)
     b = scored("last", torch.tensor([5.0, 5.0]), 0)

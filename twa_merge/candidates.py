@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
 import torch
@@ -159,18 +159,20 @@ def _tail(n: int, k: int) -> Tensor:
     return torch.cat([torch.zeros(n - k, dtype=torch.float64), schedule(k, "1-sqrt")])
 
 
-def greedy(n: int, losses: Sequence[float], score: Callable[[Tensor], float]) -> Candidate:
+def greedy(losses: Tensor, score: Callable[[Tensor], float]) -> Candidate:
     """Greedy soup (Model soups, arXiv 2203.05482, recipe 1) of the single checkpoints.
 
-    Checkpoints are taken in the order of their ``losses``; each stays if the uniform mean of all
+    Checkpoints are taken in the order of their losses; each stays if the uniform mean of all
     that stayed does not get worse by it.
 
     Args:
+        losses: of the single checkpoints, (n,).
         score: coefficients (1, n) → loss, on the data that ``losses`` were taken on.
     """
-    order = sorted(range(n), key=lambda i: losses[i])
+    n = len(losses)
+    order = sorted(range(n), key=lambda i: float(losses[i]))
     kept = single(n, order[0])
-    best = losses[order[0]]
+    best = float(losses[order[0]])
     for i in order[1:]:
         trial = kept + single(n, i)
         loss = score((trial / trial.sum())[None])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,11 +20,13 @@ from .resume import EvaluationLog
 from .subspace import Chart
 
 # Weights of ‖z‖²/2 that `auto` tries, strongest first, so that each fit starts near the next.
-RIDGES = (0.1, 0.01, 0.001, 0.0001)
-# On the path a fit needs to be good enough to compare ridges, no more.
-_PATH_EVALUATIONS = 6
-# Small splits are cross-validated in four folds; for larger ones a quarter held out says enough.
-_FOUR_FOLDS_UP_TO = 48
+RIDGES = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
+# On the path a fit needs to be good enough to compare ridges, no more; each begins where the one
+# with a stronger ridge ended.
+_PATH_EVALUATIONS = 8
+_PATH_TOLERANCE = 3e-4
+FOLDS = 4
+_RIDGE_SAMPLE = 512
 _START_EXAMPLES = 256
 # The fit begins with this many examples and takes twice as many as long as that moves it.
 _FIRST_SAMPLE = 256
@@ -38,7 +40,7 @@ class Fitted:
         alphas: (B, n) float64.
         ridge: the ridge that was used.
         result: of the last fit, over the whole sample.
-        scores: ridge → loss on examples that its fit did not see.
+        path: what the ridge was chosen by; None where it was not.
         evaluations: of loss and gradient, in units of all examples that the fit may use.
         examples: that the last fit used.
     """
@@ -48,9 +50,14 @@ class Fitted:
     alphas: Tensor
     ridge: float
     result: FitResult
-    scores: dict[float, float] = field(default_factory=dict)
+    path: Path | None = None
     evaluations: float = 0.0
     examples: int = 0
+
+    @property
+    def scores(self) -> dict[float, float]:
+        """Ridge → mean loss on examples that its fits did not see; inf is the chart's base."""
+        return self.path.scores() if self.path else {}
 
 
 @dataclass
@@ -99,28 +106,42 @@ class Fitter:
         best = min(range(len(sizes)), key=lambda i: (losses[i], i))
         return window(n, sizes[best])[None]
 
-    def score(self, alphas: Tensor, chosen: Sequence[int]) -> float:
-        """Mean loss (no gradient) over chosen examples; infinite where it is not a number."""
+    def losses(self, alphas: Tensor, chosen: Sequence[int]) -> Tensor:
+        """Loss (no gradient) of each chosen example of the fit split, (len(chosen),) float64."""
         self.engine.set_weights(alphas)
-        losses, _ = self.engine.example_losses(self.batches, chosen, by_batch=True)
-        mean = float(losses.mean())
         self.evaluations += len(chosen) / self.limit / 3
+        return self.engine.example_losses(self.batches, chosen, by_batch=True)[0]
+
+    def score(self, alphas: Tensor, chosen: Sequence[int]) -> float:
+        """Mean loss over chosen examples; infinite where it is not a number."""
+        mean = float(self.losses(alphas, chosen).mean())
         return mean if math.isfinite(mean) else math.inf
 
-    def stage(self, name: str, chart: Chart) -> Fitted:
-        """Fits one chart from its base, with the ridge that unseen examples prefer."""
-        before = self.evaluations
+    def stage(self, name: str, chart: Chart, before: Fitted | None = None) -> Fitted:
+        """Fits one chart from its base, with the ridge that unseen examples prefer.
+
+        Args:
+            before: the stage whose solution the base is. In each fold of the cross-validation
+                the base is what that stage came to without the fold.
+        """
+        spent = self.evaluations
         self.progress(Started(f"Training coefficients ({name})", None, "evaluations"))
-        scores: dict[float, float] = {}
+        path: Path | None = None
         if self.config.optimizer != "lbfgs":
             ridge = self.config.ridge or 0.0
             result, examples = self._first_order(name, chart), self.limit
         else:
-            ridge, start, scores = self._choose_ridge(name, chart)
-            result, examples = self._grow(name, chart, ridge, start)
+            z = torch.zeros(chart.size, dtype=torch.float64)
+            if self.config.ridge is not None:
+                ridge = self.config.ridge
+            else:
+                path = self._path(name, chart, before)
+                ridge = path.choice()
+                z = path.start(ridge, chart.size)
+            result, examples = self._grow(name, chart, ridge, z)
         alphas = chart.alphas(result.z) if math.isfinite(result.loss) else chart.base
-        spent = self.evaluations - before
-        return Fitted(name, chart, alphas, ridge, result, scores, spent, examples)
+        spent = self.evaluations - spent
+        return Fitted(name, chart, alphas, ridge, result, path, spent, examples)
 
     @property
     def limit(self) -> int:
@@ -133,11 +154,12 @@ class Fitter:
         Returns:
             The last fit and the number of examples it used.
         """
-        size, most = min(self.limit, _FIRST_SAMPLE), self.config.max_evaluations
-        result = self._minimise(name, chart, range(size), ridge, start, most)
+        size = min(self.limit, _FIRST_SAMPLE)
+        most, tolerance = self.config.max_evaluations, self.config.tolerance
+        result = self._minimise(name, chart, range(size), ridge, start, most, tolerance)
         while size < self.limit and math.isfinite(result.loss):
             size = min(2 * size, self.limit)
-            grown = self._minimise(name, chart, range(size), ridge, result.z, most)
+            grown = self._minimise(name, chart, range(size), ridge, result.z, most, tolerance)
             moved = self._still_moves(chart, result.z, grown.z, range(size))
             result = grown
             if not moved:
@@ -148,54 +170,46 @@ class Fitter:
         """Whether the larger sample's answer is better on it by more than one standard error."""
         if torch.equal(old, new):
             return False
-        columns = []
-        for z in (old, new):
-            self.engine.set_weights(chart.alphas(z))
-            columns.append(self.engine.example_losses(self.batches, chosen, by_batch=True)[0])
-            self.evaluations += len(chosen) / self.limit / 3
-        gain = columns[0] - columns[1]
-        return float(gain.mean()) > float(gain.std()) / len(gain) ** 0.5
+        gain, error = paired(*(self.losses(chart.alphas(z), chosen) for z in (old, new)))
+        return gain > error
 
-    def _choose_ridge(self, name: str, chart: Chart) -> tuple[float, Tensor, dict[float, float]]:
-        zero = torch.zeros(chart.size, dtype=torch.float64)
-        size = min(self.limit, _FIRST_SAMPLE)
-        if self.config.ridge is not None or size < 4 or chart.size == 0:
-            ridge = RIDGES[0] if self.config.ridge is None else self.config.ridge
-            return ridge, zero, {}
-        totals = dict.fromkeys([math.inf, *RIDGES], 0.0)
-        starts: dict[float, list[Tensor]] = {ridge: [] for ridge in totals}
-        for fold, (train, unseen) in enumerate(folds(size)):
-            path = self._path(f"{name}/fold{fold}", chart, train, unseen)
-            for ridge, (z, loss) in path.items():
-                totals[ridge] += loss * len(unseen)
-                starts[ridge].append(z)
-        held = sum(len(unseen) for _, unseen in folds(size))
-        scores = {ridge: total / held for ridge, total in totals.items()}
-        best = min(scores, key=lambda r: (scores[r], -r))
-        if best == math.inf:
-            # Nothing beats the base: stay as close to it as the path goes.
-            best = RIDGES[0]
-        return best, torch.stack(starts[best]).mean(0), scores
-
-    def _path(
-        self, name: str, chart: Chart, train: Sequence[int], unseen: Sequence[int]
-    ) -> dict[float, tuple[Tensor, float]]:
-        """Ridge → (z, loss on unseen examples), strongest ridge first, each from the last's end."""
-        z = torch.zeros(chart.size, dtype=torch.float64)
-        path = {math.inf: (z, self.score(chart.alphas(z), unseen))}
-        rising = 0
-        best = path[math.inf][1]
-        for ridge in RIDGES:
-            if rising == 0:
-                z = self._minimise(name, chart, train, ridge, z, _PATH_EVALUATIONS).z
-                loss = self.score(chart.alphas(z), unseen)
-                # A weaker ridge that does worse: the rest overfits all the more.
-                rising += loss >= best and ridge != RIDGES[0]
-                best = min(best, loss)
-                path[ridge] = (z, loss)
-            else:
-                path[ridge] = (z, math.inf)
+    def _path(self, name: str, chart: Chart, before: Fitted | None) -> Path:
+        """Cross-validates the ridge, until it is certain that the fit helps on unseen examples."""
+        path = Path(min(self.limit, _RIDGE_SAMPLE))
+        fewest = before.path.folds if before and before.path else 1
+        for fold in range(FOLDS if path.size >= FOLDS and chart.size else 0):
+            self._extend(path, name, self._without(chart, before, path, fold), fold)
+            if path.folds >= fewest and path.certain():
+                break
         return path
+
+    def _without(self, chart: Chart, before: Fitted | None, path: Path, fold: int) -> Chart:
+        """The chart around what the stage before comes to without the examples of a fold."""
+        if before is None or before.path is None:
+            return chart
+        ends = before.path.ends[before.ridge]
+        if fold == len(ends):
+            stage, train = f"{before.name}/fold{fold}", fold_of(path.size, fold)[0]
+            start, limit = before.path.start(before.ridge, before.chart.size), 2 * _PATH_EVALUATIONS
+            ends.append(
+                self._minimise(
+                    stage, before.chart, train, before.ridge, start, limit, _PATH_TOLERANCE
+                ).z
+            )
+        base = before.chart.alphas(ends[fold])
+        return Chart(base.expand_as(chart.base).clone(), chart.subspaces)
+
+    def _extend(self, path: Path, name: str, chart: Chart, fold: int) -> None:
+        """One more fold: fits with ever weaker ridge, each from the last one's end."""
+        train, unseen = fold_of(path.size, fold)
+        z = torch.zeros(chart.size, dtype=torch.float64)
+        path.add(math.inf, z, self.losses(chart.alphas(z), unseen))
+        for ridge in RIDGES:
+            if path.hopeless(ridge):
+                break
+            stage = f"{name}/fold{fold}"
+            z = self._minimise(stage, chart, train, ridge, z, _PATH_EVALUATIONS, _PATH_TOLERANCE).z
+            path.add(ridge, z, self.losses(chart.alphas(z), unseen))
 
     def _minimise(
         self,
@@ -205,6 +219,7 @@ class Fitter:
         ridge: float,
         start: Tensor,
         limit: int,
+        tolerance: float,
     ) -> FitResult:
         objective = Objective(self.engine, chart, self.batches, chosen, ridge)
         share = len(chosen) / self.limit
@@ -219,7 +234,7 @@ class Fitter:
             function,
             start,
             max_evaluations=limit,
-            tolerance=self.config.tolerance,
+            tolerance=tolerance,
             observe=observe,
         )
 
@@ -239,9 +254,92 @@ class Fitter:
         return first_order(function, chart, self.batches, self.config, observe, self.limit)
 
 
-def folds(size: int) -> Iterator[tuple[list[int], list[int]]]:
-    """(train, unseen) positions: four folds for small samples, one held-out quarter otherwise."""
-    count = 4 if size <= _FOUR_FOLDS_UP_TO else 1
-    for fold in range(count):
-        unseen = [p for p in range(size) if p % 4 == 3 - fold]
-        yield [p for p in range(size) if p % 4 != 3 - fold], unseen
+@dataclass
+class Path:
+    """Losses on unseen examples along the ridges, over the folds so far; inf is the chart's base.
+
+    Attributes:
+        size: the first so many examples take part.
+        ends: ridge → where the fit of each fold ended.
+        losses: ridge → one loss an unseen example, fold after fold.
+    """
+
+    size: int
+    ends: dict[float, list[Tensor]] = field(default_factory=dict)
+    losses: dict[float, list[Tensor]] = field(default_factory=dict)
+
+    @property
+    def folds(self) -> int:
+        return len(self.losses.get(math.inf, []))
+
+    def add(self, ridge: float, z: Tensor, losses: Tensor) -> None:
+        self.ends.setdefault(ridge, []).append(z)
+        self.losses.setdefault(ridge, []).append(losses.nan_to_num(math.inf))
+
+    def complete(self) -> dict[float, Tensor]:
+        """Ridges that took part in every fold → (examples,) losses."""
+        return {r: torch.cat(parts) for r, parts in self.losses.items() if len(parts) == self.folds}
+
+    def scores(self) -> dict[float, float]:
+        return {r: float(losses.mean()) for r, losses in self.complete().items()}
+
+    def best(self) -> float:
+        scores = self.scores()
+        return min(scores, key=lambda r: (scores[r], -r))
+
+    def choice(self) -> float:
+        """The strongest ridge that is not worse than the best one by more than a standard error.
+
+        The one-standard-error rule (Hastie, Tibshirani and Friedman, The Elements of Statistical
+        Learning, section 7.10), on paired differences. Where the base itself is best, the ridge
+        that stays closest to it.
+        """
+        losses = self.complete()
+        if not losses or self.best() == math.inf:
+            return RIDGES[0]
+        best = self.best()
+        for ridge in RIDGES:
+            if ridge in losses:
+                mean, error = paired(losses[ridge], losses[best])
+                if mean <= error:
+                    return ridge
+        return best
+
+    def certain(self) -> bool:
+        """Whether the choice beats the base by more than two standard errors."""
+        losses = self.complete()
+        mean, error = paired(losses[math.inf], losses[self.choice()])
+        return mean > 2.0 * error
+
+    def hopeless(self, ridge: float) -> bool:
+        """Whether a stronger ridge than this one does worse than the best for certain."""
+        losses = self.complete()
+        weakest = min(losses)
+        mean, error = paired(losses[weakest], losses[self.best()])
+        return ridge < weakest < RIDGES[0] and mean > error
+
+    @property
+    def unseen(self) -> list[int]:
+        """Positions of the examples that the losses belong to."""
+        return [p for fold in range(self.folds) for p in fold_of(self.size, fold)[1]]
+
+    def start(self, ridge: float, size: int) -> Tensor:
+        """Mean of where the folds ended, (size,): a warm start for all examples together."""
+        ends = self.ends.get(ridge)
+        return torch.stack(ends).mean(0) if ends else torch.zeros(size, dtype=torch.float64)
+
+
+def paired(losses: Tensor, others: Tensor) -> tuple[float, float]:
+    """Mean of ``losses − others`` (N,) and its standard error; (0, 0) for equal ones."""
+    difference = losses - others
+    if torch.equal(losses, others):
+        return 0.0, 0.0
+    if not bool(difference.isfinite().all()):
+        return math.inf, 0.0
+    return float(difference.mean()), float(difference.std()) / len(difference) ** 0.5
+
+
+def fold_of(size: int, fold: int) -> tuple[list[int], list[int]]:
+    """(train, unseen) positions of one of four folds."""
+    unseen = [p for p in range(size) if p % FOLDS == FOLDS - 1 - fold]
+    return [p for p in range(size) if p % FOLDS != FOLDS - 1 - fold], unseen

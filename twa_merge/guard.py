@@ -20,6 +20,8 @@ class Scored:
     Attributes:
         guard: loss per example of the guard split, (N,) float64.
         metrics: name → (N,) float64, on the guard split.
+        unseen: (M,) float64, loss of examples of the fit split, where it was taken: each by
+            coefficients that were fitted without it.
         fit_loss, test_loss: means, where they were taken.
         batch_norm: where its running statistics came from, where there are any.
     """
@@ -27,6 +29,7 @@ class Scored:
     candidate: Candidate
     guard: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    unseen: Tensor | None = None
     fit_loss: float | None = None
     test_loss: float | None = None
     test_metrics: dict[str, float] = field(default_factory=dict)
@@ -39,6 +42,13 @@ class Scored:
     def cost_of(self, select: str) -> Tensor:
         """What the winner has least of, per example: the loss, or minus the selected metric."""
         return self.guard if select == "loss" else -self.metrics[select.removeprefix("metric:")]
+
+    def evidence(self, select: str) -> float:
+        """Mean cost of all examples that the candidate can be judged by."""
+        cost = self.cost_of(select)
+        if self.unseen is not None:
+            cost = torch.cat([cost, self.unseen])
+        return float(cost.mean())
 
 
 @dataclass(frozen=True)
@@ -62,7 +72,7 @@ def pick(scored: Sequence[Scored], select: str) -> Scored:
     """
 
     def key(item: Scored) -> tuple[bool, float, int]:
-        mean = float(item.cost_of(select).mean())
+        mean = item.evidence(select)
         finite = bool(item.guard.isfinite().all()) and mean == mean
         # Equal up to the rounding of a mean over float32 losses counts as a tie.
         return not finite, float(f"{mean:.7g}"), item.candidate.rank

@@ -156,7 +156,7 @@ def _fit(run: Run) -> list[Fitted]:
     if len(run.blocks) > 1:
         subspaces = [make_subspace(gram) for gram in run.grams.by_block(run.blocks)]
         base = fitted[0].alphas.expand(len(run.blocks), -1).clone()
-        fitted.append(run.fitter.stage(f"twa-{run.blocks.kind}", Chart(base, subspaces)))
+        fitted.append(run.fitter.stage(f"twa-{run.blocks.kind}", Chart(base, subspaces), fitted[0]))
     for stage in fitted:
         if not torch.isfinite(torch.tensor(stage.result.loss)):
             run.progress(

@@ -45,6 +45,7 @@ def candidate_row(item: Scored, blocks: Blocks, seed: int) -> dict[str, Any]:
         "fit_loss": finite(item.fit_loss),
         "guard_loss": finite(float(item.guard.mean())),
         "guard_ci95": [finite(low), finite(high)],
+        "selection_loss": finite(item.evidence("loss")),
         "test_loss": finite(item.test_loss),
         "cost": round(item.candidate.cost, 2),
     }

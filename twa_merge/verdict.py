@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
-from .candidates import Candidate, fixed, greedy, parse_families
+from .candidates import Candidate, fixed, greedy, parse_families, single
 from .errors import ConfigError
-from .fit import Fitted
+from .fit import Fitted, fold_of
 from .guard import Improvement, Scored, improvement, pick
 from .progress import Advanced, Started
 from .run import Run
 
-# A greedy soup takes 2n evaluations; on more examples it would cost more than the fit.
-_GREEDY_EXAMPLES = 128
+# A greedy soup takes 2n evaluations; on more examples it would cost more than the fit. Three
+# quarters of these are the 128 that are left without a fold.
+_GREEDY_EXAMPLES = 171
 
 
 @dataclass
@@ -38,10 +39,9 @@ class Verdict:
 def judge(run: Run, fitted: Sequence[Fitted]) -> Verdict:
     families = parse_families(run.choices.guard.candidates)
     candidates = fixed(run.n, families)
-    if "greedy" in families and run.n > 2:
-        sample = range(min(run.fitter.batches.size, _GREEDY_EXAMPLES))
-        losses = [run.fitter.score(_one_hot(run.n, i), sample) for i in range(run.n)]
-        candidates.append(greedy(run.n, losses, lambda a: run.fitter.score(a, sample)))
+    soups = _Soups(run) if "greedy" in families and run.n > 2 else None
+    if soups:
+        candidates.append(soups.without(None))
     cost = 0.0
     for stage in fitted:
         cost += stage.evaluations
@@ -53,17 +53,58 @@ def judge(run: Run, fitted: Sequence[Fitted]) -> Verdict:
     for candidate in candidates:
         scored.append(run.jury.score(candidate))
         run.progress(Advanced())
-    return _verdict(run, scored)
+    shown, best_single = _headlines(run, scored)
+    if run.choices.guard.select == "loss":
+        _cross_validate(run, shown, fitted, soups)
+    return _verdict(run, scored, shown, best_single)
 
 
-def _one_hot(n: int, i: int) -> Tensor:
-    alphas = torch.zeros(1, n, dtype=torch.float64)
-    alphas[0, i] = 1.0
-    return alphas
+class _Soups:
+    """Greedy soups of the single checkpoints: of all fit examples, and without a fold of them."""
+
+    def __init__(self, run: Run) -> None:
+        self._fitter = run.fitter
+        self._sample = range(min(run.fitter.limit, _GREEDY_EXAMPLES))
+        self._losses = torch.stack(
+            [run.fitter.losses(single(run.n, i)[None], self._sample) for i in range(run.n)]
+        )
+
+    def without(self, unseen: Collection[int] | None) -> Candidate:
+        """The soup that is chosen without the examples at these positions."""
+        out = set(unseen or ())
+        kept = [p for p in self._sample if p not in out]
+        return greedy(self._losses[:, kept].mean(1), lambda a: self._fitter.score(a, kept))
 
 
-def _verdict(run: Run, scored: list[Scored]) -> Verdict:
-    select, seed = run.choices.guard.select, run.choices.data.seed
+def _cross_validate(
+    run: Run, shown: Sequence[Scored], fitted: Sequence[Fitted], soups: _Soups | None
+) -> None:
+    """Adds losses on the fit examples that the cross-validation of the ridge held out.
+
+    The guard split alone is often too small to tell a good merge from a lucky one. What has been
+    fitted is judged by what it comes to without the example; the rest has not seen any.
+    """
+    last = fitted[-1].path
+    if last is None or not last.folds:
+        return
+    # The base of the last stage's folds is what the stage before came to without them.
+    known = {fitted[-1].name: last.losses[last.choice()]}
+    if len(fitted) > 1:
+        known[fitted[0].name] = last.losses[math.inf]
+    for item in shown:
+        if item.name in known:
+            item.unseen = torch.cat(known[item.name])
+        elif item.name == "greedy" and soups:
+            parts = [fold_of(last.size, fold)[1] for fold in range(last.folds)]
+            found = [run.fitter.losses(soups.without(p).alphas, p) for p in parts]
+            item.unseen = torch.cat(found)
+        else:
+            item.unseen = run.fitter.losses(item.candidate.alphas, last.unseen)
+
+
+def _headlines(run: Run, scored: Sequence[Scored]) -> tuple[list[Scored], Scored]:
+    """The best of each family by the guard split alone, and the best single checkpoint."""
+    select = run.choices.guard.select
     _require_metric(scored[0], select)
     singles = [s for s in scored if s.name == "last" or s.name.startswith("single:")]
     best_single = _renamed(pick(singles, select), "best_single", 1)
@@ -74,7 +115,14 @@ def _verdict(run: Run, scored: list[Scored]) -> Verdict:
             families.setdefault(family, []).append(item)
     shown = [pick(group, select) for group in families.values()]
     shown.insert(1, best_single)
-    winner = pick([*shown], select)
+    return shown, best_single
+
+
+def _verdict(
+    run: Run, scored: Sequence[Scored], shown: list[Scored], best_single: Scored
+) -> Verdict:
+    select, seed = run.choices.guard.select, run.choices.data.seed
+    winner = pick(shown, select)
     run.jury.complete(shown)
     others = [s for s in scored if not any(s is item for item in shown)]
     uniform = next((s for s in shown if s.name == "uniform"), None)

@@ -1,0 +1,81 @@
+"""How the ridge is chosen: from losses on examples that no fit has seen."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from twa_merge.fit import FOLDS, RIDGES, Path, fold_of, paired
+
+
+def path_of(means: dict[float, float], noise: float = 0.0, size: int = 400) -> Path:
+    """One fold whose paired differences between ridges have a standard deviation of ``noise``."""
+    generator = torch.Generator().manual_seed(0)
+    path, count = Path(size), size // FOLDS
+    shared = torch.randn(count, generator=generator, dtype=torch.float64)
+    for ridge, mean in means.items():
+        own = torch.randn(count, generator=generator, dtype=torch.float64)
+        own = noise * (own - own.mean())
+        path.add(ridge, torch.tensor([mean], dtype=torch.float64), mean + shared + own)
+    return path
+
+
+def test_every_example_is_unseen_once():
+    unseen = [fold_of(10, fold)[1] for fold in range(FOLDS)]
+    assert sorted(sum(unseen, [])) == list(range(10))
+    for fold in range(FOLDS):
+        train, out = fold_of(10, fold)
+        assert sorted(train + out) == list(range(10))
+
+
+def test_without_noise_the_best_ridge_is_chosen():
+    path = path_of({math.inf: 2.0, 0.1: 1.5, 0.03: 1.2, 0.01: 1.0, 0.003: 1.1})
+    assert path.choice() == 0.01
+    assert path.certain()
+
+
+def test_within_a_standard_error_the_stronger_ridge_is_chosen():
+    path = path_of({math.inf: 2.0, 0.1: 1.5, 0.03: 1.01, 0.01: 1.0}, noise=0.3)
+    assert path.choice() == 0.03
+
+
+def test_where_nothing_beats_the_base_the_strongest_ridge_stays_closest_to_it():
+    path = path_of({math.inf: 1.0, 0.1: 1.2, 0.03: 1.3})
+    assert path.choice() == RIDGES[0]
+    assert not path.certain()
+
+
+def test_a_gain_within_noise_is_not_certain():
+    assert not path_of({math.inf: 1.001, 0.1: 1.0}, noise=1.0).certain()
+
+
+def test_weaker_ridges_are_given_up_once_they_do_worse():
+    path = path_of({math.inf: 2.0, 0.1: 1.0, 0.03: 1.0, 0.01: 1.5})
+    assert path.hopeless(0.003)
+    # The first two are always tried: the base may be at a saddle.
+    assert not path_of({math.inf: 1.0, 0.1: 1.5}).hopeless(0.03)
+
+
+def test_a_ridge_that_diverges_loses():
+    path = path_of({math.inf: 2.0, 0.1: 1.0, 0.03: math.nan})
+    assert path.choice() == 0.1
+    assert path.hopeless(0.01)
+
+
+def test_a_ridge_that_one_fold_gave_up_is_out():
+    path = path_of({math.inf: 2.0, 0.1: 1.0, 0.03: 0.5})
+    for ridge, mean in ((math.inf, 2.0), (0.1, 1.0)):
+        losses = torch.full((100,), mean, dtype=torch.float64)
+        path.add(ridge, torch.zeros(1, dtype=torch.float64), losses)
+    assert path.folds == 2
+    assert path.choice() == 0.1
+    assert path.unseen == fold_of(400, 0)[1] + fold_of(400, 1)[1]
+
+
+def test_paired_differences():
+    a, b = torch.tensor([1.0, 2.0, 4.0]).double(), torch.tensor([0.0, 1.0, 2.0]).double()
+    mean, error = paired(a, b)
+    assert abs(mean - 4 / 3) < 1e-12
+    assert abs(error - (1 / 3) ** 0.5 / 3**0.5) < 1e-12
+    assert paired(a, a) == (0.0, 0.0)
