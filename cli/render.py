@@ -33,6 +33,7 @@ _LOSSES = ("fit_loss", "guard_loss", "test_loss")
 # More rows than this are a list to search, not a table to read; the document has them all.
 _MOST_CANDIDATES = 16
 _MOST_BARS = 40
+_MOST_BLOCKS = 16
 
 
 def show_train(document: Document, console: Console, output: Path) -> None:
@@ -115,7 +116,8 @@ def show_coefficients(document: Document, console: Console) -> None:
         return
     shared = document["coefficients"].get(GLOBAL)
     console.print(Text(f"  one column a checkpoint, {labels[0]} to {labels[-1]}", "dim"))
-    rows = {**({"(before, all blocks)": shared} if shared else {}), **blocks}
+    shown = _most_moved(blocks, shared)
+    rows = {**({"(before, all blocks)": shared} if shared else {}), **shown}
     lines = signed_map(
         [plain(name) for name in rows],
         list(rows.values()),
@@ -124,6 +126,22 @@ def show_coefficients(document: Document, console: Console) -> None:
     )
     for line in lines:
         console.print(line)
+    if len(shown) < len(blocks):
+        hidden = len(blocks) - len(shown)
+        console.print(Text(f"  and {hidden} blocks that moved less, in twa_merge.json", "dim"))
+
+
+def _most_moved(
+    blocks: dict[str, list[float]], shared: list[float] | None
+) -> dict[str, list[float]]:
+    """The blocks that moved most from what all shared before, in their own order."""
+    before = shared or [0.0] * len(next(iter(blocks.values())))
+
+    def moved(name: str) -> float:
+        return sum((a - b) ** 2 for a, b in zip(blocks[name], before, strict=True))
+
+    most = set(sorted(blocks, key=moved, reverse=True)[:_MOST_BLOCKS])
+    return {name: row for name, row in blocks.items() if name in most}
 
 
 def show_inspection(document: Document, console: Console) -> None:

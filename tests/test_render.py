@@ -87,6 +87,31 @@ def test_the_verdict_is_in_plain_words(train: dict[str, Any]) -> None:
     assert "No candidate beat the last checkpoint." in train_text(train)
 
 
+def test_a_winner_that_the_guard_split_alone_would_not_pick_is_explained(
+    train: dict[str, Any],
+) -> None:
+    assert "was picked by its loss on" not in train_text(train)
+    for row in train["candidates"]:
+        row |= {"selection_loss": 1.25, "selection_examples": 96}
+        if row["name"] == "uniform":
+            row["guard_loss"] = 0.01
+    text = " ".join(train_text(train).split())
+    assert "twa was picked by its loss on 96 examples, 1.2500" in text
+    assert "On the guard split alone the uniform mean is best." in text
+
+
+def test_many_blocks_are_cut_to_those_that_moved_most(train: dict[str, Any]) -> None:
+    rows = {f"layers.{i:02}": [0.2, 0.2, 0.2, 0.2, 0.2 + i / 100] for i in range(40)}
+    train["coefficients"]["blocks"] = rows
+    train["coefficients"]["global"] = [0.2] * 5
+    train["candidates"].append({"name": "twa-layers", "guard_loss": 1.0, "coefficients": rows})
+    train["chosen"] = "twa-layers"
+    text = train_text(train)
+    assert "layers.39" in text
+    assert "layers.23" not in text
+    assert "and 24 blocks that moved less" in text
+
+
 def test_coefficients_are_those_of_the_winner(train: dict[str, Any]) -> None:
     text = train_text(train)
     for label, value in zip((50, 100, 150, 200, 250), (0.05, -0.1, 0.25, 0.3, 0.5), strict=True):

@@ -106,7 +106,24 @@ def verdict(document: Document) -> list[str]:
     said = [_sentence(chosen, other) for other in others]
     if len(others) < len(found) and chosen in ("last", "best_single"):
         said.insert(0, f"No candidate beat {spoken(chosen)}.")
-    return [_capital(sentence) for sentence in said or [f"{spoken(chosen)} was written."]]
+    said = said or [f"{spoken(chosen)} was written."]
+    return [_capital(sentence) for sentence in said + _how_it_was_picked(document, chosen)]
+
+
+def _how_it_was_picked(document: Document, chosen: str) -> list[str]:
+    """Why the winner is not the one of least guard loss, where it is not."""
+    rows = document.get("candidates") or []
+    least = min(rows, key=lambda c: sortable(c.get("guard_loss")), default=None)
+    mine = next((c for c in rows if c["name"] == document.get("chosen")), None)
+    if least is None or mine is None or mine.get("selection_loss") is None:
+        return []
+    if sortable(mine.get("guard_loss")) <= sortable(least.get("guard_loss")):
+        return []
+    return [
+        f"{chosen} was picked by its loss on {mine['selection_examples']} examples, "
+        f"{mine['selection_loss']:.4f}: the guard split and fit examples that were held out in "
+        f"turn. On the guard split alone {spoken(least['name'])} is best."
+    ]
 
 
 def _is_itself(improvement: Document) -> bool:

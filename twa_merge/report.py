@@ -46,6 +46,7 @@ def candidate_row(item: Scored, blocks: Blocks, seed: int) -> dict[str, Any]:
         "guard_loss": finite(float(item.guard.mean())),
         "guard_ci95": [finite(low), finite(high)],
         "selection_loss": finite(item.evidence("loss")),
+        "selection_examples": len(item.guard) + (0 if item.unseen is None else len(item.unseen)),
         "test_loss": finite(item.test_loss),
         "cost": round(item.candidate.cost, 2),
     }
