@@ -1,0 +1,124 @@
+"""Every subcommand as a user types it, on a real run."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from small_task import Small, train
+
+TESTS = Path(__file__).parent
+TASK = TESTS / "small_task.py"
+
+
+def command(*arguments: object) -> list[str]:
+    return [str(Path(sys.executable).with_name("twa-merge")), *map(str, arguments)]
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "COLUMNS": "120"} | more
+
+
+def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), env=environment(), capture_output=True, text=True, timeout=120
+    )
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """A run and its merge, made by ``twa-merge train`` with default settings."""
+    folder = tmp_path_factory.mktemp("trained")
+    train(folder / "run")
+    done = run("train", folder / "run", "--task", TASK, "--device", "cpu", "-o", folder / "merged")
+    assert done.returncode == 0, done.stderr
+    (folder / "stdout.txt").write_text(done.stdout)
+    return folder
+
+
+def test_train_prints_the_table_and_writes_the_folder(trained: Path) -> None:
+    printed = (trained / "stdout.txt").read_text()
+    report = json.loads((trained / "merged" / "twa_merge.json").read_text())
+    assert f"> {report['chosen']}" in printed
+    assert "95 % interval" in printed
+    written = {p.name for p in (trained / "merged").iterdir()}
+    assert {"model.safetensors", "twa_merge.json", "README.md"} <= written
+    assert not list(trained.glob("*.partial"))
+    best = min(c["selection_loss"] for c in report["candidates"])
+    chosen = next(c for c in report["candidates"] if c["name"] == report["chosen"])
+    assert abs(chosen["selection_loss"] - best) < 1e-6
+
+
+def test_eval_agrees_with_torch(trained: Path) -> None:
+    done = run("eval", trained / "merged", trained / "run", "--task", TASK, "--json")
+    assert done.returncode == 0, done.stderr
+    rows = json.loads(done.stdout)["models"]
+    assert len(rows) == 7
+    task = Small()
+    model = task.build_model().eval()
+    model.load_state_dict(load_file(trained / "merged" / "model.safetensors"))
+    with torch.no_grad():
+        losses = task.loss(model, (task.x, task.y))
+        hits = task.metrics(model, (task.x, task.y))["accuracy"]
+    assert abs(rows[0]["loss"] - float(losses.mean())) < 1e-6
+    assert abs(rows[0]["metrics"]["accuracy"] - float(hits.mean())) < 1e-6
+    table = run("eval", trained / "merged", "--task", TASK)
+    assert "merged" in table.stdout
+    assert "90 examples" in table.stdout
+
+
+def test_inspect_counts_what_is_there(trained: Path) -> None:
+    done = run("inspect", trained / "run", "--geometry", "--json")
+    assert done.returncode == 0, done.stderr
+    document = json.loads(done.stdout)
+    assert [c["step"] for c in document["checkpoints"]] == [100, 200, 300, 400, 500, 600]
+    assert document["geometry"]["orthogonality_error"] < 1e-5
+    assert "checkpoint-100" in run("inspect", trained / "run").stdout
+
+
+def test_average_makes_a_merge_again_from_its_report(trained: Path) -> None:
+    report = trained / "merged" / "twa_merge.json"
+    done = run("average", trained / "run", "--weights", f"@{report}", "-o", trained / "again")
+    assert done.returncode == 0, done.stderr
+    one, other = (
+        load_file(trained / folder / "model.safetensors") for folder in ("merged", "again")
+    )
+    statistics = {name for name in one if "running" in name}
+    assert all(torch.equal(one[name], other[name]) for name in one.keys() - statistics)
+
+
+def test_kill_9_and_the_same_command_again(tmp_path: Path) -> None:
+    train(tmp_path / "run")
+    options = ("train", tmp_path / "run", "--task", TASK, "--device", "cpu", "-o")
+    assert run(*options, tmp_path / "whole").returncode == 0
+    killed = subprocess.Popen(
+        command(*options, tmp_path / "merged"),
+        env=environment(SMALL_TASK_SLEEP="0.02"),
+        stderr=subprocess.DEVNULL,
+    )
+    state = tmp_path / "merged.partial" / "state.jsonl"
+    deadline = time.monotonic() + 60
+    while not (state.exists() and len(state.read_text().splitlines()) > 20):
+        assert time.monotonic() < deadline
+        assert killed.poll() is None
+        time.sleep(0.02)
+    killed.send_signal(signal.SIGKILL)
+    killed.wait()
+    assert not (tmp_path / "merged").exists()
+    done = run(*options, tmp_path / "merged")
+    assert done.returncode == 0, done.stderr
+    assert "Continuing" in done.stderr
+    one, other = (
+        json.loads((tmp_path / folder / "twa_merge.json").read_text())
+        for folder in ("whole", "merged")
+    )
+    assert one["chosen"] == other["chosen"]
+    assert one["coefficients"] == other["coefficients"]
