@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import datetime
 import os
 from dataclasses import dataclass, field
@@ -12,6 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import ConfigError
+
+# glibc's name for the size from which memory comes from the system, and goes back when freed.
+_M_MMAP_THRESHOLD = -3
+_RETURNED_FROM = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -94,6 +100,8 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     where = _device(device, local_rank)
+    if size > 1 and where.type == "cpu":
+        _give_memory_back()
     if size > 1 and not dist.is_initialized():
         dist.init_process_group(
             "nccl" if where.type == "cuda" else "gloo",
@@ -107,6 +115,16 @@ def stop() -> None:
     """Leaves the process group."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _give_memory_back() -> None:
+    """Makes freed memory go back to the system at once, where that can be asked for (glibc).
+
+    Left alone, glibc keeps every buffer of up to 32 MB for later once one has been freed. Layers
+    that are gathered, reduced and freed in turn then pile up to several times the model.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _RETURNED_FROM)
 
 
 def _device(name: str, local_rank: int) -> torch.device:

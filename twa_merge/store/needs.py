@@ -6,7 +6,11 @@ import math
 from collections.abc import Mapping
 
 from ..layout import Entry, Layout
+from .disk import READ_AHEAD
 from .tiles import footprint
+
+# Bytes of a streaming pass into a store in memory: 2 MB a thread for a few threads.
+BUFFERS = 8 << 20
 
 
 def own_dtype(layout: Layout) -> str:
@@ -53,9 +57,16 @@ def store_bytes(
     return {"offsets": sum(o for o, _ in sizes), "centre": sum(c for _, c in sizes)}
 
 
-def longest_row(layout: Layout) -> int:
-    """Numbers in the longest row: no slice is shorter than one."""
-    return max((entry.info.row_numel for entry in layout.entries.values()), default=0)
+def passing_bytes(layout: Layout, n: int, kind: str) -> int:
+    """Slices of all checkpoints on their way through a pass, and what is computed from them.
+
+    Reading for a store in memory takes a few float64 buffers, filled straight from the mapped
+    files, whose pages the system takes back when it needs them. Reading for every evaluation, on
+    disk, takes copies: a file that vanishes may then be noticed instead of ending the process.
+    """
+    longest = max((entry.info.row_numel for entry in layout.entries.values()), default=0)
+    least = 16 * n * longest  # no slice is shorter than a row
+    return (READ_AHEAD if kind == "disk" else BUFFERS) + least
 
 
 def _local(entry: Entry, size: int, shared: Mapping[str, bool]) -> int:

@@ -8,9 +8,8 @@ from dataclasses import dataclass
 
 from ..config import StoreConfig
 from ..layout import Layout
-from .disk import READ_AHEAD
 from .memory import STAGED
-from .needs import longest_row, model_bytes, own_dtype, store_bytes
+from .needs import model_bytes, own_dtype, passing_bytes, store_bytes
 
 # Shares of the memory that a plan may fill; the rest goes to fragments, workspaces and neighbours.
 DEVICE_SHARE = 0.92
@@ -163,7 +162,7 @@ class _Planner:
         held = {"offsets": 0, "centre": 0}
         if kind != "disk":
             held = store_bytes(self.layout, self.n, dtype, machine.size, self.shared)
-        passing = {"slices in flight": READ_AHEAD + 16 * self.n * longest_row(self.layout)}
+        passing = {"slices in flight": passing_bytes(self.layout, self.n, kind)}
         device: dict[str, int] = {}
         if machine.device_type == "cpu":
             host = memory | held | passing
