@@ -34,8 +34,7 @@ from torch import Tensor
 
 from twa_merge import merge
 from twa_merge.checkpoints import Checkpoint, open_checkpoints
-from twa_merge.config import DataConfig, FitConfig
-from twa_merge.progress import Noted
+from twa_merge.config import DataConfig, FitConfig, GuardConfig
 from twa_merge.task import split
 
 README = Path(__file__).with_name("README.md")
@@ -113,8 +112,6 @@ def measure(bench: Bench, suite: Suite) -> dict[str, Any]:
 
 
 def trained(suite: Suite, fit: FitConfig, candidates: str = "all") -> dict[str, Any]:
-    from twa_merge.config import GuardConfig
-
     with TemporaryDirectory() as folder:
         return merge(
             suite.checkpoints,

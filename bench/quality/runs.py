@@ -76,9 +76,10 @@ def annealing(
     steps: int = 2400,
     every: int = 20,
     learning_rate: float = 3e-3,
-    sequences: int | None = 1024,
-    test_sequences: int | None = 2048,
-    from_step: int = 0,
+    sequences: int | None = 768,
+    test_sequences: int | None = 1024,
+    from_step: int = 1220,
+    merge_every: int = 40,
 ) -> Suite:
     """Suite 1: a byte-level transformer at a constant rate.
 
@@ -86,9 +87,10 @@ def annealing(
     zero, over the last fifth of its steps.
 
     Args:
-        every: steps between checkpoints.
+        every: steps between checkpoints that are saved.
         sequences: of 128 held-out bytes, for fit and guard together.
         from_step: the first checkpoint to merge.
+        merge_every: steps between checkpoints that are merged.
     """
     text = standard_library_text(seed)
 
@@ -112,7 +114,11 @@ def annealing(
     task = ByteTask(
         text.held_out, text.test, sequences=sequences, test_sequences=test_sequences, seed=seed
     )
-    chosen = [p for p in numbered(folder / "constant") if step_of(p) >= from_step]
+    chosen = [
+        p
+        for p in numbered(folder / "constant")
+        if step_of(p) >= from_step and step_of(p) % merge_every == 0
+    ]
     return Suite("annealing", seed, chosen, task, {"decayed": numbered(folder / "decayed")[-1]})
 
 
@@ -122,7 +128,7 @@ def head(cache: Path, seed: int, *, share: float = 0.5, **options: Any) -> Suite
     The references are the later checkpoints of the run, ``step N``: the first of them that is as
     good as the merge says how many steps the merge saves.
     """
-    whole = annealing(cache, seed, **options)
+    whole = annealing(cache, seed, from_step=0, **options)
     last = share * step_of(whole.checkpoints[-1])
     early = [p for p in whole.checkpoints if step_of(p) <= last]
     later = {f"step {step_of(p)}": p for p in whole.checkpoints if step_of(p) > last}
