@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -17,15 +17,13 @@ from .objective import Batches, Engine, Objective
 from .optimize import FitResult, lbfgs
 from .progress import Advanced, Evaluated, Progress, Started
 from .resume import EvaluationLog
+from .ridge import FOLDS, RIDGES, RidgePath, fold_of, paired
 from .subspace import Chart
 
-# Weights of ‖z‖²/2 that `auto` tries, strongest first, so that each fit starts near the next.
-RIDGES = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
 # On the path a fit needs to be good enough to compare ridges, no more; each begins where the one
 # with a stronger ridge ended.
 _PATH_EVALUATIONS = 8
 _PATH_TOLERANCE = 3e-4
-FOLDS = 4
 _RIDGE_SAMPLE = 512
 _START_EXAMPLES = 256
 # The fit begins with this many examples and takes twice as many as long as that moves it.
@@ -50,7 +48,7 @@ class Fitted:
     alphas: Tensor
     ridge: float
     result: FitResult
-    path: Path | None = None
+    path: RidgePath | None = None
     evaluations: float = 0.0
     examples: int = 0
 
@@ -126,7 +124,7 @@ class Fitter:
         """
         spent = self.evaluations
         self.progress(Started(f"Training coefficients ({name})", None, "evaluations"))
-        path: Path | None = None
+        path: RidgePath | None = None
         if self.config.optimizer != "lbfgs":
             ridge = self.config.ridge or 0.0
             result, examples = self._first_order(name, chart), self.limit
@@ -173,9 +171,9 @@ class Fitter:
         gain, error = paired(*(self.losses(chart.alphas(z), chosen) for z in (old, new)))
         return gain > error
 
-    def _path(self, name: str, chart: Chart, before: Fitted | None) -> Path:
+    def _path(self, name: str, chart: Chart, before: Fitted | None) -> RidgePath:
         """Cross-validates the ridge, until it is certain that the fit helps on unseen examples."""
-        path = Path(min(self.limit, _RIDGE_SAMPLE))
+        path = RidgePath(min(self.limit, _RIDGE_SAMPLE))
         fewest = before.path.folds if before and before.path else 1
         for fold in range(FOLDS if path.size >= FOLDS and chart.size else 0):
             self._extend(path, name, self._without(chart, before, path, fold), fold)
@@ -183,7 +181,7 @@ class Fitter:
                 break
         return path
 
-    def _without(self, chart: Chart, before: Fitted | None, path: Path, fold: int) -> Chart:
+    def _without(self, chart: Chart, before: Fitted | None, path: RidgePath, fold: int) -> Chart:
         """The chart around what the stage before comes to without the examples of a fold."""
         if before is None or before.path is None:
             return chart
@@ -199,7 +197,7 @@ class Fitter:
         base = before.chart.alphas(ends[fold])
         return Chart(base.expand_as(chart.base).clone(), chart.subspaces)
 
-    def _extend(self, path: Path, name: str, chart: Chart, fold: int) -> None:
+    def _extend(self, path: RidgePath, name: str, chart: Chart, fold: int) -> None:
         """One more fold: fits with ever weaker ridge, each from the last one's end."""
         train, unseen = fold_of(path.size, fold)
         z = torch.zeros(chart.size, dtype=torch.float64)
@@ -252,94 +250,3 @@ class Fitter:
             )(z)
 
         return first_order(function, chart, self.batches, self.config, observe, self.limit)
-
-
-@dataclass
-class Path:
-    """Losses on unseen examples along the ridges, over the folds so far; inf is the chart's base.
-
-    Attributes:
-        size: the first so many examples take part.
-        ends: ridge → where the fit of each fold ended.
-        losses: ridge → one loss an unseen example, fold after fold.
-    """
-
-    size: int
-    ends: dict[float, list[Tensor]] = field(default_factory=dict)
-    losses: dict[float, list[Tensor]] = field(default_factory=dict)
-
-    @property
-    def folds(self) -> int:
-        return len(self.losses.get(math.inf, []))
-
-    def add(self, ridge: float, z: Tensor, losses: Tensor) -> None:
-        self.ends.setdefault(ridge, []).append(z)
-        self.losses.setdefault(ridge, []).append(losses.nan_to_num(math.inf))
-
-    def complete(self) -> dict[float, Tensor]:
-        """Ridges that took part in every fold → (examples,) losses."""
-        return {r: torch.cat(parts) for r, parts in self.losses.items() if len(parts) == self.folds}
-
-    def scores(self) -> dict[float, float]:
-        return {r: float(losses.mean()) for r, losses in self.complete().items()}
-
-    def best(self) -> float:
-        scores = self.scores()
-        return min(scores, key=lambda r: (scores[r], -r))
-
-    def choice(self) -> float:
-        """The strongest ridge that is not worse than the best one by more than a standard error.
-
-        The one-standard-error rule (Hastie, Tibshirani and Friedman, The Elements of Statistical
-        Learning, section 7.10), on paired differences. Where the base itself is best, the ridge
-        that stays closest to it.
-        """
-        losses = self.complete()
-        if not losses or self.best() == math.inf:
-            return RIDGES[0]
-        best = self.best()
-        for ridge in RIDGES:
-            if ridge in losses:
-                mean, error = paired(losses[ridge], losses[best])
-                if mean <= error:
-                    return ridge
-        return best
-
-    def certain(self) -> bool:
-        """Whether the choice beats the base by more than two standard errors."""
-        losses = self.complete()
-        mean, error = paired(losses[math.inf], losses[self.choice()])
-        return mean > 2.0 * error
-
-    def hopeless(self, ridge: float) -> bool:
-        """Whether a stronger ridge than this one does worse than the best for certain."""
-        losses = self.complete()
-        weakest = min(losses)
-        mean, error = paired(losses[weakest], losses[self.best()])
-        return ridge < weakest < RIDGES[0] and mean > error
-
-    @property
-    def unseen(self) -> list[int]:
-        """Positions of the examples that the losses belong to."""
-        return [p for fold in range(self.folds) for p in fold_of(self.size, fold)[1]]
-
-    def start(self, ridge: float, size: int) -> Tensor:
-        """Mean of where the folds ended, (size,): a warm start for all examples together."""
-        ends = self.ends.get(ridge)
-        return torch.stack(ends).mean(0) if ends else torch.zeros(size, dtype=torch.float64)
-
-
-def paired(losses: Tensor, others: Tensor) -> tuple[float, float]:
-    """Mean of ``losses − others`` (N,) and its standard error; (0, 0) for equal ones."""
-    difference = losses - others
-    if torch.equal(losses, others):
-        return 0.0, 0.0
-    if not bool(difference.isfinite().all()):
-        return math.inf, 0.0
-    return float(difference.mean()), float(difference.std()) / len(difference) ** 0.5
-
-
-def fold_of(size: int, fold: int) -> tuple[list[int], list[int]]:
-    """(train, unseen) positions of one of four folds."""
-    unseen = [p for p in range(size) if p % FOLDS == FOLDS - 1 - fold]
-    return [p for p in range(size) if p % FOLDS != FOLDS - 1 - fold], unseen

@@ -10,9 +10,10 @@ import torch
 
 from .candidates import Candidate, fixed, greedy, parse_families, single
 from .errors import ConfigError
-from .fit import Fitted, fold_of
+from .fit import Fitted
 from .guard import Improvement, Scored, improvement, pick
 from .progress import Advanced, Started
+from .ridge import fold_of
 from .run import Run
 
 # A greedy soup takes 2n evaluations; on more examples it would cost more than the fit. Three

@@ -6,13 +6,13 @@ import math
 
 import torch
 
-from twa_merge.fit import FOLDS, RIDGES, Path, fold_of, paired
+from twa_merge.ridge import FOLDS, RIDGES, RidgePath, fold_of, paired
 
 
-def path_of(means: dict[float, float], noise: float = 0.0, size: int = 400) -> Path:
+def path_of(means: dict[float, float], noise: float = 0.0, size: int = 400) -> RidgePath:
     """One fold whose paired differences between ridges have a standard deviation of ``noise``."""
     generator = torch.Generator().manual_seed(0)
-    path, count = Path(size), size // FOLDS
+    path, count = RidgePath(size), size // FOLDS
     shared = torch.randn(count, generator=generator, dtype=torch.float64)
     for ridge, mean in means.items():
         own = torch.randn(count, generator=generator, dtype=torch.float64)
