@@ -3,50 +3,24 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
-import sys
-import time
-from pathlib import Path
 
 import psutil
 import pytest
 import torch
+from launches import (
+    TASK,
+    assert_same_tensors,
+    command,
+    document,
+    environment,
+    ranks_of,
+    run,
+    wait_for_evaluations,
+)
 from runs import save_run, states_of
-from safetensors.torch import load_file
 from small_task import train
-
-TESTS = Path(__file__).parent
-TASK = TESTS / "small_task.py"
-
-
-def command(k: int, *arguments: object) -> list[str]:
-    """The command line under torchrun, or alone."""
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(k)]
-    return [sys.executable, *(launch if k > 1 else []), "-m", "twa_merge_cli", *map(str, arguments)]
-
-
-def environment(**more: str) -> dict[str, str]:
-    paths = [str(TESTS), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"} | more
-
-
-def run(k: int, *arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(k, *arguments), env=environment(**more), capture_output=True, text=True, timeout=240
-    )
-
-
-def document(folder: Path) -> dict:
-    return json.loads((folder / "twa_merge.json").read_text())
-
-
-def assert_same_tensors(one: Path, other: Path) -> None:
-    a, b = (load_file(f / "model.safetensors") for f in (one, other))
-    assert list(a) == list(b)
-    for name in a:
-        torch.testing.assert_close(a[name], b[name], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("store", ["device", "disk"])
@@ -112,17 +86,6 @@ def test_a_user_error_is_one_message_from_all_processes(tmp_path):
     assert not (tmp_path / "m").exists()
 
 
-def ranks_of(parent: psutil.Process) -> list[psutil.Process]:
-    return [p for p in parent.children(recursive=True) if "RANK" in _environ(p)]
-
-
-def _environ(process: psutil.Process) -> dict[str, str]:
-    try:
-        return process.environ() if "twa_merge_cli" in " ".join(process.cmdline()) else {}
-    except psutil.Error:
-        return {}
-
-
 def test_a_killed_rank_ends_the_run_and_another_number_of_ranks_continues_it(tmp_path):
     train(tmp_path / "run")
     # fmt: off
@@ -136,12 +99,8 @@ def test_a_killed_rank_ends_the_run_and_another_number_of_ranks_continues_it(tmp
         stderr=subprocess.PIPE,
         text=True,
     )
+    wait_for_evaluations(killed, tmp_path / "m", 3)
     state = tmp_path / "m.partial" / "state.jsonl"
-    deadline = time.monotonic() + 120
-    while not (state.exists() and len(state.read_text().splitlines()) > 3):
-        assert time.monotonic() < deadline
-        assert killed.poll() is None, killed.stderr.read()
-        time.sleep(0.05)
     ranks_of(psutil.Process(killed.pid))[1].send_signal(signal.SIGKILL)
     killed.communicate(timeout=120)
     assert killed.returncode not in (0, None)

@@ -62,9 +62,7 @@ def arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def train(
-    options: argparse.Namespace, run: Path, store: str, limit: int
-) -> tuple[int, int, float]:
+def train(options: argparse.Namespace, run: Path, store: str, limit: int) -> tuple[int, int, float]:
     """Exit code, peak RssAnon and seconds of one run of the command line."""
     # fmt: off
     command = [

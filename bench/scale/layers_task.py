@@ -1,6 +1,6 @@
 """A deep stack of equal layers and next to no activations: weights are all that takes memory.
 
-    twa-merge train RUN --task bench/scale/layers_task.py --data WIDTHxLAYERS
+twa-merge train RUN --task bench/scale/layers_task.py --data WIDTHxLAYERS
 """
 
 from __future__ import annotations

@@ -20,7 +20,14 @@ from layers_task import Layers, make_run
 
 from twa_merge import merge
 from twa_merge.checkpoints import open_checkpoints
-from twa_merge.config import DataConfig, EngineConfig, FitConfig, GuardConfig, OutputConfig, StoreConfig
+from twa_merge.config import (
+    DataConfig,
+    EngineConfig,
+    FitConfig,
+    GuardConfig,
+    OutputConfig,
+    StoreConfig,
+)
 from twa_merge.layout import make_layout
 from twa_merge.store import Machine, memory_plan
 
@@ -41,7 +48,10 @@ def main() -> None:
         f"{len(found)} checkpoints of {mb(found[0].nbytes)} MB in float32, {options.layers} "
         f"layers, store {options.store} {options.store_dtype}; MB per rank, the rank with most"
     )
-    print("processes | imported | baseline |    peak | above baseline |    plan | found / plan | 1 process / this")
+    print(
+        "processes | imported | baseline |    peak | above baseline |    plan | found / plan "
+        "| 1 process / this"
+    )
     first = 0
     for k in options.processes:
         config = StoreConfig(options.store, options.store_dtype)

@@ -33,7 +33,7 @@ class PaperScheme:
         self.basis: Tensor | None = None
 
     def build_basis(self, checkpoints: Sequence[Checkpoint]) -> None:
-        """Thriftier than a list of vectors that is stacked in the end, which takes twice as much."""
+        """In one array: a list of vectors that is stacked in the end takes twice as much."""
         names = [name for name, _ in self.module.named_parameters()]
         n, total = len(checkpoints), sum(p.numel() for p in self.module.parameters())
         vectors = torch.empty(n, total)

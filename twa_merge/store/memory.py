@@ -57,7 +57,7 @@ class MemoryStore:
         self._progress = progress
         self._held: dict[str, Held] = {}
         self._allocating = threading.Lock()
-        self._kernels: Kernels | None = None
+        self._kernels: dict[str, Kernels] = {}
         self._pin = self._home != self._device
         self._pinned: list[int] = []
         weakref.finalize(self, _unpin, self._pinned).atexit = False
@@ -71,16 +71,17 @@ class MemoryStore:
         return sum(held.nbytes for held in self._held.values())
 
     def put(self, cut: RowSlice, centre: Tensor, offsets: Tensor) -> None:
-        row_numel = self._layout[cut.name].info.row_numel
         start, stop = self._share(cut.name)
         with self._allocating:
             if cut.name not in self._held:
-                numel = (stop - start) * row_numel
-                self._held[cut.name] = allocate(numel, self._n, self._dtype, self._memory)
-        self._held[cut.name].put((cut.start - start) * row_numel, centre, offsets)
+                row_numel = self._layout[cut.name].info.row_numel
+                self._held[cut.name] = allocate(
+                    stop - start, row_numel, self._n, self._dtype, self._memory
+                )
+        self._held[cut.name].put(cut.start - start, centre, offsets)
 
     def project(self, gradients: Mapping[str, Tensor | None]) -> Tensor:
-        kernels = self._ready()
+        self._ready()
         sums = torch.zeros(len(self.blocks), self._n, dtype=torch.float64, device=self._device)
         for asked, gradient in gradients.items():
             if gradient is None:
@@ -89,14 +90,15 @@ class MemoryStore:
             if name is None:
                 continue
             held = self._complete(name, gradient.numel())
-            flat = gradient.detach().reshape(-1)
+            kernels = self._kernels[held.dtype]
+            flat = held.rows.widened(gradient.detach().reshape(-1))
             row = sums[self.blocks.index[name]]
             for part, tiles, where in self._pieces(held):
                 row += kernels.project(tiles, _filled_up(flat[where], part.tiles.width))
         return sums.cpu()
 
     def combine(self, alphas: Tensor, targets: Mapping[str, Tensor]) -> None:
-        kernels = self._ready()
+        self._ready()
         beta, total = (x.to(self._device, torch.float32) for x in split_alphas(alphas))
         for asked, target in targets.items():
             name = held_name(self._layout, self._held, asked, target.numel())
@@ -104,7 +106,10 @@ class MemoryStore:
                 continue
             held = self._complete(name, target.numel())
             assert target.dtype == torch.float32
+            kernels, rows = self._kernels[held.dtype], held.rows
             flat = target.detach().view(-1)
+            if rows.room != rows.numel:
+                flat = torch.empty(rows.total, device=self._device)
             row = row_of(len(beta), self.blocks, name)
             for part, tiles, where in self._pieces(held):
                 first = (where.start - part.start) // tiles.width
@@ -116,20 +121,25 @@ class MemoryStore:
                 kernels.combine(tiles, centre, beta[row], total[row : row + 1], out)
                 if not whole:
                     here.copy_(out.view(-1)[: here.numel()])
+            if rows.room != rows.numel:
+                target.detach().view(-1, rows.numel).copy_(rows.narrowed(flat))
 
-    def _ready(self) -> Kernels:
-        if self._kernels is None:
-            numbers = self._n * sum(held.numel for held in self._held.values())
+    def _ready(self) -> None:
+        """Makes the kernels for every width that is held, once all is."""
+        if not self._kernels:
+            numbers = self._n * sum(held.rows.total for held in self._held.values())
             compiled = numbers >= COMPILE_FROM if self._compiled is None else self._compiled
-            self._kernels = Kernels(
-                self._dtype, self._device, compiled=compiled, progress=self._progress
-            )
-        return self._kernels
+            for dtype in {held.dtype for held in self._held.values()}:
+                # Rows too short to be packed are few: not worth the compiler's time.
+                fused = compiled and dtype == self._dtype
+                self._kernels[dtype] = Kernels(
+                    dtype, self._device, compiled=fused, progress=self._progress
+                )
 
     def _complete(self, name: str, numel: int) -> Held:
         held = self._held[name]
         assert held.missing == 0, f"{name} has not been put completely"
-        assert held.numel == numel, f"{name}: {numel} numbers given, {held.numel} held"
+        assert held.rows.given == numel, f"{name}: {numel} numbers given, {held.rows.given} held"
         return held
 
     def _pieces(self, held: Held) -> Iterator[tuple[Part, Tiles, slice]]:

@@ -50,7 +50,7 @@ def store_bytes(
 ) -> dict[str, int]:
     """What a store in memory takes, scales and padding included."""
     sizes = [
-        footprint(_local(entry, size, shared), n, dtype)
+        footprint(_rows(entry, size, shared), entry.info.row_numel, n, dtype)
         for entry in layout.entries.values()
         if entry.averaged and entry.tied_to is None
     ]
@@ -71,8 +71,11 @@ def passing_bytes(layout: Layout, n: int, kind: str) -> int:
 
 def _local(entry: Entry, size: int, shared: Mapping[str, bool]) -> int:
     """Numbers of a tensor on the rank that has most of them, which is the first."""
-    info = entry.info
-    return math.ceil(info.rows / (1 if shared.get(entry.name) else size)) * info.row_numel
+    return _rows(entry, size, shared) * entry.info.row_numel
+
+
+def _rows(entry: Entry, size: int, shared: Mapping[str, bool]) -> int:
+    return math.ceil(entry.info.rows / (1 if shared.get(entry.name) else size))
 
 
 def largest_layer(layout: Layout) -> tuple[int, int]:

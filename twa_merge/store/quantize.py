@@ -1,7 +1,7 @@
 """Offsets in 8, 4 and 1 bit: really packed, one scale a group.
 
-A group is 128 consecutive numbers of one offset, counted from the first number of this rank's rows.
-Its bytes are
+A group is 128 consecutive numbers of one row of one offset; the last of a row is filled up with
+zeros. Its bytes are
 
 - int8: number j in byte j;
 - int4: numbers j and j + 64 in the low and high half of byte j, each as q + 8;
@@ -36,19 +36,23 @@ GROUP_BYTES = {"int8": 128, "int4": 64, "int1": 16}
 CONTAINER = {"int8": torch.int8, "int4": torch.uint8, "int1": torch.uint8}
 
 
-def pack(groups: Tensor, dtype: str, numbers: int = GROUP) -> tuple[Tensor, Tensor]:
+def pack(groups: Tensor, dtype: str, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Quantises whole groups.
 
     Args:
-        groups: (..., 128) float32; past the end of a tensor it is filled up with zeros.
+        groups: (..., 128) float32; past the end of a row filled up with zeros.
         dtype: ``int8``, ``int4`` or ``int1``.
-        numbers: how many numbers of every group are real.
+        real: how many numbers of every group are the row's, to be broadcast to (...,); all
+            without it.
 
     Returns:
         (..., bytes of a group) in the container's dtype, and the scales (...,) float32.
     """
     if dtype == "int1":
-        scale = groups.square().mean(-1).mul_(GROUP / numbers).sqrt_()
+        scale = groups.square().mean(-1)
+        if real is not None:
+            scale *= GROUP / real
+        scale = scale.sqrt_()
         bits = (groups >= 0).view(torch.uint8).unflatten(-1, (8, 16))
         places = torch.arange(8, dtype=torch.uint8, device=groups.device)[:, None]
         return (bits << places).sum(-2, dtype=torch.uint8), scale

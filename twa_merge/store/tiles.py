@@ -7,7 +7,9 @@ kept tile by tile, so that
   byte is read once, in order;
 - any run of tiles is one contiguous copy from host to device.
 
-A tensor's numbers on this rank are whole tiles and one narrower tile for what is left over.
+A tensor's numbers on this rank are whole tiles and one narrower tile for what is left over. Where
+offsets are packed, every row of a tensor is filled up to whole groups, so that a group never holds
+numbers of two rows: what is stored of a row does not depend on which rank owns it.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .quantize import CONTAINER, GROUP, GROUP_BYTES, PLAIN, pack
 
@@ -67,6 +70,42 @@ class Part:
     centre: Tensor
 
 
+@dataclass(frozen=True)
+class Rows:
+    """How the rows of a tensor lie: ``count`` rows of ``numel`` numbers, with ``room`` for each."""
+
+    count: int
+    numel: int
+    room: int
+
+    @property
+    def given(self) -> int:
+        """Numbers of the tensor."""
+        return self.count * self.numel
+
+    @property
+    def total(self) -> int:
+        """Numbers that there is room for."""
+        return self.count * self.room
+
+    def widened(self, numbers: Tensor) -> Tensor:
+        """(…, rows · numel) → (…, rows · room), zeros at the end of each row."""
+        if self.room == self.numel:
+            return numbers
+        rows = numbers.unflatten(-1, (-1, self.numel))
+        return F.pad(rows, (0, self.room - self.numel)).flatten(-2)
+
+    def narrowed(self, numbers: Tensor) -> Tensor:
+        """(rows · room,) → (rows, numel), a view."""
+        return numbers.view(-1, self.room)[:, : self.numel]
+
+    def real(self) -> Tensor:
+        """How many numbers of each group of a row are the tensor's: (room / 128,) float32."""
+        groups = torch.full((self.room // GROUP,), float(GROUP))
+        groups[-1] -= self.room - self.numel
+        return groups
+
+
 @dataclass
 class Held:
     """One tensor's offsets and centre on this rank, filled by slices in any order.
@@ -76,25 +115,23 @@ class Held:
 
     dtype: str
     n: int
-    numel: int
+    rows: Rows
     parts: list[Part]
     missing: int
-    # Group → its (n, 128) numbers and how many of them have come. Slices need not end where groups
-    # do; only the groups at their ends wait here.
-    pending: dict[int, tuple[Tensor, int]] = field(default_factory=dict)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     @property
     def nbytes(self) -> int:
         return sum(part.tiles.nbytes + part.centre.nbytes for part in self.parts)
 
-    def put(self, at: int, centre: Tensor, offsets: Tensor) -> None:
-        """Takes numbers [at, at + m) in: centre (m,), offsets (n, m), any float dtype."""
+    def put(self, row: int, centre: Tensor, offsets: Tensor) -> None:
+        """Takes whole rows in, from ``row`` on: centre (m,), offsets (n, m), any float dtype."""
         m = offsets.shape[1]
         assert offsets.shape[0] == self.n
-        assert 0 <= at <= at + m <= self.numel
+        assert 0 <= row * self.rows.numel <= row * self.rows.numel + m <= self.rows.given
+        at, centre = row * self.rows.room, self.rows.widened(centre)
         for part in self.parts:
-            a, b = max(at, part.start), min(at + m, part.stop)
+            a, b = max(at, part.start), min(at + centre.numel(), part.stop)
             if a < b:
                 flat = part.centre.view(-1)
                 flat[a - part.start : b - part.start].copy_(centre[a - at : b - at])
@@ -106,39 +143,15 @@ class Held:
             self.missing -= m
 
     def _quantise(self, at: int, offsets: Tensor) -> None:
-        """Packs whole groups at once, those at the ends of the slice when they are complete."""
-        stop = at + offsets.shape[1]
-        a = min(-(-at // GROUP) * GROUP, stop)
-        b = stop if stop == self.numel else max(a, stop // GROUP * GROUP)
-        step = max(1, _AT_ONCE // self.n // GROUP) * GROUP
-        for c in range(a, b, step):
-            self._pack(c, offsets[:, c - at : min(c + step, b) - at].float())
-        for c, d in ((at, a), (b, stop)):
-            if c < d:
-                with self.lock:
-                    self._collect(c, offsets[:, c - at : d - at].float())
-
-    def _collect(self, at: int, offsets: Tensor) -> None:
-        group, m = at // GROUP, offsets.shape[1]
-        numbers, have = self.pending.pop(group, (offsets.new_zeros(self.n, GROUP), 0))
-        numbers[:, at - group * GROUP :][:, :m] = offsets
-        expected = min(GROUP, self.numel - group * GROUP)
-        if have + m < expected:
-            self.pending[group] = numbers, have + m
-        else:
-            self._pack(group * GROUP, numbers[:, :expected])
-
-    def _pack(self, at: int, offsets: Tensor) -> None:
-        """Packs numbers from a multiple of 128 on, to the end of a group or of the tensor."""
-        left = offsets.shape[1] % GROUP
-        whole = offsets.shape[1] - left
-        if whole:
-            groups = offsets[:, :whole].unflatten(1, (-1, GROUP))
-            self._write(at // GROUP, *pack(groups, self.dtype))
-        if left:
-            last = offsets.new_zeros(self.n, 1, GROUP)
-            last[:, 0, :left] = offsets[:, whole:]
-            self._write((at + whole) // GROUP, *pack(last, self.dtype, left))
+        """Packs rows, a few at a time."""
+        step = max(1, _AT_ONCE // self.n // self.rows.room)
+        real = self.rows.real()
+        for some in offsets.split(step * self.rows.numel, 1):
+            wide = self.rows.widened(some.float())
+            groups = wide.unflatten(1, (-1, len(real), GROUP))
+            packed, scales = pack(groups, self.dtype, real)
+            self._write(at // GROUP, packed.flatten(1, 2), scales.flatten(1))
+            at += wide.shape[1]
 
     def _write(self, at: int, values: Tensor, scales: Tensor | None = None) -> None:
         """Puts numbers (n, k), or groups (n, k, bytes) with scales (n, k), where they belong.
@@ -172,10 +185,21 @@ def _place(store: Tensor, wide: int, tiles: slice, columns: slice, values: Tenso
     target.copy_(values.reshape(n, k, run, size).transpose(0, 1))
 
 
-def allocate(numel: int, n: int, dtype: str, memory: Allocate) -> Held:
-    """Room for n offsets of ``numel`` numbers and their centre."""
+def kept_as(dtype: str, count: int, numel: int) -> tuple[str, Rows]:
+    """How ``count`` rows of ``numel`` numbers are kept in a store of ``dtype``.
+
+    Rows shorter than a group, those of biases and norms, stay in bfloat16.
+    """
+    if dtype in PLAIN or numel < GROUP:
+        return (dtype if dtype in PLAIN else "bfloat16"), Rows(count, numel, numel)
+    return dtype, Rows(count, numel, -(-numel // GROUP) * GROUP)
+
+
+def allocate(count: int, numel: int, n: int, dtype: str, memory: Allocate) -> Held:
+    """Room for n offsets of ``count`` rows of ``numel`` numbers, and their centre."""
+    dtype, rows = kept_as(dtype, count, numel)
     parts = []
-    for start, stop, width in _parts(numel, dtype):
+    for start, stop, width in _parts(rows.total):
         u = -(-(stop - start) // width)
         scales = None
         if dtype in PLAIN:
@@ -186,23 +210,19 @@ def allocate(numel: int, n: int, dtype: str, memory: Allocate) -> Held:
             scales = memory((u, n, width // GROUP), torch.float32)
         centre = memory((u, width), torch.float32).zero_()
         parts.append(Part(start, stop, Tiles(data, scales, width), centre))
-    return Held(dtype, n, numel, parts, missing=numel)
+    return Held(dtype, n, rows, parts, missing=rows.given)
 
 
-def footprint(numel: int, n: int, dtype: str) -> tuple[int, int]:
+def footprint(count: int, numel: int, n: int, dtype: str) -> tuple[int, int]:
     """Bytes of the offsets and of the centre that ``allocate`` asks for."""
-    numbers = sum(
-        -(-(stop - start) // width) * width for start, stop, width in _parts(numel, dtype)
-    )
+    dtype, rows = kept_as(dtype, count, numel)
     if dtype in PLAIN:
-        return numbers * n * PLAIN[dtype].itemsize, 4 * numbers
-    return numbers // GROUP * n * (GROUP_BYTES[dtype] + 4), 4 * numbers
+        return rows.total * n * PLAIN[dtype].itemsize, 4 * rows.total
+    return rows.total // GROUP * n * (GROUP_BYTES[dtype] + 4), 4 * rows.total
 
 
-def _parts(numel: int, dtype: str) -> list[tuple[int, int, int]]:
+def _parts(numel: int) -> list[tuple[int, int, int]]:
     """Start, stop and width of the tiles: whole ones, then one for the rest."""
     whole = numel // TILE * TILE
     parts = [(0, whole, TILE)] if whole else []
-    if left := numel - whole:
-        parts.append((whole, numel, left if dtype in PLAIN else -(-left // GROUP) * GROUP))
-    return parts
+    return parts + ([(whole, numel, numel - whole)] if numel > whole else [])

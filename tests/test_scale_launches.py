@@ -1,0 +1,137 @@
+"""What goes wrong, and what is unusual, in several processes that are really launched."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+from launches import (
+    TASK,
+    command,
+    document,
+    environment,
+    ranks_of,
+    run,
+    wait_for_evaluations,
+)
+from small_task import train
+
+# Rows of 200 and 150 numbers: no whole groups of a packed store, and no rank's are either.
+WIDE = """
+import sys
+import torch
+from runs import Pairs, save_run
+from torch import nn
+
+
+class Wide:
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(40, 200, generator=generator)
+        self.y = (self.x[:, :3] + self.x[:, 3:6]).argmax(1)
+
+    def build_model(self):
+        return nn.Sequential(nn.Linear(200, 150), nn.Tanh(), nn.Linear(150, 3))
+
+    def dataset(self):
+        return Pairs(self.x, self.y)
+
+    def loss(self, model, batch):
+        x, y = batch
+        return nn.functional.cross_entropy(model(x), y, reduction="none")
+
+
+def task():
+    return Wide()
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    data, states = Wide(), []
+    model = data.build_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    for step in range(20):
+        optimizer.zero_grad()
+        chosen = torch.randint(40, (8,))
+        data.loss(model, (data.x[chosen], data.y[chosen])).mean().backward()
+        optimizer.step()
+        if step % 4 == 3:
+            states.append({k: v.clone() for k, v in model.state_dict().items()})
+    save_run(sys.argv[1], states)
+"""
+
+
+@pytest.mark.parametrize("dtype", ["int4", "int1"])
+def test_packed_offsets_give_the_same_coefficients_on_any_number_of_ranks(tmp_path, dtype):
+    """Seven ranks: more than batches, more than the rows of a tensor."""
+    task = tmp_path / "wide.py"
+    task.write_text(WIDE.replace("sys.argv[1]", "__import__('pathlib').Path(sys.argv[1])"))
+    subprocess.run(
+        [sys.executable, task, tmp_path / "run"], env=environment(), check=True, timeout=120
+    )
+    found = {}
+    for k in (1, 3) if dtype == "int1" else (1, 7):
+        # fmt: off
+        done = run(k, "train", tmp_path / "run", "--task", task, "-o", tmp_path / f"m{k}",
+                   "--batch-size", 8, "--blocks", "tensors", "--max-evaluations", 4, "--ridge",
+                   "0.1", "--store-dtype", dtype, "--candidates", "quick", "--device", "cpu")
+        # fmt: on
+        assert done.returncode == 0, done.stderr
+        found[k] = document(tmp_path / f"m{k}")
+    one, other = found.values()
+    names = {row["name"] for row in one["candidates"]}
+    assert "twa-tensors" in names
+    for a, b in zip(one["candidates"], other["candidates"], strict=True):
+        assert distance(a["coefficients"], b["coefficients"]) < 1e-5
+
+
+def distance(one: dict | list, other: dict | list) -> float:
+    if isinstance(one, dict):
+        assert list(one) == list(other)
+        return max(distance(one[key], other[key]) for key in one)
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
+def start(k: int, output: Path, *arguments: object) -> subprocess.Popen[str]:
+    """A run that is slow enough to be caught in the middle."""
+    # fmt: off
+    options = ["train", output.parent / "run", "--task", TASK, "-o", output, "--blocks", "global",
+               "--ridge", "0.001", "--max-evaluations", 12, "--device", "cpu", *arguments]
+    # fmt: on
+    return subprocess.Popen(
+        command(k, *options),
+        env=environment(SMALL_TASK_SLEEP="0.05"),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_a_file_that_is_lost_in_mid_run_ends_all_ranks_with_one_message(tmp_path):
+    train(tmp_path / "run")
+    process = start(2, tmp_path / "m", "--store", "disk")
+    wait_for_evaluations(process, tmp_path / "m", 3)
+    victim = tmp_path / "run" / "checkpoint-300" / "model.safetensors"
+    victim.unlink()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert said.count("has vanished or changed") == 1
+    assert str(victim) in said
+    assert "bring the file back" in said
+    assert not (tmp_path / "m").exists()
+    assert {path.name for path in tmp_path.iterdir()} == {"run", "m.partial"}
+
+
+def test_max_restarts_goes_on_after_a_killed_rank(tmp_path):
+    train(tmp_path / "run")
+    process = start(1, tmp_path / "m", "--nproc", 2, "--max-restarts", 1)
+    wait_for_evaluations(process, tmp_path / "m", 3)
+    ranks_of(psutil.Process(process.pid))[1].send_signal(signal.SIGKILL)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "Continuing" in said
+    assert document(tmp_path / "m")["world_size"] == 2
