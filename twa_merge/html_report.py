@@ -10,6 +10,7 @@ from . import plots
 from .document import (
     Document,
     checkpoint_labels,
+    coefficient_note,
     decimals,
     folder_name,
     interval,
@@ -149,7 +150,7 @@ def _candidates(document: Document) -> str:
     if not rows:
         return ""
     caption = (
-        "The winner is picked by the guard loss; the test loss decides nothing. Bars are 95 % "
+        "The test loss decides nothing. Bars are 95 % "
         "intervals of each mean by itself. Candidates see the same examples, so that differences "
         "are known far better than these bars suggest: see the sentence at the top."
     )
@@ -162,13 +163,14 @@ def _coefficients(document: Document) -> str:
     if not blocks:
         return ""
     labels = [_short(label) for label in checkpoint_labels(document["checkpoints"])]
+    note = coefficient_note(document)
     if len(blocks) == 1:
         svg = plots.coefficient_bars(labels, next(iter(blocks.values())))
-        caption = "Weight of each checkpoint in the written model; they add up to 1."
+        caption = f"Weight of each checkpoint in the written model; they {note}."
     else:
         names = [_short(name) for name in blocks]
         svg = plots.coefficient_map(names, labels, list(blocks.values()))
-        caption = "Weight of each checkpoint in each block of the model; a row adds up to 1."
+        caption = f"Weight of each checkpoint in each block of the model; in a row they {note}."
     return _figure("Coefficients", caption, svg)
 
 

@@ -43,26 +43,18 @@ class RidgePath:
         return {r: float(losses.mean()) for r, losses in self.complete().items()}
 
     def best(self) -> float:
+        """The ridge of least loss; inf where nothing beats the base."""
         scores = self.scores()
-        return min(scores, key=lambda r: (scores[r], -r))
+        return min(scores, key=lambda r: (scores[r], -r), default=math.inf)
 
     def choice(self) -> float:
-        """The strongest ridge that is not worse than the best one by more than a standard error.
+        """The best ridge, or the one that stays closest to the base where that is best.
 
-        The one-standard-error rule (Hastie, Tibshirani and Friedman, The Elements of Statistical
-        Learning, section 7.10), on paired differences. Where the base itself is best, the ridge
-        that stays closest to it.
+        Not the one-standard-error rule: the folds train on three quarters of the examples and
+        lean towards a strong ridge already (bench/quality).
         """
-        losses = self.complete()
-        if not losses or self.best() == math.inf:
-            return RIDGES[0]
         best = self.best()
-        for ridge in RIDGES:
-            if ridge in losses:
-                mean, error = paired(losses[ridge], losses[best])
-                if mean <= error:
-                    return ridge
-        return best
+        return RIDGES[0] if best == math.inf else best
 
     def certain(self) -> bool:
         """Whether the choice beats the base by more than two standard errors."""
