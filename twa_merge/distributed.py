@@ -111,6 +111,14 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     return World(rank, size, where)
 
 
+def ensure_group(world: World) -> None:
+    """Makes a process group of this process alone where there is none: FSDP2 insists on one."""
+    if not dist.is_initialized():
+        assert world.size == 1
+        backend = "nccl" if world.device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
 def stop() -> None:
     """Leaves the process group."""
     if dist.is_available() and dist.is_initialized():

@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from .checkpoints import resolve_names
 from .checkpoints.base import Checkpoint
-from .distributed import World
+from .distributed import World, ensure_group
 from .errors import TaskError, TwaMergeError, listing
 from .layout import Layout
 from .task import Task
@@ -279,6 +280,7 @@ def _shard(module: nn.Module, task: Task, world: World, precision: str) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
+    ensure_group(world)
     mesh = init_device_mesh(world.device.type, (world.size,))
     policy = MixedPrecisionPolicy(
         param_dtype=torch.bfloat16 if precision == "bf16" else None,
@@ -286,7 +288,14 @@ def _shard(module: nn.Module, task: Task, world: World, precision: str) -> None:
     )
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": True}
     parts = [part for part in _shardable(module, task) if part is not module]
-    for part in parts:
+    norms: list[nn.Module] = []
+    if precision == "bf16":
+        # Running statistics stay in float32, and batch norm wants its weights as wide.
+        norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m is not module]
+        for norm in norms:
+            fully_shard(norm, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+        parts = [*norms, *(part for part in parts if part not in norms)]
+    for part in parts[len(norms) :]:
         fully_shard(part, **options)
     fully_shard(module, **options)
     # Batches carry their own weights, so gradients add up over the ranks instead of averaging.

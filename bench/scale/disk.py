@@ -69,8 +69,8 @@ def train(options: argparse.Namespace, run: Path, store: str, limit: int) -> tup
         sys.executable, __file__, "--limited", limit, "train", run,
         "--task", Path(__file__).with_name("layers_task.py"),
         "--data", f"{options.width}x{options.layers}", "-o", options.folder / f"merged-{store}",
-        "--store", store, "--blocks", "global", "--ridge", 0.01, "--max-evaluations", 6,
-        "--candidates", "quick", "--device", "cpu", "--overwrite", "--fresh",
+        "--store", store, "--blocks", "global", "--ridge", 0.01, "--max-evaluations", 4,
+        "--start", "mean", "--candidates", "uniform,twa", "--device", "cpu", "--overwrite", "--fresh",
     ]
     # fmt: on
     begun = time.perf_counter()
@@ -108,7 +108,9 @@ def limited(limit: int, argv: list[str]) -> None:
 
 
 def coefficients(folder: Path) -> list[float]:
-    return json.loads((folder / "twa_merge.json").read_text())["coefficients"]["global"]
+    """Of the trained merge, whichever candidate won."""
+    document = json.loads((folder / "twa_merge.json").read_text())
+    return next(row["coefficients"] for row in document["candidates"] if row["name"] == "twa")
 
 
 if __name__ == "__main__":

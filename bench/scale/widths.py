@@ -4,7 +4,7 @@
 
 A byte-level language model is trained for a minute (made once and kept). Both stages of the fit,
 one set of coefficients and one a tensor, are then trained with each width of the store. Whatever
-the width, the coefficients are applied to the original checkpoints, as the written model's are, and the
+the width, the coefficients are applied to the original checkpoints, as the written model's are. The
 loss is that of the test part, which nothing was chosen on.
 """
 
