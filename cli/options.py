@@ -204,6 +204,8 @@ engine_options = group(
                 type=click.Choice(config.PRECISIONS)),
             opt("activation_checkpointing", "--activation-checkpointing",
                 "Recompute activations to save memory."),
+            opt("gather", "--gather", "A layer at a time, or the model once an evaluation.",
+                type=click.Choice(config.GATHERS)),
         ]
     },
 )  # fmt: skip

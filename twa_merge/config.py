@@ -15,6 +15,7 @@ BATCH_NORM = ("auto", "reestimate", "average", "newest")
 STORES = ("auto", "device", "host", "disk")
 STORE_DTYPES = ("auto", "float32", "bfloat16", "int8", "int4", "int1")
 PRECISIONS = ("fp32", "bf16")
+GATHERS = ("layer", "model")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -199,14 +200,18 @@ class EngineConfig:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         precision: of forward and backward passes.
         activation_checkpointing: recompute activations of repeated layers to save memory.
+        gather: what a rank gathers of the other ranks' rows: one ``layer`` after the other in every
+            pass, or the whole ``model`` once an evaluation, which sends less and takes more memory.
     """
 
     device: str = "auto"
     precision: str = "fp32"
     activation_checkpointing: bool = False
+    gather: str = "layer"
 
     def __post_init__(self) -> None:
         _one_of("--precision", self.precision, PRECISIONS)
+        _one_of("--gather", self.gather, GATHERS)
 
 
 def parse_subspace(text: str) -> tuple[str, int | None]:

@@ -31,8 +31,16 @@ class LiveModel:
         names: checkpoint tensor → name in the module; tensors the module lacks are left out.
     """
 
-    def __init__(self, module: nn.Module, names: Mapping[str, str], layout: Layout) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        names: Mapping[str, str],
+        layout: Layout,
+        *,
+        gathered_once: bool = False,
+    ) -> None:
         self.module = module
+        self._gathered_once = gathered_once
         self.names = dict(names)
         self._layout = layout
         self._parameters = dict(module.named_parameters(remove_duplicate=False))
@@ -41,8 +49,13 @@ class LiveModel:
     def targets(self) -> dict[str, Tensor]:
         """This rank's rows of every averaged tensor: name → tensor, written to in place.
 
-        Parameters that the module ties come once.
+        Parameters that the module ties come once. What has been gathered of the other ranks' rows
+        is given up: it would not follow what is written.
         """
+        if self._gathered_once:
+            for part in self.module.modules():
+                if hasattr(part, "reshard"):
+                    part.reshard()  # type: ignore[operator]
         seen: set[int] = set()
         targets = {}
         for name, own in self.names.items():
@@ -63,6 +76,16 @@ class LiveModel:
             if (parameter := self._parameters.get(self.names[name])) is not None
             and parameter.grad is not None
         }
+
+    def before_pass(self, *, last: bool) -> None:
+        """Says whether the coming backward pass is the last one with the weights as they are.
+
+        Where the model is gathered once, gradients stay on their ranks until then, and are summed
+        over the ranks in that pass.
+        """
+        if self._gathered_once:
+            self.module.set_requires_gradient_sync(last)  # type: ignore[operator]
+            self.module.set_reshard_after_backward(last)  # type: ignore[operator]
 
     def zero_gradients(self) -> None:
         self.module.zero_grad(set_to_none=False)
@@ -100,6 +123,7 @@ def build(
     *,
     precision: str = "fp32",
     activation_checkpointing: bool = False,
+    gather: str = "layer",
 ) -> LiveModel:
     """Builds the task's model on this rank's device, without weights.
 
@@ -119,12 +143,12 @@ def build(
     if activation_checkpointing:
         _checkpoint_activations(module, task)
     if meta or precision == "bf16":
-        _shard(module, task, world, precision)
+        _shard(module, task, world, precision, reshard=gather == "layer")
     module._apply(
         lambda t: torch.empty_like(t, device=world.device) if t.is_meta else t.to(world.device)
     )
     module.eval()
-    live = LiveModel(module, names, layout)
+    live = LiveModel(module, names, layout, gathered_once=meta and gather == "model")
     _load_copied(live, layout, newest)
     return live
 
@@ -276,7 +300,7 @@ def _shardable(module: nn.Module, task: Task) -> list[nn.Module]:
     return list(repeated_layers(module).values())
 
 
-def _shard(module: nn.Module, task: Task, world: World, precision: str) -> None:
+def _shard(module: nn.Module, task: Task, world: World, precision: str, *, reshard: bool) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -286,7 +310,7 @@ def _shard(module: nn.Module, task: Task, world: World, precision: str) -> None:
         param_dtype=torch.bfloat16 if precision == "bf16" else None,
         reduce_dtype=torch.float32 if precision == "bf16" else None,
     )
-    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": True}
+    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": reshard}
     parts = [part for part in _shardable(module, task) if part is not module]
     norms: list[nn.Module] = []
     if precision == "bf16":

@@ -167,7 +167,9 @@ class Engine:
         self.live.zero_gradients()
         total = torch.zeros((), dtype=torch.float64)
         with batch_statistics(self.live.module):
-            for positions, batch, counts in batches.rounds(chosen):
+            rounds = -(-len(chosen) // (batches.batch_size * self.world.size))
+            for number, (positions, batch, counts) in enumerate(batches.rounds(chosen), 1):
+                self.live.before_pass(last=number == rounds)
                 losses = self.losses_of(batch, len(positions))
                 with user_code("compute gradients"):
                     (losses.sum() * (float(counts) / len(chosen))).backward()

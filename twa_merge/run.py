@@ -91,6 +91,7 @@ def set_up(
             world,
             precision=choices.engine.precision,
             activation_checkpointing=choices.engine.activation_checkpointing,
+            gather=choices.engine.gather,
         )
     note_strangers(live, layout, progress)
     blocks = _blocks(live, layout, choices.fit)

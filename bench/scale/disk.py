@@ -70,7 +70,8 @@ def train(options: argparse.Namespace, run: Path, store: str, limit: int) -> tup
         "--task", Path(__file__).with_name("layers_task.py"),
         "--data", f"{options.width}x{options.layers}", "-o", options.folder / f"merged-{store}",
         "--store", store, "--blocks", "global", "--ridge", 0.01, "--max-evaluations", 4,
-        "--start", "mean", "--candidates", "uniform,twa", "--device", "cpu", "--overwrite", "--fresh",
+        "--start", "mean", "--candidates", "uniform,twa", "--device", "cpu", "--overwrite",
+        "--fresh",
     ]
     # fmt: on
     begun = time.perf_counter()

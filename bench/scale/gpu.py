@@ -15,6 +15,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,7 @@ def main() -> None:
         for number in range(options.rounds + 2):
             z += 0.01
             parts.seconds = dict.fromkeys(parts.seconds, 0.0)
-            whole = seconds(lambda: objective(z), device)
+            whole = seconds(partial(objective, z), device)
             # The first two compile and warm up.
             if number >= 2:
                 rows.append({"whole": whole, **parts.seconds})
@@ -89,8 +90,8 @@ def report(
     held = run.engine.store.nbytes
     print(
         f"{numbers / 1e9:.3f} G parameters, {run.n} checkpoints in bfloat16, store "
-        f"{options.store} {options.store_dtype} of {held / 1e9:.2f} GB; the device's copy reads and "
-        f"writes {copy / 1e9:.1f} GB/s; medians of {len(rows)}"
+        f"{options.store} {options.store_dtype} of {held / 1e9:.2f} GB; the device's copy reads "
+        f"and writes {copy / 1e9:.1f} GB/s; medians of {len(rows)}"
     )
     print(f"evaluation: {median['whole']:.3f} s")
     # Project: offsets and gradient. Combine: offsets, centre (both in what is held) and result.

@@ -30,7 +30,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from twa_merge.checkpoints import open_checkpoints
 from twa_merge.clock import Clock
-from twa_merge.config import DataConfig, EngineConfig, FitConfig, StoreConfig
+from twa_merge.config import GATHERS, DataConfig, EngineConfig, FitConfig, StoreConfig
 from twa_merge.distributed import start, stop
 from twa_merge.layout import make_layout
 from twa_merge.objective import Batches, Objective
@@ -105,18 +105,23 @@ def main() -> None:
 def report(k: int, rounds: int, found: dict[str, float]) -> None:
     print(f"\n{k} processes | ours | the paper's scheme | ratio (demanded)")
     lines = [
-        ("sent in a step", "step", "paper step", 1, DEMANDED),
-        ("sent in an evaluation, a step a round", "evaluation", "paper step", rounds, DEMANDED),
-        ("sent in an evaluation, one update", "evaluation", "paper evaluation", 1, DEMANDED),
-        ("the same, model kept gathered", "kept", "paper evaluation", 1, DEMANDED),
-        ("beyond the engine's own, an evaluation", "own", "paper own", 1, DEMANDED),
+        (f"{what}, --gather {gather}", f"{ours}, {gather}", theirs, times, DEMANDED)
+        for what, ours, theirs, times in (
+            ("step", "step", "paper step", 1),
+            ("evaluation, a step a round", "evaluation", "paper step", rounds),
+            ("evaluation, one update", "evaluation", "paper evaluation", 1),
+        )
+        for gather in GATHERS
+    ]
+    lines += [
+        ("evaluation, without the engine's own", "own", "paper own", 1, DEMANDED),
         ("memory while building the basis", "building", "paper building", 1, k),
     ]
     for what, ours, other, times, demanded in lines:
         a, b = found[ours], times * found[other]
         digits = 1 if a > 1e5 else 3
         print(
-            f"{what:38} | {a / 1e6:9.{digits}f} | {b / 1e6:9.1f} | {b / a:8.2f}  ({demanded:g})",
+            f"{what:42} | {a / 1e6:9.{digits}f} | {b / 1e6:9.1f} | {b / a:8.2f}  ({demanded:g})",
             flush=True,
         )
 
@@ -145,7 +150,9 @@ def worker(options: argparse.Namespace) -> None:
     found: dict[str, float] = {}
     theirs(found, options, folder)
     gc.collect()
-    ours(found, options, folder)
+    for gather in GATHERS:
+        ours(found, options, folder, gather)
+        gc.collect()
     answer(**found)
     world.barrier()
     stop()
@@ -174,10 +181,10 @@ def theirs(found: dict[str, float], options: argparse.Namespace, folder: Path) -
     found["paper own"] = found["paper evaluation"] / 2
 
 
-def ours(found: dict[str, float], options: argparse.Namespace, folder: Path) -> None:
+def ours(found: dict[str, float], options: argparse.Namespace, folder: Path, gather: str) -> None:
     world = start("cpu")
-    run, building = prepare(options, folder)
-    found["building"] = building
+    run, building = prepare(options, folder, gather)
+    found.setdefault("building", building)
     chart = Chart(run.fitter.start(run.n), [make_subspace(run.grams.exact.sum(0))])
     z = torch.zeros(chart.size, dtype=torch.float64)
     counted = Counted(world.size)
@@ -186,36 +193,14 @@ def ours(found: dict[str, float], options: argparse.Namespace, folder: Path) -> 
         chosen = range(rounds * BATCH * world.size)
         return counted.of(lambda: Objective(run.engine, chart, run.fitter.batches, chosen)(z))
 
-    found["step"] = sum(evaluation(1).values())
+    found[f"step, {gather}"] = sum(evaluation(1).values())
     whole = evaluation(options.rounds)
-    found["evaluation"] = sum(whole.values())
+    found[f"evaluation, {gather}"] = sum(whole.values())
     # The engine's own are the two that work on one flat tensor.
     found["own"] = sum(sent for op, sent in whole.items() if not op.endswith("_base_"))
-    found["kept"] = sum(kept_gathered(run, chart, z, options.rounds, counted).values())
 
 
-def kept_gathered(
-    run: Run, chart: Chart, z: torch.Tensor, rounds: int, counted: Counted
-) -> dict[str, float]:
-    """An evaluation in which each rank gathers the model once and reduces gradients once."""
-    module, world = run.engine.live.module, run.world
-    chosen = range(rounds * BATCH * world.size)
-    module.set_reshard_after_forward(False)
-
-    def work() -> None:
-        run.engine.set_weights(chart.alphas(z))
-        run.engine.live.zero_gradients()
-        for number, (positions, batch, _) in enumerate(run.fitter.batches.rounds(chosen)):
-            last = number == rounds - 1
-            module.set_requires_gradient_sync(last)
-            module.set_reshard_after_backward(last)
-            run.engine.losses_of(batch, len(positions)).sum().backward()
-        world.sum(run.engine.store.project(run.engine.live.gradients()))
-
-    return counted.of(work)
-
-
-def prepare(options: argparse.Namespace, folder: Path) -> tuple[Run, float]:
+def prepare(options: argparse.Namespace, folder: Path, gather: str) -> tuple[Run, float]:
     """Model, store and batches as ``twa-merge train`` sets them up; what the store took."""
     world, checkpoints = start("cpu"), open_checkpoints([folder])
     # Three quarters are for the fit.
@@ -225,7 +210,7 @@ def prepare(options: argparse.Namespace, folder: Path) -> tuple[Run, float]:
         data=DataConfig(batch_size=BATCH),
         fit=FitConfig(blocks="tensors"),
         store=StoreConfig("device", "float32"),
-        engine=EngineConfig(device="cpu"),
+        engine=EngineConfig(device="cpu", gather=gather),
     )
     with tempfile.TemporaryDirectory() as state, Anonymous() as memory:
         log = EvaluationLog(Path(state) / "out.partial", {}, world)

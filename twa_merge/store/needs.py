@@ -21,7 +21,12 @@ def own_dtype(layout: Layout) -> str:
 
 
 def model_bytes(
-    layout: Layout, size: int, shared: Mapping[str, bool], layer_numel: tuple[int, int] | None
+    layout: Layout,
+    size: int,
+    shared: Mapping[str, bool],
+    layer_numel: tuple[int, int] | None,
+    *,
+    whole_model: bool = False,
 ) -> dict[str, int]:
     """The model's bytes by kind, one of ``size`` processes: float32 throughout.
 
@@ -29,6 +34,8 @@ def model_bytes(
         shared: tensors that every rank holds whole.
         layer_numel: numbers in the largest sharded layer and in what is sharded with the root;
             None goes by the tensors' names.
+        whole_model: every rank gathers all parameters, and keeps all gradients, for a whole
+            evaluation.
     """
     entries = [e for e in layout.entries.values() if e.tied_to is None]
     parameters = sum(_local(e, size, shared) for e in entries if e.averaged)
@@ -37,11 +44,13 @@ def model_bytes(
     layer, root = layer_numel or largest_layer(layout)
     # A layer's gathered parameters, the next one's ahead of time, and its whole gradient; the
     # root's parameters and gradient stay for the whole pass.
-    gathered = 3 * layer + 2 * root if size > 1 else 0
+    gathered = 3 * layer + 2 * root
+    if whole_model:
+        gathered = 2 * sum(e.info.numel for e in entries if e.in_subspace) + layer
     return {
         "parameters": 4 * parameters + copied,
         "gradients": 4 * trained,
-        "gathered layer": 4 * gathered,
+        "gathered model" if whole_model else "gathered layer": 4 * gathered if size > 1 else 0,
     }
 
 

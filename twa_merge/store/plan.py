@@ -44,12 +44,14 @@ class Work:
         combinations: further ones, for candidates.
         seconds: forward and backward passes of one evaluation.
         activations: bytes they take at most, per process.
+        whole_model: a process gathers all of the model at once, not a layer.
     """
 
     evaluations: int = 15
     combinations: int = 50
     seconds: float = 0.0
     activations: int = 0
+    whole_model: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,7 +159,13 @@ class _Planner:
     shared: Mapping[str, bool]
 
     def plan(self, machine: Machine, kind: str, dtype: str) -> Plan:
-        memory = model_bytes(self.layout, machine.size, self.shared, self.layer_numel)
+        memory = model_bytes(
+            self.layout,
+            machine.size,
+            self.shared,
+            self.layer_numel,
+            whole_model=self.work.whole_model,
+        )
         memory["activations"] = self.work.activations
         held = {"offsets": 0, "centre": 0}
         if kind != "disk":
