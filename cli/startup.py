@@ -28,7 +28,6 @@ _PUT_OFF = {
     "torch.distributions",
     "torch.export",
     "torch.func",
-    "torch.fx.experimental.sym_node",
     "torch.hub",
     "torch.masked",
     "torch.nested",
@@ -41,8 +40,19 @@ _PUT_OFF = {
     "torch.quantization",
     "torch.quasirandom",
 }
-# What `torch.load` imports when it is called.
-_NEEDS_NOTHING = "torch.utils.serialization"
+# Packages that are imported in a circle with those, and may not be the first of it to run.
+_CIRCLE = (
+    "torch._d",
+    "torch._functorch",
+    "torch._inductor",
+    "torch._prims",
+    "torch._refs",
+    "torch._subclasses",
+    "torch.distributed._",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.fx",
+)
 # Functions that `import torch` takes out of these modules.
 _FUNCTIONS = ("cond", "vmap", "while_loop")
 
@@ -52,7 +62,7 @@ def import_torch() -> None:
 
     The garbage collector finds nothing in the half a million objects of an import: it is kept from
     looking through them then, and again at the exit. What is put off runs when somebody asks for
-    any of it, or imports anything else of torch; before tensors without data are used, by hand.
+    any of it, or imports what hangs together with it.
     """
     if "torch" in sys.modules:
         return
@@ -93,7 +103,7 @@ class _Later(ModuleType):
 def _run(module: ModuleType) -> None:
     if isinstance(module, _Later):
         loader = vars(module)["__loader__"]
-        module.__class__ = ModuleType
+        module.__class__ = ModuleType  # type: ignore[assignment]
         loader.real.exec_module(module)
 
 
@@ -140,7 +150,7 @@ class _Finder:
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
         if self.away:
-            if name.startswith("torch.") and not name.startswith(_NEEDS_NOTHING):
+            if name.startswith(_CIRCLE) or name in _PUT_OFF:
                 self.catch_up()
             return _There(sys.modules[name]).spec if name in sys.modules else None
         if parent := sys.modules.get(name.rpartition(".")[0]):

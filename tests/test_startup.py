@@ -8,6 +8,7 @@ import sys
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 PUT_OFF = ("torch._meta_registrations", "torch.export", "torch.distributions")
 SHOW = f"print(*(name in sys.modules for name in {PUT_OFF!r}))"
@@ -19,6 +20,7 @@ def python(code: str, before: str = "", **environment: str) -> str:
         [sys.executable, "-W", "error", "-c", f"{before}\n{setup}{code}"],
         capture_output=True,
         text=True,
+        timeout=120,
         env=os.environ | environment,
     )
     assert done.returncode == 0, done.stderr
@@ -73,6 +75,6 @@ def test_a_name_that_does_not_exist_is_an_attribute_error():
 
 def test_averaging_asks_for_nothing_that_was_put_off(tmp_path):
     for step in (1, 2):
-        torch.save({"w": torch.full((2, 3), float(step))}, tmp_path / f"step-{step}.pt")
+        save_file({"w": torch.full((2, 3), float(step))}, tmp_path / f"step-{step}.safetensors")
     code = f"from twa_merge import average\naverage([{str(tmp_path)!r}], {str(tmp_path / 'out')!r})"
     assert python(f"{code}\n{SHOW}") == "False False False"
