@@ -63,6 +63,22 @@ def test_bytes_fall_with_the_number_of_ranks():
     assert shared.device["parameters"] == plan.device["parameters"] + more
 
 
+def test_a_model_that_is_gathered_whole_does_not_get_smaller_with_the_ranks():
+    """All parameters, all gradients before they are summed, and a layer that is being summed."""
+    plan = plan_for(gpus(8), work=Work(whole_model=True))
+    assert plan.device["gathered model"] == 4 * (2 * NUMBERS + LAYER)
+    assert "gathered layer" not in plan.device
+    assert not {"gathered model", "gathered layer"} & set(
+        plan_for(gpus(), work=Work(whole_model=True)).device
+    )
+
+
+def test_only_files_that_are_read_again_and_again_are_copied_into_memory():
+    row = 16 * N * 4096
+    assert plan_for(gpus()).host == {"slices in flight": (8 << 20) + row}
+    assert plan_for(gpus(), StoreConfig("disk")).host == {"slices in flight": (64 << 20) + row}
+
+
 @pytest.mark.parametrize(
     ("memory", "host", "kind", "dtype"),
     [

@@ -67,25 +67,27 @@ if __name__ == "__main__":
 
 
 def test_packed_offsets_give_the_same_coefficients_on_any_number_of_ranks(tmp_path):
+    """Whether ranks gather a layer at a time or the whole model."""
     task = tmp_path / "wide.py"
     task.write_text(WIDE)
     subprocess.run(
         [sys.executable, task, tmp_path / "run"], env=environment(), check=True, timeout=120
     )
     found = {}
-    for k in (1, 3):
+    for k, gather in ((1, "layer"), (3, "layer"), (2, "model")):
         # fmt: off
         done = run(k, "train", tmp_path / "run", "--task", task, "-o", tmp_path / f"m{k}",
                    "--batch-size", 8, "--blocks", "tensors", "--max-evaluations", 4, "--ridge",
-                   "0.1", "--store-dtype", "int4", "--candidates", "quick", "--device", "cpu")
+                   "0.1", "--store-dtype", "int4", "--candidates", "quick", "--device", "cpu",
+                   "--gather", gather)
         # fmt: on
         assert done.returncode == 0, done.stderr
         found[k] = document(tmp_path / f"m{k}")
-    one, other = found.values()
-    names = {row["name"] for row in one["candidates"]}
-    assert "twa-tensors" in names
-    for a, b in zip(one["candidates"], other["candidates"], strict=True):
-        assert distance(a["coefficients"], b["coefficients"]) < 1e-5
+    one, *others = found.values()
+    assert "twa-tensors" in {row["name"] for row in one["candidates"]}
+    for other in others:
+        for a, b in zip(one["candidates"], other["candidates"], strict=True):
+            assert distance(a["coefficients"], b["coefficients"]) < 1e-5
 
 
 def distance(one: dict | list, other: dict | list) -> float:
