@@ -157,14 +157,6 @@ def test_a_task_for_another_model_is_a_clear_error(tmp_path):
     assert list(tmp_path.iterdir()) == [run]
 
 
-@pytest.mark.parametrize("options", [{"span": "linear"}, {"subspace": "random:3"}])
-def test_what_is_not_there_yet_is_refused(tmp_path, options):
-    task, _, run, out = make(tmp_path)
-    with pytest.raises(ConfigError, match="not supported yet"):
-        merge([run], task, out, fit=FitConfig(**options))
-    assert not out.exists()
-
-
 def test_an_existing_folder_is_not_overwritten_unasked(tmp_path):
     task, _, run, out = make(tmp_path)
     out.mkdir()

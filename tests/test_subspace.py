@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import torch
 
-from twa_merge.subspace import Chart, GramAccumulator, make_subspace, orthogonality_error
+from twa_merge.subspace import (
+    Chart,
+    GramAccumulator,
+    make_subspace,
+    orthogonality_error,
+    random_subspace,
+    with_centre,
+)
 
 
 def centred(weights: torch.Tensor) -> torch.Tensor:
@@ -14,6 +21,13 @@ def centred(weights: torch.Tensor) -> torch.Tensor:
 def explicit_basis(subspace, offsets: torch.Tensor) -> torch.Tensor:
     """P = Λ^(-1/2) Uᵀ Δ, formed in full."""
     return (subspace.directions / subspace.eigenvalues.sqrt()).T @ offsets
+
+
+def linear_span(weights: torch.Tensor):
+    """The span of the weights themselves, from sums that a pass over them gives."""
+    centre, offsets = weights.double().mean(0), centred(weights)
+    subspace = make_subspace(offsets @ offsets.T)
+    return with_centre(subspace, centre @ centre, offsets @ centre)
 
 
 def test_64_nearly_parallel_checkpoints_give_an_orthonormal_basis():
@@ -102,3 +116,74 @@ def test_the_decomposition_does_not_depend_on_the_order_of_summation():
     torch.testing.assert_close(
         make_subspace(gram).directions, make_subspace(other).directions, rtol=1e-8, atol=1e-8
     )
+
+
+def test_the_linear_span_of_64_nearly_parallel_checkpoints_is_orthonormal_and_whole():
+    torch.manual_seed(7)
+    base, drift = torch.randn(20_000), torch.randn(20_000)
+    weights = torch.stack([base + 0.01 * t * drift + 1e-4 * torch.randn(20_000) for t in range(64)])
+    subspace = linear_span(weights)
+    assert (subspace.rank, subspace.centred, subspace.span) == (64, 63, "linear")
+    basis = explicit_basis(subspace, weights.double())
+    assert (basis @ basis.T - torch.eye(64)).abs().max() < 1e-5
+    left = weights.double() - weights.double() @ basis.T @ basis
+    assert left.norm(dim=1).max() < 1e-5 * weights.double().norm(dim=1).min()
+    offsets, centre = centred(weights), weights.double().mean(0)
+    error = orthogonality_error(subspace, offsets @ offsets.T, centre @ centre, offsets @ centre)
+    assert error < 1e-5
+
+
+def test_a_centre_inside_the_affine_span_adds_no_axis():
+    torch.manual_seed(8)
+    assert linear_span(torch.randn(5, 3)).span == "affine"
+    # Five points of a plane that misses the origin: two axes, and the third one through it.
+    assert linear_span(torch.randn(5, 2) @ torch.eye(2, 3) + torch.ones(3)).rank == 3
+
+
+def test_coordinates_of_the_linear_span_are_places_in_weight_space():
+    torch.manual_seed(9)
+    weights = torch.randn(5, 300) + torch.randn(300)
+    subspace = linear_span(weights)
+    chart = Chart(torch.full((1, 5), 0.2, dtype=torch.float64), [subspace])
+    assert chart.linear
+    z = torch.randn(5, dtype=torch.float64)
+    alpha = chart.alphas(z)[0]
+    basis = explicit_basis(subspace, weights.double())
+    expected = weights.double().mean(0) + (z * (subspace.eigenvalues / 5).sqrt()) @ basis
+    torch.testing.assert_close(alpha @ weights.double(), expected, rtol=1e-9, atol=1e-9)
+    torch.testing.assert_close(subspace.coordinates(alpha), z, rtol=1e-9, atol=1e-9)
+    # One unit along the last axis is all that the centre has beside the offsets.
+    assert abs(float(alpha.sum()) - 1 - float(z[-1])) < 1e-12
+    assert subspace.explained[-1] == 0
+    assert abs(sum(subspace.explained) - 1) < 1e-12
+    assert subspace.leading(9).rank == 4
+
+
+def test_the_reported_error_of_the_linear_span_is_that_of_the_explicit_basis():
+    torch.manual_seed(10)
+    weights = (torch.randn(6, 500) + torch.randn(500)).double()
+    subspace = linear_span(weights)
+    noisy = weights + 0.05 * torch.randn_like(weights)
+    basis = explicit_basis(subspace, noisy)
+    expected = (basis @ basis.T - torch.eye(6)).abs().max()
+    offsets, centre = centred(noisy), noisy.mean(0)
+    error = orthogonality_error(subspace, offsets @ offsets.T, centre @ centre, offsets @ centre)
+    assert abs(error - expected) < 1e-12
+
+
+def test_random_directions_are_made_orthonormal_and_one_unit_has_the_length_asked_for():
+    torch.manual_seed(11)
+    directions = torch.randn(4, 200).sign().double()
+    directions = torch.cat([directions, directions[:1]])
+    gram = directions @ directions.T
+    subspace = random_subspace(3, gram, 2.5)
+    assert (subspace.rank, subspace.n, subspace.centred) == (4, 8, 0)
+    chart = Chart(torch.full((1, 8), 0.1, dtype=torch.float64), [subspace])
+    steps = [chart.alphas(unit)[0] - 0.1 for unit in torch.eye(4, dtype=torch.float64)]
+    assert all(not step[:3].any() for step in steps)
+    moved = torch.stack([step[3:] @ directions for step in steps])
+    eye = torch.eye(4, dtype=torch.float64)
+    torch.testing.assert_close(moved @ moved.T, 2.5**2 * eye, rtol=0, atol=1e-12)
+    padded = torch.nn.functional.pad(gram, (3, 0, 3, 0))
+    assert orthogonality_error(subspace, padded) < 1e-12
+    assert subspace.explained == [0.0] * 4

@@ -8,7 +8,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from . import report
+import torch
+
+from . import random_directions, report
 from .candidates import parse_weights
 from .checkpoints import open_checkpoints
 from .clock import Clock
@@ -52,30 +54,32 @@ def average(
         dtype = dtype_named(out.dtype)
         check_output(target, found, out.overwrite, dtype=dtype)
         world = start("cpu")
+        directions = None
         if weights.startswith("@"):
             path = Path(weights[1:])
-            blocks, alphas = report.coefficients_from_report(
-                _read_json(path), path, len(found), layout
-            )
+            earlier = _read_json(path)
+            blocks, alphas = report.coefficients_from_report(earlier, path, len(found), layout)
+            record = earlier["coefficients"].get("random")
+            if record is not None and len(blocks) == 1:
+                directions, values = random_directions.from_record(record, path, layout)
+                alphas = torch.cat([alphas, values[None]], 1)
         else:
             blocks, alphas = global_block(layout), parse_weights(weights, len(found))[None]
-    coefficients: dict[str, Any] = (
-        {"global": alphas[0].tolist()}
-        if len(blocks) == 1
-        else {"blocks": report.coefficient_values(alphas, blocks)}
-    )
     document = report.header("average") | {
         "weights": weights,
         "checkpoints": report.checkpoint_list(found),
-        "coefficients": coefficients,
+        "coefficients": report.coefficients(alphas, len(found), blocks, directions),
         "options": {"dtype": out.dtype, "selection": as_dict(selection or Selection())},
         "world_size": world.size,
     }
     if len(blocks) > 1:
         document["blocks"] = report.members(blocks)
+    sources = list(found)
+    if directions:
+        sources, alphas = directions.among(found, alphas)
     with clock.part("write"):
         write_merge(
-            found,
+            sources,
             layout,
             blocks,
             alphas,

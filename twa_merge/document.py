@@ -29,6 +29,17 @@ def written_coefficients(document: Document) -> dict[str, list[float]]:
     return _by_block(top.get("blocks") or top.get(GLOBAL) or top)
 
 
+def coefficient_note(document: Document) -> str:
+    """What the coefficients add up to, and what is added to them, as the end of a sentence."""
+    blocks = written_coefficients(document)
+    sums = [math.fsum(row) for row in blocks.values()]
+    far = max(sums, key=lambda total: abs(total - 1.0), default=1.0)
+    text = "add up to 1" if abs(far - 1.0) < 1e-6 else f"add up to {far:.6g}"
+    random = (document.get("coefficients") or {}).get("random") or {}
+    count = len(random.get("values") or [])
+    return f"{text}; {count} random directions are added" if count else text
+
+
 def _by_block(value: Any) -> dict[str, list[float]]:
     """From (n,) for all blocks or block → (n,)."""
     blocks = value if isinstance(value, Mapping) else {GLOBAL: value or []}

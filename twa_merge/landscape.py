@@ -25,16 +25,21 @@ def landscape(
     enough for contours: all points see the same ones.
 
     Returns:
-        What ``html_report`` draws, or None where the subspace has fewer than two axes.
+        What ``html_report`` draws, or None where fewer than two axes come from the offsets.
     """
     subspace = whole.chart.subspaces[0]
-    if subspace.rank < 2:
+    if subspace.centred < 2:
         return None
     plane = subspace.leading(2)
+
+    def place(alpha: Tensor) -> Tensor:
+        # In the whole subspace: the part along the centre's own axis is no part of the plane.
+        return subspace.coordinates(alpha)[:2]
+
     corners = torch.eye(subspace.n, dtype=torch.float64)
-    points = torch.stack([plane.coordinates(corner) for corner in corners])
-    path = torch.stack([plane.coordinates(whole.chart.base[0])] + [
-        plane.coordinates(whole.chart.alphas(z)[0]) for z in whole.result.path
+    points = torch.stack([place(corner) for corner in corners])
+    path = torch.stack([place(whole.chart.base[0])] + [
+        place(whole.chart.alphas(z)[0]) for z in whole.result.path
     ])  # fmt: skip
     everything = torch.cat([points, path])
     low, high = everything.min(0).values, everything.max(0).values
@@ -44,7 +49,7 @@ def landscape(
         for a, b in zip(low - margin, high + margin, strict=True)
     ]
     centre = whole.alphas[0]
-    here = plane.coordinates(centre)
+    here = place(centre)
     sample = range(min(fitter.batches.size, _EXAMPLES))
     progress(Started("Drawing the landscape", _GRID**2, "points"))
     rows = []
@@ -62,7 +67,7 @@ def landscape(
         "grid_y": axes[1].tolist(),
         "loss": rows,
         "candidates": {
-            s.name: plane.coordinates(s.candidate.alphas[0]).tolist()
+            s.name: place(s.candidate.alphas[0]).tolist()
             for s in shown
             if s.candidate.alphas.shape[0] == 1
         },

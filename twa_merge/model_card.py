@@ -11,6 +11,7 @@ from .document import (
     GLOBAL,
     Document,
     checkpoint_labels,
+    coefficient_note,
     decimals,
     folder_name,
     interval,
@@ -101,7 +102,8 @@ def _coefficients(document: Document) -> str:
         return ""
     checkpoints = document["checkpoints"]
     labels = [_text(label) for label in checkpoint_labels(checkpoints)]
-    head = "## Coefficients\n\nOf the checkpoints; they add up to 1 and may be negative.\n\n"
+    note = coefficient_note(document)
+    head = f"## Coefficients\n\nOf the checkpoints; they may be negative and {note}.\n\n"
     if len(blocks) > _MOST_BLOCKS or (len(blocks) > 1 and len(labels) > _MOST_CHECKPOINTS):
         return head + f"{len(blocks)} blocks × {len(labels)} checkpoints, in `twa_merge.json`.\n"
     if set(blocks) == {GLOBAL}:

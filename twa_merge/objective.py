@@ -18,12 +18,16 @@ from .distributed import World
 from .errors import TaskError, TwaMergeError
 from .layout import Blocks
 from .model import LiveModel
-from .store.base import Store
+from .store.base import Store, split_alphas
 from .subspace import Chart
 from .task import Task, collate_of, metrics_of, to_device
 
 # Collated batches are kept between evaluations up to this size; beyond it they are made again.
 _CACHE_BYTES = 1 << 30
+# Numbers whose float64 copies are made at a time.
+_PIECE = 1 << 22
+# With a smaller Σ α the centre is too small a part of the weights to be told from them.
+_LEAST_SUM = 0.1
 
 
 class Batches:
@@ -153,12 +157,20 @@ class Engine:
         return losses
 
     def loss_and_products(
-        self, alphas: Tensor, batches: Batches, chosen: Sequence[int]
+        self,
+        alphas: Tensor,
+        batches: Batches,
+        chosen: Sequence[int],
+        *,
+        uncentred: bool = False,
     ) -> tuple[float, Tensor]:
         """Mean loss over ``chosen`` and s_i = ⟨Δ_i, ∇_w loss⟩ by block.
 
         The gradient of all batches accumulates in weight space first: the offsets are read once
         here and once in ``set_weights``, however many batches there are.
+
+        Args:
+            uncentred: s_i = ⟨w_i, ∇_w loss⟩ instead.
 
         Returns:
             The loss, and s (B, n) float64, the same on every rank.
@@ -176,8 +188,31 @@ class Engine:
                 if counts:
                     total += losses.detach().double().sum().cpu()
         products = self.store.project(self.live.gradients())
+        if uncentred:
+            products = products + self._along_centre(alphas, products)[:, None]
         packed = self.world.sum(torch.cat([total.reshape(1), products.reshape(-1)]))
         return float(packed[0]) / len(chosen), packed[1:].reshape(products.shape)
+
+    @torch.no_grad()
+    def _along_centre(self, alphas: Tensor, products: Tensor) -> Tensor:
+        """⟨c, ∇_w⟩ by block, (B,) float64, over this rank's rows only.
+
+        From the live weights and ⟨w, ∇_w⟩ = Σα·⟨c, ∇_w⟩ + β·s, so that no store has to give its
+        centre away.
+
+        Args:
+            alphas: that the weights are set to, (1, n) or (B, n).
+            products: s over this rank's rows, (B, n).
+        """
+        if float(alphas.sum(1).abs().min()) < _LEAST_SUM:
+            alphas = torch.full_like(alphas, 1.0 / alphas.shape[1])
+            self.set_weights(alphas)
+        beta, total = split_alphas(alphas)
+        gradients, weights = self.live.gradients(), self.live.targets()
+        found = torch.zeros(len(products), dtype=torch.float64, device=self.world.device)
+        for name, gradient in gradients.items():
+            found[self.blocks.index[name]] += _inner(weights[name], gradient)
+        return (found.cpu() - (beta * products).sum(1)) / total
 
     @torch.no_grad()
     def example_losses(
@@ -227,6 +262,12 @@ class Engine:
         return columns
 
 
+def _inner(one: Tensor, other: Tensor) -> Tensor:
+    """⟨one, other⟩ in float64, piece by piece: the copies would be twice the model."""
+    pieces = zip(one.reshape(-1).split(_PIECE), other.reshape(-1).split(_PIECE), strict=True)
+    return torch.stack([a.double() @ b.double() for a, b in pieces]).sum()
+
+
 @contextmanager
 def _nothing() -> Iterator[None]:
     yield
@@ -263,7 +304,7 @@ class Objective:
     def __call__(self, z: Tensor) -> tuple[float, Tensor]:
         """f and ∇f (size,) float64 at z (size,) float64."""
         loss, products = self.engine.loss_and_products(
-            self.chart.alphas(z), self.batches, self.chosen
+            self.chart.alphas(z), self.batches, self.chosen, uncentred=self.chart.linear
         )
         if len(self.chart.subspaces) == 1:
             products = products.sum(0, keepdim=True)

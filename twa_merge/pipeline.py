@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from . import report
 from .candidates import parse_families
@@ -27,7 +28,7 @@ from .config import (
     parse_subspace,
 )
 from .distributed import start
-from .errors import ConfigError, NoImprovement
+from .errors import NoImprovement
 from .fit import Fitted
 from .html_report import html_report
 from .landscape import landscape
@@ -35,8 +36,24 @@ from .layout import dtype_named, make_layout
 from .model_card import model_card
 from .progress import Noted, Progress, silent
 from .resume import EvaluationLog
-from .run import Choices, Run, fingerprint, set_up, several, task_and_splits
-from .subspace import Chart, Subspace, make_subspace, orthogonality_error
+from .run import (
+    Choices,
+    Run,
+    fingerprint,
+    require_compatible,
+    set_up,
+    several,
+    task_and_splits,
+)
+from .subspace import (
+    Chart,
+    Subspace,
+    make_subspace,
+    orthogonality_error,
+    random_subspace,
+    root_mean_square,
+    with_centre,
+)
 from .task import Task
 from .verdict import Verdict, judge
 from .writer import check_output, write_merge
@@ -90,7 +107,7 @@ def merge(
     clock, target = Clock(), Path(output)
     with clock.part("open"):
         parse_families(choices.guard.candidates)
-        _require_supported(choices.fit)
+        require_compatible(choices.fit)
         found = open_checkpoints(checkpoints, choices.selection)
         layout = make_layout(several(found))
         world = start(choices.engine.device)
@@ -117,12 +134,15 @@ def merge(
         raise _no_improvement(verdict)
     with clock.part("report"):
         documents = _documents(run, document, fitted, verdict)
+    sources, alphas = list(found), verdict.winner.candidate.alphas
+    if run.directions and alphas.shape[1] > run.n:
+        sources, alphas = run.directions.among(found, alphas)
     with clock.part("write"):
         write_merge(
-            found,
+            sources,
             layout,
             run.blocks,
-            verdict.winner.candidate.alphas,
+            alphas,
             target,
             dtype=run.jury.dtype,
             overrides=run.jury.overrides(verdict.winner),
@@ -136,22 +156,12 @@ def merge(
     return document
 
 
-def _require_supported(fit: FitConfig) -> None:
-    """Refuses what is planned but not there yet, rather than doing something else silently."""
-    if fit.span != "affine" or fit.subspace.startswith("random"):
-        raise ConfigError(
-            "This span is not supported yet.",
-            expected="--span affine with --subspace checkpoints or pca:R",
-            found=f"--span {fit.span} --subspace {fit.subspace}",
-        )
-
-
 def _fit(run: Run) -> list[Fitted]:
     """Stage one: the whole model. Stage two: every block, around the solution of stage one."""
-    whole = _restricted(make_subspace(run.grams.exact.sum(0)), run.choices.fit.subspace)
+    whole = _whole(run)
     if whole.rank == 0:
         run.progress(Noted("All checkpoints are identical: there is nothing to train."))
-    start_alphas = run.fitter.start(run.n)
+    start_alphas = pad(run.fitter.start(run.n), (0, whole.n - run.n))
     fitted = [run.fitter.stage("twa", Chart(start_alphas, [whole]))]
     if len(run.blocks) > 1:
         subspaces = [make_subspace(gram) for gram in run.grams.by_block(run.blocks)]
@@ -168,9 +178,26 @@ def _fit(run: Run) -> list[Fitted]:
     return fitted
 
 
-def _restricted(subspace: Subspace, choice: str) -> Subspace:
-    word, rank = parse_subspace(choice)
-    return subspace.leading(rank) if word == "pca" and rank else subspace
+def _whole(run: Run) -> Subspace:
+    """What the first stage trains in."""
+    gram, fit = run.grams.exact.sum(0), run.choices.fit
+    if run.directions_gram is not None:
+        return random_subspace(run.n, run.directions_gram, root_mean_square(gram))
+    subspace = make_subspace(gram)
+    word, rank = parse_subspace(fit.subspace)
+    if word == "pca" and rank:
+        subspace = subspace.leading(rank)
+    if fit.span == "linear":
+        subspace = with_centre(subspace, run.grams.centre, run.grams.cross)
+    return subspace
+
+
+def _orthogonality_error(run: Run, subspace: Subspace) -> float:
+    grams = run.grams
+    if run.directions_gram is not None:
+        return orthogonality_error(subspace, pad(run.directions_gram, (run.n, 0, run.n, 0)))
+    gram = (grams.exact if grams.stored is None else grams.stored).sum(0)
+    return orthogonality_error(subspace, gram, grams.centre, grams.cross)
 
 
 def _no_improvement(verdict: Verdict) -> NoImprovement:
@@ -187,20 +214,16 @@ def _document(run: Run, fitted: Sequence[Fitted], verdict: Verdict) -> dict[str,
     whole, seed = fitted[0], run.choices.data.seed
     winner = verdict.winner.candidate
     subspace = whole.chart.subspaces[0]
-    base = winner.alphas if winner.alphas.shape[0] == 1 else whole.alphas
-    coefficients: dict[str, Any] = {"global": base[0].tolist()}
+    coefficients = report.coefficients(winner.alphas, run.n, run.blocks, run.directions)
     if winner.alphas.shape[0] > 1:
-        coefficients["blocks"] = report.coefficient_values(winner.alphas, run.blocks)
-    stored = run.grams.stored
+        coefficients = {"global": whole.alphas[0].tolist()} | coefficients
     document = report.header("twa") | {
         "seed": seed,
         "checkpoints": report.checkpoint_list(run.checkpoints),
         "coefficients": coefficients,
         "subspace": {
             "rank": subspace.rank,
-            "orthogonality_error": orthogonality_error(
-                subspace, (run.grams.exact if stored is None else stored).sum(0)
-            ),
+            "orthogonality_error": _orthogonality_error(run, subspace),
             "explained": subspace.explained,
         },
         "optimizer": {
@@ -217,7 +240,7 @@ def _document(run: Run, fitted: Sequence[Fitted], verdict: Verdict) -> dict[str,
             "guard_examples_used": len(run.jury.guard_sample),
             "test_examples": 0 if run.splits.test is None else len(run.splits.test),  # type: ignore[arg-type]
         },
-        "candidates": [report.candidate_row(s, run.blocks, seed) for s in verdict.shown],
+        "candidates": [report.candidate_row(s, run.n, run.blocks, seed) for s in verdict.shown],
         "other_candidates": [
             {"name": s.name, "guard_loss": report.finite(float(s.guard.mean()))}
             for s in verdict.others

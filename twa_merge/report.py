@@ -21,6 +21,7 @@ from .layout import Blocks, Layout, blocks_from_members, global_block
 if TYPE_CHECKING:
     # A merge with fixed coefficients needs no model, and is not to wait for what models need.
     from .fit import Fitted
+    from .random_directions import RandomDirections
 
 FORMAT = 1
 
@@ -36,12 +37,31 @@ def coefficient_values(alphas: Tensor, blocks: Blocks) -> Any:
     return {name: row.tolist() for name, row in zip(blocks.names, alphas, strict=True)}
 
 
-def candidate_row(item: Scored, blocks: Blocks, seed: int) -> dict[str, Any]:
-    """One candidate of the document; losses that are not finite become None."""
+def coefficients(
+    alphas: Tensor, n: int, blocks: Blocks, directions: RandomDirections | None
+) -> dict[str, Any]:
+    """The document's coefficients: of n checkpoints, by block where blocks differ.
+
+    Args:
+        alphas: (1, n) or (B, n), or (1, n + R) with random directions behind the checkpoints.
+    """
+    if alphas.shape[0] > 1:
+        return {"blocks": coefficient_values(alphas, blocks)}
+    found: dict[str, Any] = {"global": alphas[0, :n].tolist()}
+    if directions and alphas.shape[1] > n:
+        found["random"] = directions.record(alphas[0, n:].tolist())
+    return found
+
+
+def candidate_row(item: Scored, n: int, blocks: Blocks, seed: int) -> dict[str, Any]:
+    """One candidate of the document; losses that are not finite become None.
+
+    Its coefficients are those of the n checkpoints; random directions are in ``coefficients``.
+    """
     low, high = bootstrap_interval(item.guard, seed)
     row: dict[str, Any] = {
         "name": item.name,
-        "coefficients": coefficient_values(item.candidate.alphas, blocks),
+        "coefficients": coefficient_values(item.candidate.alphas[:, :n], blocks),
         "fit_loss": finite(item.fit_loss),
         "guard_loss": finite(float(item.guard.mean())),
         "guard_ci95": [finite(low), finite(high)],

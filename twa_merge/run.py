@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
+
 from .checkpoints.base import Checkpoint
 from .clock import Clock
 from .config import (
@@ -17,6 +19,7 @@ from .config import (
     Selection,
     StoreConfig,
     as_dict,
+    parse_subspace,
 )
 from .distributed import World
 from .errors import CheckpointError, ConfigError
@@ -26,9 +29,11 @@ from .layout import Blocks, Layout, dtype_named, global_block, grouped_blocks, t
 from .model import LiveModel, build, layer_groups
 from .objective import Batches, Engine
 from .progress import Noted, Progress
+from .random_directions import RandomDirections, RandomStore, draw
 from .resume import EvaluationLog
 from .scoring import Jury
 from .store import make_store
+from .subspace import root_mean_square
 from .task import Splits, Task, check_task, split
 from .tasks import load_task
 
@@ -48,7 +53,12 @@ class Choices:
 
 @dataclass
 class Run:
-    """Everything that the stages of one merge share."""
+    """Everything that the stages of one merge share.
+
+    Attributes:
+        directions: random ones, where they are what is trained.
+        directions_gram: their Gram matrix, (R, R) float64.
+    """
 
     checkpoints: list[Checkpoint]
     layout: Layout
@@ -64,6 +74,8 @@ class Run:
     engine: Engine
     fitter: Fitter
     jury: Jury
+    directions: RandomDirections | None = None
+    directions_gram: Tensor | None = None
 
     @property
     def n(self) -> int:
@@ -103,6 +115,11 @@ def set_up(
         grams = ingest(
             checkpoints, layout, world, store=store, shared=shared, check=True, progress=progress
         )
+    directions, directions_gram = _directions(live, layout, grams, choices), None
+    if directions:
+        with clock.part("random directions"):
+            directions_gram = directions.gram(world, progress)
+        store = RandomStore(store, directions, n, world)
     engine = Engine(live, store, blocks, task, world)
     seed, size = choices.data.seed, choices.data.batch_size
     fit = Batches(splits.fit, task, size, seed, world)
@@ -114,7 +131,7 @@ def set_up(
     fitter = Fitter(engine, fit, choices.fit, log, progress, steps, choices.data.sample)
     return Run(
         checkpoints, layout, task, splits, world, choices, log, clock, progress, blocks, grams,
-        engine, fitter, jury,
+        engine, fitter, jury, directions, directions_gram,
     )  # fmt: skip
 
 
@@ -189,8 +206,42 @@ def note_strangers(live: LiveModel, layout: Layout, progress: Progress) -> None:
         )
 
 
+def require_compatible(fit: FitConfig) -> None:
+    """Checks the choices that random directions leave.
+
+    Raises:
+        ConfigError: blocks, or a span of checkpoints, were asked for as well.
+    """
+    if parse_subspace(fit.subspace)[0] != "random":
+        return
+    if fit.blocks not in ("auto", "global"):
+        raise ConfigError(
+            "Random directions are of the whole model.",
+            expected="--blocks global, or none",
+            found=f"--blocks {fit.blocks} --subspace {fit.subspace}",
+        )
+    if fit.span != "affine":
+        raise ConfigError(
+            "Random directions do not lie in a span of the checkpoints.",
+            expected="--span or --subspace random:R, not both",
+            found=f"--span {fit.span} --subspace {fit.subspace}",
+        )
+
+
+def _directions(
+    live: LiveModel, layout: Layout, grams: Grams, choices: Choices
+) -> RandomDirections | None:
+    """Random directions as long as the checkpoints are far from their centre, root mean square."""
+    word, count = parse_subspace(choices.fit.subspace)
+    if word != "random" or count is None:
+        return None
+    return draw(layout, choices.data.seed, count, root_mean_square(grams.exact.sum(0)), live)
+
+
 def _blocks(live: LiveModel, layout: Layout, fit: FitConfig) -> Blocks:
     """The finest blocks that the fit will use."""
+    if parse_subspace(fit.subspace)[0] == "random":
+        return global_block(layout)
     if fit.blocks == "layers":
         return grouped_blocks("layers", layer_groups(live.module, live.names, layout))
     if fit.blocks == "tensors" or (fit.blocks == "auto" and fit.optimizer == "lbfgs"):

@@ -2,7 +2,8 @@
 
 Trainable Weight Averaging (arXiv 2205.13104, section 3) trains in an orthonormal basis of the
 span of the checkpoints. Here that basis, P = Λ^(-1/2) Uᵀ Δ with ΔΔᵀ = U Λ Uᵀ, is never formed: the
-gradient in coordinates and the coefficients follow from U and n dot products with the offsets.
+gradient in coordinates and the coefficients follow from U and n dot products with the offsets. The
+paper's own span is ``linear``, of the checkpoints instead of their offsets: one axis more.
 """
 
 from __future__ import annotations
@@ -31,18 +32,22 @@ class GramAccumulator:
 
 @dataclass(frozen=True)
 class Subspace:
-    """Span of the offsets, as an implicit orthonormal basis.
+    """Span of the offsets, or one like it, as an implicit orthonormal basis.
 
     Attributes:
         directions: U, eigenvectors of the Gram matrix, (n, r) float64.
         eigenvalues: Λ, descending, (r,) float64; λ_j / n is the variance of the checkpoints along
             axis j.
         total: trace of the Gram matrix.
+        span: ``affine``; ``linear`` has one axis more, at the end, see ``with_centre``; ``random``
+            has axes in random directions only, see ``random_subspace``. In those axes λ_j / n is
+            the square of one unit of z.
     """
 
     directions: Tensor
     eigenvalues: Tensor
     total: float
+    span: str = "affine"
 
     @property
     def n(self) -> int:
@@ -53,24 +58,40 @@ class Subspace:
         return self.directions.shape[1]
 
     @property
+    def centred(self) -> int:
+        """How many axes, the first ones, lie in the span of the offsets."""
+        return {"affine": self.rank, "linear": self.rank - 1, "random": 0}[self.span]
+
+    @property
     def explained(self) -> list[float]:
-        """Share of the checkpoints' variance along each axis, r numbers."""
-        return (self.eigenvalues / max(self.total, 1e-300)).tolist()
+        """Share of the checkpoints' variance along each axis, r numbers.
+
+        Zero for the axes that do not come from the offsets: what these are is another question.
+        """
+        shares = self.eigenvalues / max(self.total, 1e-300)
+        return shares[: self.centred].tolist() + [0.0] * (self.rank - self.centred)
 
     def steps(self, z: Tensor) -> Tensor:
-        """Change of the coefficients, (n,), for coordinates z (r,): U z / √n. Sums to zero."""
+        """Change of the coefficients, (n,), for coordinates z (r,): U z / √n.
+
+        It sums to zero in the affine span.
+        """
         return self.directions @ z / self.n**0.5
 
     def coordinates(self, alpha: Tensor) -> Tensor:
-        """Coordinates (r,) of coefficients (n,) with Σ α = 1: √n Uᵀ α, since Uᵀ1 = 0."""
-        return self.directions.T @ alpha * self.n**0.5
+        """Coordinates (r,) of coefficients (n,), the uniform mean being the origin.
+
+        In the affine span these are √n Uᵀ α, since UᵀU = I and Uᵀ1 = 0.
+        """
+        return torch.linalg.pinv(self.directions) @ (alpha - 1.0 / self.n) * self.n**0.5
 
     def gradient(self, products: Tensor) -> Tensor:
-        """∇_z (r,) = Uᵀ s / √n from s_i = ⟨Δ_i, ∇_w⟩ (n,)."""
+        """∇_z (r,) = Uᵀ s / √n from s_i = ⟨Δ_i, ∇_w⟩ (n,); in the linear span, ⟨w_i, ∇_w⟩."""
         return self.directions.T @ products / self.n**0.5
 
     def leading(self, rank: int) -> Subspace:
         """The ``rank`` directions of largest variance: PCA of the trajectory."""
+        rank = min(rank, self.centred)
         return Subspace(self.directions[:, :rank], self.eigenvalues[:rank], self.total)
 
 
@@ -79,28 +100,98 @@ def make_subspace(gram: Tensor, tolerance: float = RANK_TOLERANCE) -> Subspace:
 
     Identical or linearly dependent checkpoints lower the rank and do no harm.
     """
+    values, directions = _axes(gram, tolerance)
+    # Rounding leaves U a trace of the vector of ones, which would break Σ α = 1.
+    directions = directions - directions.mean(0)
+    return Subspace(_signed(directions), values, float(gram.trace()))
+
+
+def with_centre(affine: Subspace, centre: Tensor, cross: Tensor) -> Subspace:
+    """The span of the checkpoints themselves, as in the paper: Σ α need not be one.
+
+    It holds one axis more than the affine span, along what of the centre c is orthogonal to that:
+    c − Σ_j ⟨p_j, c⟩ p_j with ⟨p_j, c⟩ = (Uᵀ⟨c, Δ⟩)_j / √λ_j. One unit of z is its whole length.
+    Where nothing of the centre is left, the affine span holds the checkpoints already.
+
+    Args:
+        centre: ‖c‖², one float64 number.
+        cross: ⟨c, Δ_i⟩, (n,) float64.
+    """
+    n, square = affine.n, float(centre)
+    roots = affine.eigenvalues.sqrt()
+    inner = affine.directions.T @ cross / roots
+    rest = square - float(inner @ inner)
+    if rest <= RANK_TOLERANCE * square:
+        return affine
+    axis = n**0.5 * (1.0 / n - affine.directions @ (inner / roots))
+    return Subspace(
+        torch.cat([affine.directions, axis[:, None]], 1),
+        torch.cat([affine.eigenvalues, affine.eigenvalues.new_tensor([n * rest])]),
+        affine.total,
+        "linear",
+    )
+
+
+def random_subspace(n: int, gram: Tensor, length: float) -> Subspace:
+    """The span of R random directions, whose coefficients stand behind those of n checkpoints.
+
+    Args:
+        gram: (R, R) float64, of the random directions.
+        length: of one unit of z.
+    """
+    values, vectors = _axes(gram, RANK_TOLERANCE)
+    size, rank = n + len(gram), len(values)
+    inside = _signed(vectors) / values.sqrt() * (size**0.5 * length)
+    return Subspace(
+        torch.cat([inside.new_zeros(n, rank), inside]),
+        inside.new_full((rank,), size * length**2),
+        0.0,
+        "random",
+    )
+
+
+def root_mean_square(gram: Tensor) -> float:
+    """Distance of the checkpoints from their centre, root mean square, from their Gram matrix."""
+    return (float(gram.trace()) / len(gram)) ** 0.5
+
+
+def _axes(gram: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (r,), descending, and eigenvectors (n, r), cut at the numerical rank."""
     values, vectors = torch.linalg.eigh((gram + gram.T) / 2)
     values, vectors = values.flip(0), vectors.flip(1)
     keep = values > tolerance * values[0].clamp(min=0.0)
-    # Rounding leaves U a trace of the vector of ones, which would break Σ α = 1.
-    directions = vectors[:, keep]
-    directions = directions - directions.mean(0)
-    largest = directions.abs().argmax(0) if directions.numel() else None
-    if largest is not None:
-        # An eigenvector's sign is arbitrary: fix it, so that machines and ranks agree.
-        directions = directions * directions.gather(0, largest[None]).sign()
-    return Subspace(directions, values[keep], float(gram.trace()))
+    return values[keep], vectors[:, keep]
 
 
-def orthogonality_error(subspace: Subspace, gram: Tensor) -> float:
+def _signed(directions: Tensor) -> Tensor:
+    """An eigenvector's sign is arbitrary: fixes it, so that machines and ranks agree."""
+    if directions.numel() == 0:
+        return directions
+    largest = directions.abs().argmax(0)
+    return directions * directions.gather(0, largest[None]).sign()
+
+
+def orthogonality_error(
+    subspace: Subspace,
+    gram: Tensor,
+    centre: Tensor | float = 0.0,
+    cross: Tensor | None = None,
+) -> float:
     """max |P Pᵀ − I| of the basis for offsets whose Gram matrix is ``gram`` (n, n).
 
-    ``gram`` belongs to the offsets as they are stored, so that rounding in the store shows.
+    ``gram`` belongs to the offsets as they are stored, so that rounding in the store shows. With
+    ``centre`` and ``cross``, as in ``with_centre``, the basis is of the checkpoints, whose Gram
+    matrix is G + ⟨c, Δ⟩1ᵀ + 1⟨c, Δ⟩ᵀ + ‖c‖²11ᵀ.
     """
     if subspace.rank == 0:
         return 0.0
     scaled = subspace.directions / subspace.eigenvalues.sqrt()
-    error = scaled.T @ gram @ scaled - torch.eye(subspace.rank, dtype=torch.float64)
+    found = scaled.T @ gram @ scaled
+    if cross is not None:
+        # Term by term: next to ‖c‖² the offsets would be lost.
+        ones, along = scaled.sum(0), scaled.T @ cross
+        found += along.outer(ones) + ones.outer(along) + float(centre) * ones.outer(ones)
+    error = found - torch.eye(subspace.rank, dtype=torch.float64)
     return float(error.abs().max())
 
 
@@ -122,6 +213,11 @@ class Chart:
     @property
     def size(self) -> int:
         return sum(s.rank for s in self.subspaces)
+
+    @property
+    def linear(self) -> bool:
+        """Whether the gradient needs ⟨w_i, ∇_w⟩ in place of ⟨Δ_i, ∇_w⟩."""
+        return any(s.span == "linear" for s in self.subspaces)
 
     def alphas(self, z: Tensor) -> Tensor:
         """Coefficients (B, n) at coordinates z (size,)."""
