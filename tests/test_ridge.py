@@ -30,13 +30,13 @@ def test_every_example_is_unseen_once():
 
 
 def test_without_noise_the_best_ridge_is_chosen():
-    path = path_of({math.inf: 2.0, 0.1: 1.5, 0.03: 1.2, 0.01: 1.0, 0.003: 1.1})
-    assert path.choice() == 0.01
+    path = path_of({math.inf: 2.0, 0.1: 1.5, 0.01: 1.2, 0.003: 1.0, 0.001: 1.1})
+    assert path.choice() == 0.003
     assert path.certain()
 
 
 def test_where_nothing_beats_the_base_the_strongest_ridge_stays_closest_to_it():
-    path = path_of({math.inf: 1.0, 0.1: 1.2, 0.03: 1.3})
+    path = path_of({math.inf: 1.0, 0.1: 1.2, 0.01: 1.3})
     assert path.choice() == RIDGES[0]
     assert not path.certain()
 
@@ -46,20 +46,20 @@ def test_a_gain_within_noise_is_not_certain():
 
 
 def test_weaker_ridges_are_given_up_once_they_do_worse():
-    path = path_of({math.inf: 2.0, 0.1: 1.0, 0.03: 1.0, 0.01: 1.5})
-    assert path.hopeless(0.003)
+    path = path_of({math.inf: 2.0, 0.1: 1.0, 0.01: 1.0, 0.003: 1.5})
+    assert path.hopeless(0.001)
     # The first two are always tried: the base may be at a saddle.
-    assert not path_of({math.inf: 1.0, 0.1: 1.5}).hopeless(0.03)
+    assert not path_of({math.inf: 1.0, 0.1: 1.5}).hopeless(0.01)
 
 
 def test_a_ridge_that_diverges_loses():
-    path = path_of({math.inf: 2.0, 0.1: 1.0, 0.03: math.nan})
+    path = path_of({math.inf: 2.0, 0.1: 1.0, 0.01: math.nan})
     assert path.choice() == 0.1
-    assert path.hopeless(0.01)
+    assert path.hopeless(0.003)
 
 
 def test_a_ridge_that_one_fold_gave_up_is_out():
-    path = path_of({math.inf: 2.0, 0.1: 1.0, 0.03: 0.5})
+    path = path_of({math.inf: 2.0, 0.1: 1.0, 0.01: 0.5})
     for ridge, mean in ((math.inf, 2.0), (0.1, 1.0)):
         losses = torch.full((100,), mean, dtype=torch.float64)
         path.add(ridge, torch.zeros(1, dtype=torch.float64), losses)

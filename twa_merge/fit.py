@@ -22,12 +22,13 @@ from .subspace import Chart
 
 # On the path a fit needs to be good enough to compare ridges, no more; each begins where the one
 # with a stronger ridge ended.
-_PATH_EVALUATIONS = 8
+_PATH_EVALUATIONS = 6
 _PATH_TOLERANCE = 3e-4
-_RIDGE_SAMPLE = 512
+_RIDGE_SAMPLE = 256
 _START_EXAMPLES = 256
 # The fit begins with this many examples and takes twice as many as long as that moves it.
 _FIRST_SAMPLE = 256
+_ALL_FROM = 1.75
 
 
 @dataclass
@@ -152,17 +153,21 @@ class Fitter:
         Returns:
             The last fit and the number of examples it used.
         """
-        size = min(self.limit, _FIRST_SAMPLE)
+        size = self._grown(_FIRST_SAMPLE)
         most, tolerance = self.config.max_evaluations, self.config.tolerance
         result = self._minimise(name, chart, range(size), ridge, start, most, tolerance)
         while size < self.limit and math.isfinite(result.loss):
-            size = min(2 * size, self.limit)
+            size = self._grown(2 * size)
             grown = self._minimise(name, chart, range(size), ridge, result.z, most, tolerance)
             moved = self._still_moves(chart, result.z, grown.z, range(size))
             result = grown
             if not moved:
                 break
         return result, size
+
+    def _grown(self, size: int) -> int:
+        """``size``, or all there are where a further doubling would hardly add any."""
+        return size if self.limit > _ALL_FROM * size else self.limit
 
     def _still_moves(self, chart: Chart, old: Tensor, new: Tensor, chosen: Sequence[int]) -> bool:
         """Whether the larger sample's answer is better on it by more than one standard error."""

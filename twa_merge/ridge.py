@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 # Weights of ‖z‖²/2 that `auto` tries, strongest first, so that each fit starts near the next.
-RIDGES = (0.1, 0.03, 0.01, 0.003, 0.001, 0.0003, 0.0001)
+RIDGES = (0.1, 0.01, 0.003, 0.001, 0.0003)
 FOLDS = 4
 
 

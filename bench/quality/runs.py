@@ -76,7 +76,7 @@ def annealing(
     steps: int = 2400,
     every: int = 20,
     learning_rate: float = 3e-3,
-    sequences: int | None = 768,
+    sequences: int | None = 512,
     test_sequences: int | None = 1024,
     from_step: int = 1220,
     merge_every: int = 40,
