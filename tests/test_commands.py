@@ -95,6 +95,16 @@ def test_average_makes_a_merge_again_from_its_report(trained: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one.keys() - statistics)
 
 
+def test_an_unknown_metric_is_told_before_anything_is_trained(tmp_path: Path) -> None:
+    train(tmp_path / "run")
+    done = run("train", tmp_path / "run", "--task", TASK, "-o", tmp_path / "m", "--select",
+               "metric:f1")  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "accuracy" in done.stderr
+    assert "Training" not in done.stderr
+    assert not (tmp_path / "m").exists()
+
+
 def test_kill_9_and_the_same_command_again(tmp_path: Path) -> None:
     train(tmp_path / "run")
     options = ("train", tmp_path / "run", "--task", TASK, "--device", "cpu", "-o")

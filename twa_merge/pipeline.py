@@ -55,7 +55,7 @@ from .subspace import (
     with_centre,
 )
 from .task import Task
-from .verdict import Verdict, judge
+from .verdict import Verdict, judge, require_metric
 from .writer import check_output, write_merge
 
 Paths = Sequence[str | PathLike[str]]
@@ -124,6 +124,7 @@ def merge(
     if log.resumed:
         progress(Noted(f"Continuing: {log.resumed} evaluations are known from {log.folder}."))
     run = set_up(found, layout, chosen_task, splits, world, choices, log, clock, progress)
+    require_metric(run)
     with clock.part("fit"):
         fitted = _fit(run)
     with clock.part("guard"):

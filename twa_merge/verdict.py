@@ -37,6 +37,26 @@ class Verdict:
     over_uniform: Improvement | None
 
 
+def require_metric(run: Run) -> None:
+    """Looks for the metric that --select names, before anything is trained.
+
+    Raises:
+        ConfigError: the task does not have it.
+    """
+    select = run.choices.guard.select
+    if select == "loss":
+        return
+    name, guard = select.removeprefix("metric:"), run.jury.guard
+    run.engine.set_weights(single(run.n, run.n - 1)[None])
+    _, metrics = run.engine.example_losses(guard, range(min(2, guard.size)), with_metrics=True)
+    if name not in metrics:
+        raise ConfigError(
+            "--select names a metric that the task does not have.",
+            expected=", ".join(metrics) or "a task with metrics()",
+            found=name,
+        )
+
+
 def judge(run: Run, fitted: Sequence[Fitted]) -> Verdict:
     families = parse_families(run.choices.guard.candidates)
     candidates = fixed(run.n, families)
@@ -106,7 +126,6 @@ def _cross_validate(
 def _headlines(run: Run, scored: Sequence[Scored]) -> tuple[list[Scored], Scored]:
     """The best of each family by the guard split alone, and the best single checkpoint."""
     select = run.choices.guard.select
-    _require_metric(scored[0], select)
     singles = [s for s in scored if s.name == "last" or s.name.startswith("single:")]
     best_single = _renamed(pick(singles, select), "best_single", 1)
     families: dict[str, list[Scored]] = {}
@@ -139,13 +158,3 @@ def _verdict(
 def _renamed(item: Scored, name: str, rank: int) -> Scored:
     candidate = Candidate(name, item.candidate.alphas, rank)
     return Scored(candidate, item.guard, item.metrics, batch_norm=item.batch_norm)
-
-
-def _require_metric(item: Scored, select: str) -> None:
-    name = select.removeprefix("metric:")
-    if select != "loss" and name not in item.metrics:
-        raise ConfigError(
-            "--select names a metric that the task does not have.",
-            expected=", ".join(item.metrics) or "a task with metrics()",
-            found=name,
-        )
