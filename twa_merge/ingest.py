@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import queue
-import threading
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -138,8 +137,7 @@ class _Pass:
         check: bool,
     ) -> None:
         self._checkpoints, self._layout = checkpoints, layout
-        self._store, self._storing = store, threading.Lock()
-        self._check = check
+        self._store, self._check = store, check
 
     def run(self, slices: Sequence[RowSlice]) -> Generator[tuple[RowSlice, _Sums], None, None]:
         """The slices with their sums, in the order given, however many threads there are."""
@@ -187,8 +185,7 @@ class _Pass:
             if not math.isfinite(square) and not bool(centre.isfinite().all()):
                 raise blame(self._checkpoints, piece)
             if self._store is not None:
-                with self._storing:
-                    self._store.put(piece, centre, offsets)
+                self._store.put(piece, centre, offsets)
             squares += square
             exact.add(0, offsets)
             cross += offsets @ centre

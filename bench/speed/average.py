@@ -100,7 +100,9 @@ def _once(
     for path in dropped:
         with path.open("rb") as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-    return run(command, {**os.environ, "HF_HUB_OFFLINE": "1"}, memory=memory)
+    # Packages are compiled when they are installed, ours from a checkout when it first runs.
+    environment = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
+    return run(command, {**environment, "HF_HUB_OFFLINE": "1"}, memory=memory)
 
 
 def _report(timed: dict[str, list[Measured]], sampled: dict[str, list[Measured]]) -> None:
