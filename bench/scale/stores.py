@@ -88,9 +88,9 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=384)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--checkpoints", type=int, default=12)
-    parser.add_argument("--sequences", type=int, default=64, help="of 128 bytes, in the fit split")
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--sequences", type=int, default=32, help="of 128 bytes, in the fit split")
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
     return parser.parse_args()
 
 

@@ -5,7 +5,8 @@
 A byte-level language model is trained for a minute (made once and kept). Both stages of the fit,
 one set of coefficients and one a tensor, are then trained with each width of the store. Whatever
 the width, the coefficients are applied to the original checkpoints, as the written model's are. The
-loss is that of the test part, which nothing was chosen on.
+loss is that of the test part, which nothing was chosen on. Ridge and evaluations are the same for
+all.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from torch import Tensor
 
 from twa_merge.checkpoints import open_checkpoints
 from twa_merge.clock import Clock
-from twa_merge.config import EngineConfig, StoreConfig
+from twa_merge.config import EngineConfig, FitConfig, Selection, StoreConfig
 from twa_merge.demo import task, train_run
 from twa_merge.distributed import World
 from twa_merge.layout import make_layout
@@ -35,6 +36,7 @@ from twa_merge.subspace import Chart, make_subspace
 from twa_merge.task import split
 
 DEMANDED = {"int8": 0.0001, "int4": 0.0005}
+RIDGE, EVALUATIONS = 0.001, 12
 
 
 def main() -> None:
@@ -42,18 +44,21 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, required=True, help="where checkpoints are kept")
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--checkpoints", type=int, default=20)
-    parser.add_argument("--widths", nargs="+", default=["bfloat16", "int8", "int4", "int1"])
+    parser.add_argument("--widths", nargs="+", default=["int8", "int4", "int1"])
+    parser.add_argument("--run", type=Path, help="checkpoints of such a run that are there already")
+    parser.add_argument("--every", type=int, help="K-th checkpoint of it only")
     options = parser.parse_args()
-    folder = options.folder / f"demo-{options.steps}-{options.checkpoints}"
+    folder = options.run or options.folder / f"demo-{options.steps}-{options.checkpoints}"
     if not folder.is_dir():
         train_run(folder, steps=options.steps, checkpoints=options.checkpoints)
+    selection = Selection(last=options.checkpoints, every=options.every)
     print(machine())
     print("store    | MB held | seconds | test loss: one set of coefficients | one a tensor")
     exact: list[float] = []
     for width in ["float32", *options.widths]:
         begun = time.perf_counter()
         with tempfile.TemporaryDirectory() as state:
-            run = prepare(folder, width, Path(state))
+            run = prepare(folder, selection, width, Path(state))
             alphas = fit(run)
         took = time.perf_counter() - begun
         losses = [test_loss(run, a) for a in alphas]
@@ -67,11 +72,15 @@ def main() -> None:
         )
 
 
-def prepare(folder: Path, width: str, state: Path) -> Run:
+def prepare(folder: Path, selection: Selection, width: str, state: Path) -> Run:
     """A run as ``twa-merge train`` sets it up."""
-    checkpoints = open_checkpoints([folder])
+    checkpoints = open_checkpoints([folder], selection)
     chosen = task()
-    choices = Choices(store=StoreConfig("device", width), engine=EngineConfig(device="cpu"))
+    choices = Choices(
+        fit=FitConfig(blocks="tensors", ridge=RIDGE, max_evaluations=EVALUATIONS),
+        store=StoreConfig("device", width),
+        engine=EngineConfig(device="cpu"),
+    )
     splits = split(chosen, choices.data.guard_fraction, choices.data.seed, None)
     log = EvaluationLog(state / "out.partial", {}, World(), fresh=True)
     return set_up(
@@ -102,3 +111,7 @@ def test_loss(run: Run, alphas: Tensor) -> float:
     assert run.jury.test is not None
     losses, _ = exact.example_losses(run.jury.test, range(run.jury.test.size))
     return float(losses.mean())
+
+
+if __name__ == "__main__":
+    main()
