@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import psutil
+import pytest
 from launches import (
     TASK,
     command,
@@ -88,6 +89,7 @@ def test_packed_offsets_give_the_same_coefficients_on_any_number_of_ranks(tmp_pa
     for other in others:
         for a, b in zip(one["candidates"], other["candidates"], strict=True):
             assert distance(a["coefficients"], b["coefficients"]) < 1e-5
+            assert a["guard_loss"] == pytest.approx(b["guard_loss"], abs=1e-5)
 
 
 def distance(one: dict | list, other: dict | list) -> float:

@@ -32,7 +32,7 @@ from .progress import Noted, Progress
 from .random_directions import RandomDirections, RandomStore, draw
 from .resume import EvaluationLog
 from .scoring import Jury
-from .store import make_store
+from .store import Work, make_store
 from .subspace import root_mean_square
 from .task import Splits, Task, check_task, split
 from .tasks import load_task
@@ -109,7 +109,14 @@ def set_up(
     blocks = _blocks(live, layout, choices.fit)
     shared = {name: live.is_shared(name) for name in layout.averaged}
     store = make_store(
-        checkpoints, layout, blocks, world, choices.store, shared=shared, progress=progress
+        checkpoints,
+        layout,
+        blocks,
+        world,
+        choices.store,
+        shared=shared,
+        work=Work(whole_model=choices.engine.gather == "model"),
+        progress=progress,
     )
     with clock.part("ingest"):
         grams = ingest(

@@ -36,7 +36,7 @@ from twa_merge.subspace import Chart, make_subspace
 from twa_merge.task import split
 
 DEMANDED = {"int8": 0.0001, "int4": 0.0005}
-RIDGE, EVALUATIONS = 0.001, 12
+RIDGE, EVALUATIONS, SEQUENCES = 0.001, 10, 192
 
 
 def main() -> None:
@@ -75,7 +75,7 @@ def main() -> None:
 def prepare(folder: Path, selection: Selection, width: str, state: Path) -> Run:
     """A run as ``twa-merge train`` sets it up."""
     checkpoints = open_checkpoints([folder], selection)
-    chosen = task()
+    chosen = task(sequences=SEQUENCES)
     choices = Choices(
         fit=FitConfig(blocks="tensors", ridge=RIDGE, max_evaluations=EVALUATIONS),
         store=StoreConfig("device", width),
