@@ -106,7 +106,8 @@ def rounded(numbers: Tensor, shape: tuple[int, ...], dtype: str) -> Tensor:
     """One offset as a store of this width keeps it, row by row, group by group."""
     numbers = numbers.float()
     rows = numbers.view(shape).flatten(1) if len(shape) > 1 else numbers[:, None]
-    if dtype not in ("float32", "bfloat16") and rows.shape[1] < 128:
+    width = rows.shape[1]
+    if dtype in GROUP_BYTES and -(-width // 128) * (GROUP_BYTES[dtype] + 4) >= 2 * width:
         dtype = "bfloat16"
     if dtype in ("float32", "bfloat16") or not numbers.numel():
         return numbers.to(getattr(torch, dtype, torch.float32)).double()
@@ -362,8 +363,8 @@ def test_packed_for_real(offsets, dtype):
     bits = {"int8": 8.25, "int4": 4.25, "int1": 1.25}[dtype]
     assert footprint(12, 4096, N, dtype) == (12 * 4096 * N * bits / 8, 4 * 12 * 4096)
     # Never more than one group too many in a row.
-    assert footprint(3, 129, N, dtype)[0] == 3 * 2 * N * (GROUP_BYTES[dtype] + 4)
-    # Rows too short for a group.
+    assert footprint(3, 200, N, dtype)[0] == 3 * 2 * N * (GROUP_BYTES[dtype] + 4)
+    # Rows that are not worth a group.
     assert footprint(9000, 1, N, dtype) == (2 * 9000 * N, 4 * 9000)
 
 

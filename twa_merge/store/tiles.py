@@ -188,11 +188,15 @@ def _place(store: Tensor, wide: int, tiles: slice, columns: slice, values: Tenso
 def kept_as(dtype: str, count: int, numel: int) -> tuple[str, Rows]:
     """How ``count`` rows of ``numel`` numbers are kept in a store of ``dtype``.
 
-    Rows shorter than a group, those of biases and norms, stay in bfloat16.
+    Rows that would take more room in whole groups than in bfloat16 stay in that: those of biases
+    and norms are single numbers.
     """
-    if dtype in PLAIN or numel < GROUP:
-        return (dtype if dtype in PLAIN else "bfloat16"), Rows(count, numel, numel)
-    return dtype, Rows(count, numel, -(-numel // GROUP) * GROUP)
+    if dtype in PLAIN:
+        return dtype, Rows(count, numel, numel)
+    groups = -(-numel // GROUP)
+    if groups * (GROUP_BYTES[dtype] + 4) >= 2 * numel:
+        return "bfloat16", Rows(count, numel, numel)
+    return dtype, Rows(count, numel, groups * GROUP)
 
 
 def allocate(count: int, numel: int, n: int, dtype: str, memory: Allocate) -> Held:
