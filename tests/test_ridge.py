@@ -32,17 +32,21 @@ def test_every_example_is_unseen_once():
 def test_without_noise_the_best_ridge_is_chosen():
     path = path_of({math.inf: 2.0, 0.1: 1.5, 0.01: 1.2, 0.003: 1.0, 0.001: 1.1})
     assert path.choice() == 0.003
-    assert path.certain()
+    assert path.settled()
 
 
 def test_where_nothing_beats_the_base_the_strongest_ridge_stays_closest_to_it():
     path = path_of({math.inf: 1.0, 0.1: 1.2, 0.01: 1.3})
     assert path.choice() == RIDGES[0]
-    assert not path.certain()
+    assert path.settled()
 
 
-def test_a_gain_within_noise_is_not_certain():
-    assert not path_of({math.inf: 1.001, 0.1: 1.0}, noise=1.0).certain()
+def test_a_gain_within_noise_asks_for_more_folds():
+    assert not path_of({math.inf: 1.001, 0.1: 1.0}, noise=1.0).settled()
+
+
+def test_a_gain_that_can_only_be_tiny_asks_for_no_more_folds():
+    assert path_of({math.inf: 1.001, 0.1: 1.0}, noise=0.01).settled()
 
 
 def test_weaker_ridges_are_given_up_once_they_do_worse():

@@ -177,12 +177,12 @@ class Fitter:
         return gain > error
 
     def _path(self, name: str, chart: Chart, before: Fitted | None) -> RidgePath:
-        """Cross-validates the ridge, until it is certain that the fit helps on unseen examples."""
+        """Cross-validates the ridge, fold by fold until its gain on unseen examples is settled."""
         path = RidgePath(min(self.limit, _RIDGE_SAMPLE))
         fewest = before.path.folds if before and before.path else 1
         for fold in range(FOLDS if path.size >= FOLDS and chart.size else 0):
             self._extend(path, name, self._without(chart, before, path, fold), fold)
-            if path.folds >= fewest and path.certain():
+            if path.folds >= fewest and path.settled():
                 break
         return path
 

@@ -11,6 +11,7 @@ from torch import Tensor
 # Weights of ‖z‖²/2 that `auto` tries, strongest first, so that each fit starts near the next.
 RIDGES = (0.1, 0.01, 0.003, 0.001, 0.0003)
 FOLDS = 4
+_HARDLY = 0.005
 
 
 @dataclass
@@ -56,11 +57,15 @@ class RidgePath:
         best = self.best()
         return RIDGES[0] if best == math.inf else best
 
-    def certain(self) -> bool:
-        """Whether the choice beats the base by more than two standard errors."""
+    def settled(self) -> bool:
+        """Whether further folds would say little more.
+
+        That is so when the choice beats the base by more than two standard errors, or when even
+        two of them more than what was found would hardly change the loss.
+        """
         losses = self.complete()
-        mean, error = paired(losses[math.inf], losses[self.choice()])
-        return mean > 2.0 * error
+        gain, error = paired(losses[math.inf], losses[self.choice()])
+        return gain > 2.0 * error or gain + 2.0 * error < _HARDLY * self.scores()[math.inf]
 
     def hopeless(self, ridge: float) -> bool:
         """Whether a stronger ridge than this one does worse than the best for certain."""
