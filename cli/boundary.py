@@ -92,6 +92,8 @@ def run(command: click.Command, argv: list[str]) -> int:
         with _signals():
             code = _invoke(command, session)
             sys.stdout.flush()
+            if code == 0:
+                _leave_group()
             return code
     except KeyboardInterrupt as error:
         _say_interrupted(session, error)
@@ -128,6 +130,12 @@ def _invoke(command: click.Command, session: Session) -> int:
     except (Exception, SystemExit) as error:
         _report_internal(error, session)
         return INTERNAL
+
+
+def _leave_group() -> None:
+    distributed = sys.modules.get("twa_merge.distributed")
+    if distributed is not None:
+        distributed.stop()
 
 
 def _report(error: TwaMergeError) -> None:

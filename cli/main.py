@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
 import sys
 from typing import NoReturn
 
@@ -57,4 +59,11 @@ def cli() -> None:
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """The entry point: runs the command line and exits."""
-    sys.exit(run(cli, sys.argv[1:] if argv is None else argv))
+    code = run(cli, sys.argv[1:] if argv is None else argv)
+    if code and "RANK" in os.environ:
+        # An orderly exit might wait for ranks that wait for this one.
+        for stream in (sys.stdout, sys.stderr):
+            with contextlib.suppress(OSError, ValueError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)

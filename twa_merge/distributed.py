@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import ctypes
 import datetime
@@ -108,6 +109,10 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
             timeout=datetime.timedelta(minutes=timeout_minutes),
             device_id=where if where.type == "cuda" else None,
         )
+        if where.type == "cpu":
+            # Threads of gloo that outlive the interpreter can abort the process at its very end.
+            # Not for NCCL, which may wait for ranks that are gone.
+            atexit.register(stop)
     return World(rank, size, where)
 
 

@@ -65,11 +65,13 @@ class Bench:
     Attributes:
         make: cache folder, seed → suite.
         rates: learning rates that the authors' algorithm is tuned over.
+        by_layer: a second merge with ``--blocks layers``.
     """
 
     make: Callable[[Path, int], Suite]
     rates: tuple[float, ...]
     epochs: int = 3
+    by_layer: bool = True
 
 
 BENCHES: dict[str, Bench] = {
@@ -80,7 +82,9 @@ BENCHES: dict[str, Bench] = {
     "fine-tuning": Bench(fine_tuning, (0.1, 0.3, 1.0, 3.0)),
     **{
         f"little-data-{k}": Bench(
-            partial(annealing, sequences=round(k / (1 - GUARD_FRACTION))), (0.1, 0.3, 1.0, 3.0)
+            partial(annealing, sequences=round(k / (1 - GUARD_FRACTION)), test_sequences=512),
+            (0.1, 0.3, 1.0, 3.0),
+            by_layer=False,
         )
         for k in SIZES
     },
@@ -94,10 +98,8 @@ def measure(bench: Bench, suite: Suite) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     losses = {c["name"].partition(":")[0]: c["test_loss"] for c in document["candidates"]}
     losses["written"] = chosen_loss(document)
-    by_layer = trained(suite, FitConfig(blocks="layers"), candidates="last,twa-layers")
-    losses["twa-layers"] = next(
-        c["test_loss"] for c in by_layer["candidates"] if c["name"] == "twa-layers"
-    )
+    if bench.by_layer:
+        losses["twa-layers"] = layers_loss(suite)
     losses["authors"] = authors_loss(bench, suite)
     return {
         "chosen": document["chosen"],
@@ -121,6 +123,12 @@ def trained(suite: Suite, fit: FitConfig, candidates: str = "all") -> dict[str, 
             data_config=DataConfig(seed=suite.seed),
             guard=GuardConfig(candidates=candidates),
         )
+
+
+def layers_loss(suite: Suite) -> float:
+    document = trained(suite, FitConfig(blocks="layers"), candidates="last,twa-layers")
+    rows = document["candidates"]
+    return float(next(c["test_loss"] for c in rows if c["name"] == "twa-layers"))
 
 
 def chosen_loss(document: Mapping[str, Any]) -> float:
