@@ -6,6 +6,7 @@ import torch
 
 from twa_merge.candidates import Candidate, single
 from twa_merge.guard import Scored, bootstrap_interval, improvement, pick
+from twa_merge.verdict import best_of
 
 
 def scored(name: str, losses: torch.Tensor, rank: int, **more) -> Scored:
@@ -30,6 +31,25 @@ def test_examples_that_a_cross_validation_held_out_count_as_much_as_guard_exampl
     assert pick([lucky, sound], "loss") is sound
     assert abs(lucky.evidence("loss") - 4.9 / 3) < 1e-6
     assert improvement(sound, lucky, "loss", seed=0).mean < 0  # measured on the guard split alone
+
+
+def test_the_best_of_many_is_judged_by_what_did_not_pick_it():
+    """Twenty candidates alike but for noise: the least mean is far below what they are worth."""
+    generator = torch.Generator().manual_seed(0)
+    guard = 1.0 + torch.randn(20, 10, generator=generator).double()
+    unseen = 1.0 + torch.randn(20, 10, generator=generator).double()
+    family = [
+        scored(f"window:{i}", g, 3, unseen=u)
+        for i, (g, u) in enumerate(zip(guard, unseen, strict=True))
+    ]
+    best = best_of(family, "loss")
+    pooled = torch.cat([guard, unseen], 1).mean(1)
+    assert best.name == f"window:{int(pooled.argmin())}"
+    expected = (guard[unseen.mean(1).argmin()].mean() + unseen[guard.mean(1).argmin()].mean()) / 2
+    assert abs(best.evidence("loss") - float(expected)) < 1e-12
+    assert best.evidence("loss") > float(pooled.min()) + 0.1
+    alone = scored("uniform", guard[0], 2, unseen=unseen[0])
+    assert best_of([alone], "loss").evidence("loss") == float(pooled[0])
 
 
 def test_what_is_not_finite_never_wins():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -22,6 +23,8 @@ class Scored:
         metrics: name → (N,) float64, on the guard split.
         unseen: (M,) float64, loss of examples of the fit split, where it was taken: each by
             coefficients that were fitted without it.
+        crossed: (N + M,) float64, what stands for both where the candidate is the best of several:
+            losses of the one that the other half of the examples would have picked.
         fit_loss, test_loss: means, where they were taken.
         batch_norm: where its running statistics came from, where there are any.
     """
@@ -30,6 +33,7 @@ class Scored:
     guard: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
     unseen: Tensor | None = None
+    crossed: Tensor | None = None
     fit_loss: float | None = None
     test_loss: float | None = None
     test_metrics: dict[str, float] = field(default_factory=dict)
@@ -45,10 +49,18 @@ class Scored:
 
     def evidence(self, select: str) -> float:
         """Mean cost of all examples that the candidate can be judged by."""
+        if self.crossed is not None and select == "loss":
+            return finite_mean(self.crossed)
         cost = self.cost_of(select)
         if self.unseen is not None:
             cost = torch.cat([cost, self.unseen])
         return float(cost.mean())
+
+
+def finite_mean(losses: Tensor | None) -> float:
+    """The mean, or infinity where it is not a number."""
+    mean = math.nan if losses is None else float(losses.mean())
+    return mean if math.isfinite(mean) else math.inf
 
 
 @dataclass(frozen=True)
