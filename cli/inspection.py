@@ -11,7 +11,7 @@ from rich.text import Text
 
 from .console import plain
 from .figures import amount, duration, number, size
-from .pictures import bars, distance_map
+from .pictures import bars, distance_map, new_table
 
 # Directions beyond this are noise to the eye; the document has them all.
 _MOST_DIRECTIONS = 16
@@ -44,8 +44,6 @@ def show_geometry(geometry: Mapping[str, Any], labels: list[str], console: Conso
 
 
 def _table(geometry: Mapping[str, Any], labels: Sequence[str]) -> Table:
-    from .render import new_table
-
     table = new_table("checkpoint", "norm", "distance to mean", "to the one before", "cosine to it")
     distances, cosines = geometry["distances"], geometry["cosines"]
     for i, label in enumerate(labels):

@@ -1,10 +1,12 @@
-"""Bars and heat maps out of characters; in ASCII where the terminal knows nothing else."""
+"""Tables, and bars and heat maps out of characters; in ASCII where the terminal knows no other."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 
+from rich import box
+from rich.table import Table
 from rich.text import Text
 
 _SHADES = " ░▒▓█"
@@ -13,6 +15,15 @@ _EIGHTHS = " ▏▎▍▌▋▊▉"
 _POSITIVE, _NEGATIVE = "blue", "red"
 _LABEL_WIDTH = 28
 _WIDEST = 100
+
+
+def new_table(first: str, *others: str) -> Table:
+    """Names in the first column, figures in the others."""
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
+    table.add_column(first, overflow="fold")
+    for name in others:
+        table.add_column(name, justify="right", no_wrap=True)
+    return table
 
 
 def bars(

@@ -26,7 +26,7 @@ from twa_merge.document import (
 
 from .console import plain
 from .figures import NONE, amount, duration, number, size
-from .pictures import bars, signed_map
+from .pictures import bars, new_table, signed_map
 
 _LOSSES = ("fit_loss", "guard_loss", "test_loss")
 
@@ -213,16 +213,6 @@ def _show_written(document: Document, console: Console, output: Path) -> None:
     took = f" in {duration(sum(timings.values()))}" if timings else ""
     text = Text.assemble("\nWritten to ", (plain(output), "bold"), took)
     console.print(text, soft_wrap=True)
-
-
-def new_table(first: str, *others: str) -> Table:
-    from rich import box
-
-    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, header_style="bold")
-    table.add_column(first, overflow="fold")
-    for name in others:
-        table.add_column(name, justify="right", no_wrap=True)
-    return table
 
 
 def _any(rows: Sequence[Document], key: str) -> bool:

@@ -2,13 +2,10 @@
 
 Every function takes that folder and a seed and gives a ``Suite``. On two CPU cores the byte-level
 run takes about three minutes a seed.
-
-    python bench/quality/runs.py CACHE [--seeds 3]     # makes all of them beforehand
 """
 
 from __future__ import annotations
 
-import argparse
 import copy
 import json
 import shutil
@@ -138,29 +135,3 @@ def head(cache: Path, seed: int, *, share: float = 0.5, **options: Any) -> Suite
 def step_of(checkpoint: Path) -> int:
     """Training step in the checkpoint's name."""
     return int(checkpoint.name.rpartition("-")[2])
-
-
-def main() -> None:
-    """Makes every run and prints what it took."""
-    # Imported here: these modules build on this one.
-    from language import fine_tuning
-    from soup import soup
-
-    parser = argparse.ArgumentParser(description=main.__doc__)
-    parser.add_argument("cache", type=Path)
-    parser.add_argument("--seeds", type=int, default=3)
-    arguments = parser.parse_args()
-    for seed in range(arguments.seeds):
-        for make in (annealing, soup_of("conv", soup), soup_of("vit", soup), fine_tuning):
-            began = time.perf_counter()
-            suite = make(arguments.cache, seed)
-            took = f"{time.perf_counter() - began:.0f} s"
-            print(f"{suite.name}, seed {seed}: {len(suite.checkpoints)} checkpoints, {took}")
-
-
-def soup_of(kind: str, soup: Callable[..., Suite]) -> Callable[[Path, int], Suite]:
-    return lambda cache, seed: soup(cache, seed, kind=kind)
-
-
-if __name__ == "__main__":
-    main()
