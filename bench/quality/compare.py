@@ -84,6 +84,8 @@ BENCHES: dict[str, Bench] = {
         f"little-data-{k}": Bench(
             partial(annealing, sequences=round(k / (1 - GUARD_FRACTION)), test_sequences=512),
             (0.1, 0.3, 1.0, 3.0),
+            # At least twenty steps, however few examples there are.
+            epochs=max(3, 320 // k),
             by_layer=False,
         )
         for k in SIZES
