@@ -76,7 +76,7 @@ class Bench:
 
 BENCHES: dict[str, Bench] = {
     "annealing": Bench(annealing, (0.1, 0.3, 1.0, 3.0)),
-    "head": Bench(head, (0.1, 0.3, 1.0, 3.0)),
+    "head": Bench(head, (0.1, 0.3, 1.0, 3.0), by_layer=False),
     "soup-conv": Bench(partial(soup, kind="conv"), (0.01, 0.03, 0.1, 0.3, 1.0), 10),
     "soup-vit": Bench(partial(soup, kind="vit"), (0.01, 0.03, 0.1, 0.3, 1.0), 10),
     "fine-tuning": Bench(fine_tuning, (0.1, 0.3, 1.0, 3.0)),
