@@ -22,6 +22,9 @@ def relaunch(session: Session, nproc: int, max_restarts: int) -> None:
     from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
+    # A store that outlives the workers would hand those that are started again the addresses of
+    # the dead (pytorch/pytorch issue 135712).
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     # The launcher's default is one thread a process, with a warning.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
     if not session.debug:
