@@ -79,7 +79,7 @@ BENCHES: dict[str, Bench] = {
     "head": Bench(head, (0.1, 0.3, 1.0, 3.0), by_layer=False),
     "soup-conv": Bench(partial(soup, kind="conv"), (0.01, 0.03, 0.1, 0.3, 1.0), 10),
     "soup-vit": Bench(partial(soup, kind="vit"), (0.01, 0.03, 0.1, 0.3, 1.0), 10),
-    "fine-tuning": Bench(fine_tuning, (0.1, 0.3, 1.0, 3.0)),
+    "fine-tuning": Bench(fine_tuning, (0.1, 0.3, 1.0, 3.0), by_layer=False),
     **{
         f"little-data-{k}": Bench(
             partial(annealing, sequences=round(k / (1 - GUARD_FRACTION)), test_sequences=512),
@@ -149,7 +149,8 @@ def authors_loss(bench: Bench, suite: Suite) -> float:
 
 def test_loss(suite: Suite, state: Mapping[str, Tensor]) -> float:
     model = FlatModel(suite.task)
-    model.module.load_state_dict(state)
+    # Tied tensors are saved once.
+    model.module.load_state_dict(state, strict=False)
     return model.loss(suite.task.test_dataset(), 64)  # type: ignore[attr-defined]
 
 
@@ -170,14 +171,18 @@ def reference_losses(suite: Suite, written: float) -> dict[str, float]:
     return losses
 
 
-def results(cache: Path, names: Sequence[str], seeds: int) -> Iterator[tuple[str, int, Any]]:
-    """Measures what is missing and yields everything: suite, seed, result."""
+def results(
+    cache: Path, names: Sequence[str], seeds: int, known_only: bool
+) -> Iterator[tuple[str, int, Any]]:
+    """Measures what is missing, unless told not to, and yields the rest: suite, seed, result."""
     folder = cache / "results"
     folder.mkdir(parents=True, exist_ok=True)
     for seed in range(seeds):
         for name in names:
             path = folder / f"{name}-{seed}.json"
             if not path.exists():
+                if known_only:
+                    continue
                 bench = BENCHES[name]
                 found = measure(bench, bench.make(cache, seed))
                 path.write_text(json.dumps(found, indent=1))
@@ -193,7 +198,7 @@ def tables(found: Mapping[str, Sequence[Any]]) -> str:
     """Markdown: a table of mean losses, one column a suite, and what the bars come to."""
     names = list(found)
     lines = [
-        "| mean test loss | " + " | ".join(names) + " |",
+        "| mean test loss | " + " | ".join(f"{k} ({len(found[k])})" for k in names) + " |",
         "| --- |" + " ---: |" * len(names),
     ]
     for row, title in ROWS.items():
@@ -242,13 +247,15 @@ def main() -> None:
     parser.add_argument("cache", type=Path)
     parser.add_argument("--suites", default=",".join(BENCHES))
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--known", action="store_true", help="only what CACHE holds already")
     parser.add_argument("--write", action="store_true", help="put the tables into README.md")
     arguments = parser.parse_args()
     names = arguments.suites.split(",")
     found: dict[str, list[Any]] = {name: [] for name in names}
-    for name, _, result in results(arguments.cache, names, arguments.seeds):
+    for name, _, result in results(arguments.cache, names, arguments.seeds, arguments.known):
         found[name].append(result)
-    text = f"{arguments.seeds} seeds; {machine()}.\n\n{tables(found)}\n"
+    found = {name: runs for name, runs in found.items() if runs}
+    text = f"{machine()}; number of seeds in parentheses.\n\n{tables(found)}\n"
     print(text)
     if arguments.write:
         before, _, rest = README.read_text().partition(BEGIN)
