@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import importlib
 import os
@@ -60,8 +61,11 @@ def cli() -> None:
 def main(argv: list[str] | None = None) -> NoReturn:
     """The entry point: runs the command line and exits."""
     code = run(cli, sys.argv[1:] if argv is None else argv)
-    if code and "RANK" in os.environ:
-        # An orderly exit might wait for ranks that wait for this one.
+    if "RANK" in os.environ:
+        # A failed rank's orderly exit might wait for ranks that wait for it; and a gloo thread that
+        # lets go of its last tensor while the interpreter is being taken down aborts the process.
+        if not code:
+            atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
             with contextlib.suppress(OSError, ValueError):
                 stream.flush()

@@ -76,6 +76,36 @@ def test_nproc_starts_the_same_thing(tmp_path):
     assert json.loads(done.stdout)["world_size"] == 2
 
 
+_TIDY = """
+import atexit, os
+from pathlib import Path
+from small_task import Small as task
+
+
+class Aborts:
+    def __del__(self):
+        os.abort()
+
+
+ABORTS = Aborts()  # by the end of the process, and no sooner
+atexit.register(lambda: Path(f"left.{os.environ['RANK']}").touch())
+"""
+
+
+def test_a_rank_that_is_done_outlives_no_interpreter(tmp_path, monkeypatch):
+    """As threads of gloo can, whatever aborts while the interpreter is taken down; exit
+    handlers run."""
+    train(tmp_path / "run")
+    (tmp_path / "tidy.py").write_text(_TIDY)
+    monkeypatch.chdir(tmp_path)
+    # fmt: off
+    done = run(2, "eval", tmp_path / "run", "--task", "tidy.py", "--device", "cpu")
+    # fmt: on
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "left.0").exists()
+    assert (tmp_path / "left.1").exists()
+
+
 def test_a_user_error_is_one_message_from_all_processes(tmp_path):
     train(tmp_path / "run", checkpoints=1)
     done = run(

@@ -7,6 +7,7 @@ import contextlib
 import ctypes
 import datetime
 import os
+import time
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from .errors import ConfigError
 # glibc's name for the size from which memory comes from the system, and goes back when freed.
 _M_MMAP_THRESHOLD = -3
 _RETURNED_FROM = 1 << 20
+_LETTING_GO_SECONDS = 0.1
 
 
 @dataclass(frozen=True)
@@ -105,14 +107,13 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
         _give_memory_back()
     if size > 1 and not dist.is_initialized():
         dist.init_process_group(
-            "nccl" if where.type == "cuda" else "gloo",
+            _backend(where),
             timeout=datetime.timedelta(minutes=timeout_minutes),
             device_id=where if where.type == "cuda" else None,
         )
         if where.type == "cpu":
-            # Threads of gloo that outlive the interpreter can abort the process at its very end.
             # Not for NCCL, which may wait for ranks that are gone.
-            atexit.register(stop)
+            atexit.register(_stop_at_exit)
     return World(rank, size, where)
 
 
@@ -120,14 +121,28 @@ def ensure_group(world: World) -> None:
     """Makes a process group of this process alone where there is none: FSDP2 insists on one."""
     if not dist.is_initialized():
         assert world.size == 1
-        backend = "nccl" if world.device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()
+        dist.init_process_group(_backend(world.device), store=store, rank=0, world_size=1)
+
+
+def _backend(device: torch.device) -> str:
+    return "nccl" if device.type == "cuda" else "gloo"
 
 
 def stop() -> None:
     """Leaves the process group."""
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def _stop_at_exit() -> None:
+    """Leaves the process group, and lets gloo's threads let go of their last tensors.
+
+    FSDP2's caches keep the group, and so its threads, alive for longer; one that lets go of a
+    tensor once the interpreter is being taken down aborts the process.
+    """
+    stop()
+    time.sleep(_LETTING_GO_SECONDS)
 
 
 def _give_memory_back() -> None:
