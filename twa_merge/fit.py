@@ -13,6 +13,7 @@ from .candidates import single, window
 from .config import FitConfig
 from .errors import ConfigError
 from .first_order import first_order
+from .guard import finite_mean
 from .objective import Batches, Engine, Objective
 from .optimize import FitResult, lbfgs
 from .progress import Advanced, Evaluated, Progress, Started
@@ -113,8 +114,7 @@ class Fitter:
 
     def score(self, alphas: Tensor, chosen: Sequence[int]) -> float:
         """Mean loss over chosen examples; infinite where it is not a number."""
-        mean = float(self.losses(alphas, chosen).mean())
-        return mean if math.isfinite(mean) else math.inf
+        return finite_mean(self.losses(alphas, chosen))
 
     def stage(self, name: str, chart: Chart, before: Fitted | None = None) -> Fitted:
         """Fits one chart from its base, with the ridge that unseen examples prefer.
@@ -126,18 +126,16 @@ class Fitter:
         spent = self.evaluations
         self.progress(Started(f"Training coefficients ({name})", None, "evaluations"))
         path: RidgePath | None = None
+        ridge = self.config.ridge or 0.0
         if self.config.optimizer != "lbfgs":
-            ridge = self.config.ridge or 0.0
             result, examples = self._first_order(name, chart), self.limit
         else:
-            z = torch.zeros(chart.size, dtype=torch.float64)
-            if self.config.ridge is not None:
-                ridge = self.config.ridge
-            else:
+            start = torch.zeros(chart.size, dtype=torch.float64)
+            if self.config.ridge is None:
                 path = self._path(name, chart, before)
                 ridge = path.choice()
-                z = path.start(ridge, chart.size)
-            result, examples = self._grow(name, chart, ridge, z)
+                start = path.start(ridge, chart.size)
+            result, examples = self._grow(name, chart, ridge, start)
         alphas = chart.alphas(result.z) if math.isfinite(result.loss) else chart.base
         spent = self.evaluations - spent
         return Fitted(name, chart, alphas, ridge, result, path, spent, examples)

@@ -49,7 +49,7 @@ class Scored:
 
     def evidence(self, select: str) -> float:
         """Mean cost of all examples that the candidate can be judged by."""
-        if self.crossed is not None and select == "loss":
+        if self.crossed is not None:
             return finite_mean(self.crossed)
         cost = self.cost_of(select)
         if self.unseen is not None:
@@ -57,9 +57,9 @@ class Scored:
         return float(cost.mean())
 
 
-def finite_mean(losses: Tensor | None) -> float:
-    """The mean, or infinity where it is not a number."""
-    mean = math.nan if losses is None else float(losses.mean())
+def finite_mean(losses: Tensor) -> float:
+    """The mean, or infinity where it is not finite."""
+    mean = float(losses.mean())
     return mean if math.isfinite(mean) else math.inf
 
 

@@ -311,19 +311,18 @@ def _shard(module: nn.Module, task: Task, world: World, precision: str, *, resha
         reduce_dtype=torch.float32 if precision == "bf16" else None,
     )
     options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": reshard}
-    parts = [part for part in _shardable(module, task) if part is not module]
     norms: list[nn.Module] = []
     if precision == "bf16":
         # Running statistics stay in float32, and batch norm wants its weights as wide.
         norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m is not module]
-        for norm in norms:
-            fully_shard(norm, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-        parts = [*norms, *(part for part in parts if part not in norms)]
-    for part in parts[len(norms) :]:
-        fully_shard(part, **options)
+    for norm in norms:
+        fully_shard(norm, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    layers = [m for m in _shardable(module, task) if m is not module and m not in norms]
+    for layer in layers:
+        fully_shard(layer, **options)
     fully_shard(module, **options)
     # Batches carry their own weights, so gradients add up over the ranks instead of averaging.
-    for part in [*parts, module]:
+    for part in [*norms, *layers, module]:
         part.set_gradient_divide_factor(1.0)  # type: ignore[operator]
         part.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
 

@@ -63,7 +63,7 @@ def judge(run: Run, fitted: Sequence[Fitted]) -> Verdict:
     candidates = fixed(run.n, families)
     soups = _Soups(run) if "greedy" in families and run.n > 2 else None
     if soups:
-        candidates.append(soups.without(None))
+        candidates.append(soups.without(()))
     cost = 0.0
     for stage in fitted:
         cost += stage.evaluations
@@ -91,10 +91,9 @@ class _Soups:
             [run.fitter.losses(single(run.n, i)[None], self._sample) for i in range(run.n)]
         )
 
-    def without(self, unseen: Collection[int] | None) -> Candidate:
+    def without(self, unseen: Collection[int]) -> Candidate:
         """The soup that is chosen without the examples at these positions."""
-        out = set(unseen or ())
-        kept = [p for p in self._sample if p not in out]
+        kept = [p for p in self._sample if p not in unseen]
         return greedy(self._losses[:, kept].mean(1), lambda a: self._fitter.score(a, kept))
 
 
@@ -147,14 +146,12 @@ def best_of(family: Sequence[Scored], select: str) -> Scored:
     The least of many means is too good to be true. So the family is judged by who would have been
     picked on the guard split, taken on the unseen examples, and the other way round.
     """
-    best = pick(family, select)
-    if len(family) == 1 or any(s.unseen is None for s in family):
+    best, both = pick(family, select), [(s.guard, s.unseen) for s in family if s.unseen is not None]
+    if len(family) == 1 or len(both) < len(family):
         return best
-    by_guard = min(family, key=lambda s: finite_mean(s.guard))
-    by_unseen = min(family, key=lambda s: finite_mean(s.unseen))
-    assert by_guard.unseen is not None
-    crossed = torch.cat([by_unseen.guard, by_guard.unseen])
-    return dataclasses.replace(best, crossed=crossed)
+    _, on_unseen = min(both, key=lambda losses: finite_mean(losses[0]))
+    on_guard, _ = min(both, key=lambda losses: finite_mean(losses[1]))
+    return dataclasses.replace(best, crossed=torch.cat([on_guard, on_unseen]))
 
 
 def _verdict(

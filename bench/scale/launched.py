@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -14,6 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "speed"))
+
+import processes
 
 ANSWER = "TWA_MERGE_BENCH_ANSWER"
 
@@ -80,14 +83,8 @@ def anonymous() -> int:
 
 
 def machine() -> str:
-    """The machine, and how busy it was, in a line."""
-    name = platform.processor() or platform.machine()
-    for line in Path("/proc/cpuinfo").read_text().splitlines():
-        if line.startswith("model name"):
-            name = line.partition(":")[2].strip()
-            break
-    load = ", ".join(f"{x:.1f}" for x in os.getloadavg())
-    return f"machine: {os.cpu_count()} cores, {name}, load {load}; torch {torch.__version__}"
+    """The machine, how busy it was, and the torch that ran on it, in a line."""
+    return f"{processes.machine()}; torch {torch.__version__}"
 
 
 def mb(nbytes: float) -> str:
