@@ -38,7 +38,8 @@ def combined(states, alphas):
 
 def test_a_merge_beats_everything_and_is_written_exactly(tmp_path):
     task, states, run, out = make(tmp_path)
-    document = merge([run], task, out, **QUICK)
+    guard = GuardConfig(candidates="uniform,window,twa")
+    document = merge([run], task, out, **QUICK | {"guard": guard})
     assert document["chosen"] == "twa"
     losses = {c["name"].split(":")[0]: c["guard_loss"] for c in document["candidates"]}
     assert losses["twa"] == min(losses.values())
@@ -95,10 +96,14 @@ def test_the_same_seed_gives_the_same_coefficients(tmp_path):
     assert other["coefficients"] != first["coefficients"]
 
 
-def test_blocks_can_be_merged_again_from_the_report(tmp_path):
+@pytest.mark.parametrize(
+    ("candidates", "chosen"), [("twa,twa-layers", "twa-tensors"), ("all", "blend")]
+)
+def test_blocks_can_be_merged_again_from_the_report(tmp_path, candidates, chosen):
     task, _, run, out = make(tmp_path)
-    document = merge([run], task, out, fit=FitConfig(blocks="tensors", ridge=0.0))
-    assert document["chosen"] == "twa-tensors"
+    fit, guard = FitConfig(blocks="tensors", ridge=0.0), GuardConfig(candidates=candidates)
+    document = merge([run], task, out, fit=fit, guard=guard)
+    assert document["chosen"] == chosen
     average([run], tmp_path / "again", weights=f"@{out / 'twa_merge.json'}")
     for name, tensor in written(tmp_path / "again").items():
         assert torch.equal(tensor, written(out)[name])

@@ -100,6 +100,15 @@ def test_a_winner_that_the_guard_split_alone_would_not_pick_is_explained(
     assert "On the guard split alone the uniform mean is best." in text
 
 
+def test_a_blend_says_what_it_is_made_of(train: dict[str, Any]) -> None:
+    assert "is a mean of candidates" not in train_text(train)
+    chosen = next(row for row in train["candidates"] if row["name"] == train["chosen"])
+    chosen |= {"name": "blend", "blend_of": {"last": 0.004, "uniform": 0.336, "twa": 0.66}}
+    train["chosen"] = "blend"
+    text = " ".join(train_text(train).split())
+    assert "blend is a mean of candidates: 66% twa, 34% the uniform mean." in text
+
+
 def test_many_blocks_are_cut_to_those_that_moved_most(train: dict[str, Any]) -> None:
     rows = {f"layers.{i:02}": [0.2, 0.2, 0.2, 0.2, 0.2 + i / 100] for i in range(40)}
     train["coefficients"]["blocks"] = rows

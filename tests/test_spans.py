@@ -194,7 +194,8 @@ def test_blocks_around_a_linear_solution_keep_its_sum(tmp_path):
     task = LinearTask(examples=80)
     save_run(tmp_path / "run", shrunk(task, 5))
     fit = dataclasses.replace(LINEAR, blocks="tensors", start="last")
-    document = merge([tmp_path / "run"], task, tmp_path / "out", fit=fit)
+    guard = GuardConfig(candidates="twa,twa-layers")
+    document = merge([tmp_path / "run"], task, tmp_path / "out", fit=fit, guard=guard)
     assert document["chosen"] == "twa-tensors"
     sums = {round(sum(row), 9) for row in document["coefficients"]["blocks"].values()}
     assert sums == {round(sum(document["coefficients"]["global"]), 9)}
@@ -492,8 +493,8 @@ def test_another_winner_is_written_without_random_directions(tmp_path):
     task = LinearTask(examples=80)
     states = task.states(4)
     save_run(tmp_path / "run", states)
-    fit = FitConfig(subspace="random:3", ridge=1e9)
-    document = merge([tmp_path / "run"], task, tmp_path / "out", fit=fit)
+    fit, guard = FitConfig(subspace="random:3", ridge=1e9), GuardConfig(candidates="uniform,twa")
+    document = merge([tmp_path / "run"], task, tmp_path / "out", fit=fit, guard=guard)
     assert document["chosen"] != "twa"
     assert set(document["coefficients"]) == {"global"}
     alphas = document["coefficients"]["global"]

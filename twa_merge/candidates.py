@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,8 +13,8 @@ from .errors import ConfigError
 
 EMA_DECAYS = (0.5, 0.7, 0.8, 0.9, 0.95)
 SCHEDULES = ("linear", "1-sqrt")
-QUICK = ("last", "best_single", "uniform", "window", "twa", "twa-layers")
-ALL = ("last", "best_single", "uniform", "window", "ema", "wsm", "greedy", "twa", "twa-layers")
+QUICK = ("last", "best_single", "uniform", "window", "twa", "twa-layers", "blend")
+ALL = (*QUICK, "ema", "wsm", "greedy")
 
 
 @dataclass(frozen=True)
@@ -26,12 +26,14 @@ class Candidate:
         alphas: coefficients, (B, n), or (1, n) for all blocks alike; float64.
         rank: simplicity, 0 the simplest: ties go to the smaller.
         cost: what finding it took, in evaluations of the whole fit split.
+        blend_of: name → weight of the candidates that it is a mean of.
     """
 
     name: str
     alphas: Tensor
     rank: int
     cost: float = 0.0
+    blend_of: Mapping[str, float] = field(default_factory=dict)
 
 
 def single(n: int, i: int) -> Tensor:

@@ -13,6 +13,8 @@ GLOBAL = "global"
 
 # Always worth a row, and whatever was trained; of the others only the best.
 _NAMED = ("last", "best_single", "uniform", "greedy")
+# A smaller share of a blend is not worth naming.
+_WORTH_NAMING = 0.01
 
 
 def written_name(document: Document) -> str:
@@ -118,7 +120,8 @@ def verdict(document: Document) -> list[str]:
     if len(others) < len(found) and chosen in ("last", "best_single"):
         said.insert(0, f"No candidate beat {spoken(chosen)}.")
     said = said or [f"{spoken(chosen)} was written."]
-    return [_capital(sentence) for sentence in said + _how_it_was_picked(document, chosen)]
+    said += _how_it_was_picked(document, chosen) + _what_it_is_made_of(document, chosen)
+    return [_capital(sentence) for sentence in said]
 
 
 def _how_it_was_picked(document: Document, chosen: str) -> list[str]:
@@ -135,6 +138,15 @@ def _how_it_was_picked(document: Document, chosen: str) -> list[str]:
         f"{mine['selection_loss']:.4f}: the guard split and fit examples that were held out in "
         f"turn. On the guard split alone {spoken(least['name'])} is best."
     ]
+
+
+def _what_it_is_made_of(document: Document, chosen: str) -> list[str]:
+    """The candidates that a blend is the mean of, the heaviest first."""
+    rows = document.get("candidates") or []
+    mine: Document = next((c for c in rows if c["name"] == document.get("chosen")), {})
+    parts = [(w, n) for n, w in (mine.get("blend_of") or {}).items() if w >= _WORTH_NAMING]
+    named = [f"{weight:.0%} {spoken(name)}" for weight, name in sorted(parts, reverse=True)]
+    return [f"{chosen} is a mean of candidates: {', '.join(named)}."] if named else []
 
 
 def _is_itself(improvement: Document) -> bool:

@@ -54,6 +54,16 @@ class Fitted:
     evaluations: float = 0.0
     examples: int = 0
 
+    def without(self, fold: int, before: Fitted | None = None) -> Tensor:
+        """Coefficients (B, n) that the stage came to without a fold of its cross-validation.
+
+        Args:
+            before: the stage whose solution the chart's base is.
+        """
+        assert self.path is not None
+        chart = self.chart if before is None else self.chart.around(before.without(fold))
+        return chart.alphas(self.path.ends[self.ridge][fold])
+
     @property
     def scores(self) -> dict[float, float]:
         """Ridge → mean loss on examples that its fits did not see; inf is the chart's base."""
@@ -197,8 +207,7 @@ class Fitter:
                     stage, before.chart, train, before.ridge, start, limit, _PATH_TOLERANCE
                 ).z
             )
-        base = before.chart.alphas(ends[fold])
-        return Chart(base.expand_as(chart.base).clone(), chart.subspaces)
+        return chart.around(before.without(fold))
 
     def _extend(self, path: RidgePath, name: str, chart: Chart, fold: int) -> None:
         """One more fold: fits with ever weaker ridge, each from the last one's end."""

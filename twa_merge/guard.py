@@ -47,14 +47,12 @@ class Scored:
         """What the winner has least of, per example: the loss, or minus the selected metric."""
         return self.guard if select == "loss" else -self.metrics[select.removeprefix("metric:")]
 
-    def evidence(self, select: str) -> float:
-        """Mean cost of all examples that the candidate can be judged by."""
+    def evidence(self, select: str) -> Tensor:
+        """Cost of every example that the candidate can be judged by, (N,) or (N + M,)."""
         if self.crossed is not None:
-            return finite_mean(self.crossed)
+            return self.crossed
         cost = self.cost_of(select)
-        if self.unseen is not None:
-            cost = torch.cat([cost, self.unseen])
-        return float(cost.mean())
+        return cost if self.unseen is None else torch.cat([cost, self.unseen])
 
 
 def finite_mean(losses: Tensor) -> float:
@@ -84,7 +82,7 @@ def pick(scored: Sequence[Scored], select: str) -> Scored:
     """
 
     def key(item: Scored) -> tuple[bool, float, int]:
-        mean = item.evidence(select)
+        mean = float(item.evidence(select).mean())
         finite = bool(item.guard.isfinite().all()) and mean == mean
         # Equal up to the rounding of a mean over float32 losses counts as a tie.
         return not finite, float(f"{mean:.7g}"), item.candidate.rank

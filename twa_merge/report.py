@@ -65,11 +65,13 @@ def candidate_row(item: Scored, n: int, blocks: Blocks, seed: int) -> dict[str, 
         "fit_loss": finite(item.fit_loss),
         "guard_loss": finite(float(item.guard.mean())),
         "guard_ci95": [finite(low), finite(high)],
-        "selection_loss": finite(item.evidence("loss")),
+        "selection_loss": finite(float(item.evidence("loss").mean())),
         "selection_examples": len(item.guard) + (0 if item.unseen is None else len(item.unseen)),
         "test_loss": finite(item.test_loss),
         "cost": round(item.candidate.cost, 2),
     }
+    if item.candidate.blend_of:
+        row["blend_of"] = dict(item.candidate.blend_of)
     if item.metrics:
         row["guard_metrics"] = {k: finite(float(v.mean())) for k, v in item.metrics.items()}
     if item.test_metrics:

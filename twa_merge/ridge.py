@@ -75,11 +75,6 @@ class RidgePath:
         mean, error = paired(losses[weakest], losses[self.best()])
         return ridge < weakest < RIDGES[0] and mean > error
 
-    @property
-    def unseen(self) -> list[int]:
-        """Positions of the examples that the losses belong to."""
-        return [p for fold in range(self.folds) for p in fold_of(self.size, fold)[1]]
-
     def start(self, ridge: float, size: int) -> Tensor:
         """Mean of where the folds ended, (size,): a warm start for all examples together."""
         ends = self.ends.get(ridge)

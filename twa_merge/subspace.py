@@ -219,6 +219,10 @@ class Chart:
         """Whether the gradient needs ⟨w_i, ∇_w⟩ in place of ⟨Δ_i, ∇_w⟩."""
         return any(s.span == "linear" for s in self.subspaces)
 
+    def around(self, base: Tensor) -> Chart:
+        """The same coordinates around another base, (1, n) or (B, n)."""
+        return Chart(base.expand_as(self.base).clone(), self.subspaces)
+
     def alphas(self, z: Tensor) -> Tensor:
         """Coefficients (B, n) at coordinates z (size,)."""
         parts = z.split([s.rank for s in self.subspaces])

@@ -8,7 +8,9 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from .blend import blended, likelihoods
 from .candidates import Candidate, fixed, greedy, parse_families, single
 from .errors import ConfigError
 from .fit import Fitted
@@ -20,6 +22,8 @@ from .run import Run
 # A greedy soup takes 2n evaluations; on more examples it would cost more than the fit. Three
 # quarters of these are the 128 that are left without a fold.
 _GREEDY_EXAMPLES = 171
+# A blend that is all but one candidate is that candidate.
+_ALONE = 0.99
 
 
 @dataclass
@@ -75,9 +79,12 @@ def judge(run: Run, fitted: Sequence[Fitted]) -> Verdict:
     for candidate in candidates:
         scored.append(run.jury.score(candidate))
         run.progress(Advanced())
-    if run.choices.guard.select == "loss":
-        _cross_validate(run, scored, fitted, soups)
+    held_out = _HeldOut(run, fitted, soups)
+    if held_out.parts:
+        _cross_validate(run, scored, held_out)
     shown, best_single = _headlines(run, scored)
+    if "blend" in families:
+        shown += _blend(run, shown, held_out, cost)
     return _verdict(run, scored, shown, best_single)
 
 
@@ -97,32 +104,75 @@ class _Soups:
         return greedy(self._losses[:, kept].mean(1), lambda a: self._fitter.score(a, kept))
 
 
-def _cross_validate(
-    run: Run, scored: Sequence[Scored], fitted: Sequence[Fitted], soups: _Soups | None
-) -> None:
+class _HeldOut:
+    """Candidates as they come out without each fold of the ridge's cross-validation.
+
+    Attributes:
+        parts: positions of the fit examples of each fold; none without a cross-validation.
+    """
+
+    def __init__(self, run: Run, fitted: Sequence[Fitted], soups: _Soups | None) -> None:
+        self._fitter = run.fitter
+        # A metric other than the loss is known on the guard split alone.
+        last = fitted[-1].path if run.choices.guard.select == "loss" else None
+        self.parts = [fold_of(last.size, k)[1] for k in range(last.folds)] if last else []
+        self._losses: dict[str, Tensor] = {}
+        self._alphas: dict[str, list[Tensor]] = {}
+        if last is None or not self.parts:
+            return
+        folds = range(len(self.parts))
+        # The base of the last stage's folds is what the stage before came to without them.
+        for stage, ridge in zip(reversed(fitted), (last.choice(), math.inf), strict=False):
+            before = fitted[0] if stage is not fitted[0] else None
+            self._losses[stage.name] = torch.cat(last.losses[ridge])
+            self._alphas[stage.name] = [stage.without(k, before) for k in folds]
+        if soups:
+            self._alphas["greedy"] = [soups.without(part).alphas for part in self.parts]
+
+    def alphas(self, candidate: Candidate) -> list[Tensor]:
+        """Its coefficients without each fold; what has not been fitted stays as it is."""
+        return self._alphas.get(candidate.name) or [candidate.alphas] * len(self.parts)
+
+    def losses(self, candidate: Candidate) -> Tensor:
+        """Its losses on the parts, one after the other, (M,)."""
+        if candidate.name in self._losses:
+            return self._losses[candidate.name]
+        if candidate.name in self._alphas:
+            return self.measured(self._alphas[candidate.name])
+        return self._fitter.losses(candidate.alphas, [p for part in self.parts for p in part])
+
+    def measured(self, alphas: Sequence[Tensor]) -> Tensor:
+        """Losses on the parts with other coefficients for each, (M,)."""
+        found = zip(alphas, self.parts, strict=True)
+        return torch.cat([self._fitter.losses(a, part) for a, part in found])
+
+
+def _cross_validate(run: Run, scored: Sequence[Scored], held_out: _HeldOut) -> None:
     """Adds losses on the fit examples that the cross-validation of the ridge held out.
 
     The guard split alone is often too small to tell a good merge from a lucky one. What has been
     fitted is judged by what it comes to without the example; the rest has not seen any.
     """
-    last = fitted[-1].path
-    if last is None or not last.folds:
-        return
-    # The base of the last stage's folds is what the stage before came to without them.
-    known = {fitted[-1].name: last.losses[last.choice()]}
-    if len(fitted) > 1:
-        known[fitted[0].name] = last.losses[math.inf]
     run.progress(Started("Comparing them on held-out fit examples", len(scored), "candidates"))
     for item in scored:
-        if item.name in known:
-            item.unseen = torch.cat(known[item.name])
-        elif item.name == "greedy" and soups:
-            parts = [fold_of(last.size, fold)[1] for fold in range(last.folds)]
-            found = [run.fitter.losses(soups.without(p).alphas, p) for p in parts]
-            item.unseen = torch.cat(found)
-        else:
-            item.unseen = run.fitter.losses(item.candidate.alphas, last.unseen)
+        item.unseen = held_out.losses(item.candidate)
         run.progress(Advanced())
+
+
+def _blend(run: Run, shown: Sequence[Scored], held_out: _HeldOut, cost: float) -> list[Scored]:
+    """The mean of ``shown`` by likelihood; nothing where that is one of them."""
+    select = run.choices.guard.select
+    weights = likelihoods(torch.stack([s.evidence(select) for s in shown]))
+    if not float(weights.max()) < _ALONE:
+        return []
+    candidates = [s.candidate for s in shown]
+    parts = dict(zip((c.name for c in candidates), weights.tolist(), strict=True))
+    alphas = blended(weights, [c.alphas for c in candidates])
+    item = run.jury.score(Candidate("blend", alphas, 9, cost, parts))
+    if held_out.parts:
+        without = zip(*(held_out.alphas(c) for c in candidates), strict=True)
+        item.unseen = held_out.measured([blended(weights, a) for a in without])
+    return [item]
 
 
 def _headlines(run: Run, scored: Sequence[Scored]) -> tuple[list[Scored], Scored]:

@@ -52,6 +52,7 @@ ROWS = {
     "twa": "TWA",
     "twa-tensors": "TWA by tensor",
     "twa-layers": "TWA by layer",
+    "blend": "blend of all",
     "written": "**written (defaults)**",
 }
 SIZES = (8, 16, 32, 64, 256)
@@ -75,7 +76,7 @@ class Bench:
 
 
 BENCHES: dict[str, Bench] = {
-    "annealing": Bench(annealing, (0.1, 0.3, 1.0, 3.0)),
+    "annealing": Bench(partial(annealing, merge_every=20), (0.1, 0.3, 1.0, 3.0)),
     "head": Bench(head, (0.1, 0.3, 1.0, 3.0), by_layer=False),
     "soup-conv": Bench(partial(soup, kind="conv"), (0.01, 0.03, 0.1, 0.3, 1.0), 10),
     "soup-vit": Bench(partial(soup, kind="vit"), (0.01, 0.03, 0.1, 0.3, 1.0), 10),
@@ -100,6 +101,8 @@ def measure(bench: Bench, suite: Suite) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     losses = {c["name"].partition(":")[0]: c["test_loss"] for c in document["candidates"]}
     losses["written"] = chosen_loss(document)
+    # There is none where it would be the winner itself.
+    losses.setdefault("blend", losses["written"])
     if bench.by_layer:
         losses["twa-layers"] = layers_loss(suite)
     losses["authors"] = authors_loss(bench, suite)

@@ -1,0 +1,98 @@
+"""The mean of the candidates by likelihood: against closed forms, and where the truth is known."""
+
+from __future__ import annotations
+
+import math
+import statistics
+
+import torch
+from runs import LinearTask, save_run
+
+from twa_merge import merge
+from twa_merge.blend import blended, likelihoods
+from twa_merge.config import GuardConfig
+
+
+def phi(x: float) -> float:
+    return 0.5 * math.erfc(-x / math.sqrt(2.0))
+
+
+def test_weights_are_the_chances_to_be_as_good_as_the_best():
+    generator = torch.Generator().manual_seed(0)
+    best = torch.randn(50, generator=generator).double()
+    gap = 0.3 + torch.randn(50, generator=generator).double().abs()
+    close, far = best + 0.1 * gap, best + torch.linspace(-3, 4, 50).double()
+    found = likelihoods(torch.stack([close, best, far])).tolist()
+    chances = []
+    for other in (close, best, far):
+        differences = (other - best).tolist()
+        error = statistics.stdev(differences) / 50**0.5
+        chances.append(phi(-statistics.fmean(differences) / error) if error else 0.5)
+    for weight, chance in zip(found, chances, strict=True):
+        assert abs(weight - chance / sum(chances)) < 1e-9
+
+
+def test_what_is_certain_is_not_blended_and_what_is_not_finite_takes_no_part():
+    costs = torch.rand(3, 40, generator=torch.Generator().manual_seed(1)).double()
+    costs[0] -= 5.0
+    assert float(likelihoods(costs)[0]) > 1 - 1e-9
+    costs[0, 3] = math.nan
+    costs[1, 3] = math.inf
+    assert likelihoods(costs).tolist() == [0.0, 0.0, 1.0]
+    assert likelihoods(costs[:1].nan_to_num(0.0)).tolist() == [1.0]
+
+
+def test_equal_candidates_share():
+    costs = torch.rand(1, 30, generator=torch.Generator().manual_seed(2)).double().expand(4, -1)
+    assert likelihoods(costs).tolist() == [0.25] * 4
+
+
+def test_coefficients_of_one_and_of_many_blocks_and_of_more_directions_add_up():
+    weights = torch.tensor([0.25, 0.75]).double()
+    whole, blocks = torch.tensor([[1.0, 0.0]]).double(), torch.rand(3, 4).double()
+    found = blended(weights, [whole, blocks])
+    expected = 0.25 * torch.tensor([1.0, 0, 0, 0]).double() + 0.75 * blocks
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-15)
+
+
+def test_the_blend_is_better_than_the_pick_where_the_evidence_is_weak():
+    """Losses are squared distances to the origin plus noise: the truth is the distance."""
+    generator = torch.Generator().manual_seed(3)
+    gains = []
+    for _ in range(200):
+        points = torch.randn(6, 8, generator=generator).double()
+        noise = 20.0 * torch.randn(6, 25, generator=generator).double()
+        costs = points.square().sum(1)[:, None] + noise
+        mean = blended(likelihoods(costs), [p[None] for p in points])[0]
+        gains.append(float(points[costs.mean(1).argmin()].square().sum() - mean.square().sum()))
+    assert statistics.fmean(gains) > 3 * statistics.stdev(gains) / 200**0.5
+
+
+def test_a_merge_names_what_it_blended(tmp_path):
+    task = LinearTask(examples=40)
+    task.y = task.y + 8 * torch.randn(40, 4, generator=torch.Generator().manual_seed(7))
+    save_run(tmp_path / "run", task.states(5))
+    document = merge([tmp_path / "run"], task, tmp_path / "merged")
+    rows = {row["name"]: row for row in document["candidates"]}
+    blend = rows["blend"]
+    assert abs(sum(blend["blend_of"].values()) - 1) < 1e-12
+    assert set(blend["blend_of"]) == set(rows) - {"blend"}
+    for block, values in blend["coefficients"].items():
+        expected = torch.zeros(5, dtype=torch.float64)
+        for name, weight in blend["blend_of"].items():
+            found = rows[name]["coefficients"]
+            row = found[block] if isinstance(found, dict) else found
+            expected += weight * torch.tensor(row, dtype=torch.float64)
+        found = torch.tensor(values, dtype=torch.float64)
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-12)
+    # Judged by as many examples as the rest.
+    assert blend["selection_examples"] == rows["uniform"]["selection_examples"]
+    assert blend["selection_examples"] > document["data"]["guard_examples"]
+
+
+def test_it_can_be_left_out(tmp_path):
+    task = LinearTask(examples=40)
+    save_run(tmp_path / "run", task.states(3))
+    guard = GuardConfig(candidates="uniform,twa")
+    document = merge([tmp_path / "run"], task, tmp_path / "merged", guard=guard)
+    assert {r["name"] for r in document["candidates"]} == {"last", "best_single", "uniform", "twa"}

@@ -1,0 +1,40 @@
+"""The blend: all candidates averaged, each by how likely it is as good as the best.
+
+The least of several noisy means is often not the least in truth. Where the evidence cannot tell
+candidates apart their mean loses less than a choice among them does (averaging over what a
+selection might have picked: Buckland, Burnham and Augustin, Biometrics 53, 1997), and because the
+loss is nearly convex between them it is often better than each. Where one candidate is certainly
+the best, the blend is that candidate.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+
+def likelihoods(costs: Tensor) -> Tensor:
+    """Weights (C,) of C candidates, Σ = 1, from what each costs on the same examples.
+
+    In proportion to Φ(−d/s): d is the mean of the paired differences to the least candidate, s its
+    standard error. A smooth function of the costs: rounding errors do not turn it over.
+
+    Args:
+        costs: (C, N) float64; a candidate of a cost that is not finite gets no weight.
+    """
+    means = costs.mean(1).nan_to_num(torch.inf)
+    differences = costs - costs[means.argmin()]
+    mean, error = differences.mean(1), differences.std(1) / costs.shape[1] ** 0.5
+    z = torch.where(differences.eq(0.0).all(1), 0.0, mean / error)
+    weights = torch.special.ndtr(-z).nan_to_num(0.0)
+    return weights / weights.sum()
+
+
+def blended(weights: Tensor, alphas: Sequence[Tensor]) -> Tensor:
+    """Σ_c weight_c α_c over coefficients (1, n) or (B, n), those of fewer directions padded."""
+    rows, width = (max(a.shape[i] for a in alphas) for i in (0, 1))
+    parts = [pad(a, (0, width - a.shape[1])).expand(rows, -1) for a in alphas]
+    return torch.einsum("c,cbn->bn", weights, torch.stack(parts))
