@@ -21,10 +21,11 @@ class Plan:
     plan: bool
     gpus: int
     gpu_memory: int | None
+    gather: str
 
     @property
     def arguments(self) -> dict[str, Any]:
-        return {"gpus": self.gpus, "gpu_memory": self.gpu_memory}
+        return {"gpus": self.gpus, "gpu_memory": self.gpu_memory, "gather": self.gather}
 
 
 plan_options = group(
@@ -33,10 +34,12 @@ plan_options = group(
     {
         "Memory plan": [
             opt("plan", "--plan", "What `train` would need.", is_flag=True),
-            opt("gpus", "--gpus", "Plan for so many.", type=click.IntRange(1), default=1,
-                show_default=True),
+            opt("gpus", "--gpus", "So many; 0 is this machine's CPU.", type=click.IntRange(0),
+                default=1, show_default=True),
             opt("gpu_memory", "--gpu-memory", "Of one, such as 80GB.", type=Bytes(),
                 metavar="SIZE"),
+            opt("gather", "--gather", "As `train` would.", type=click.Choice(config.GATHERS),
+                default="layer", show_default=True),
         ]
     },
 )  # fmt: skip

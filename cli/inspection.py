@@ -66,7 +66,7 @@ def show_plan(plan: Mapping[str, Any], console: Console) -> None:
 def _show_level(level: Mapping[str, Any], console: Console, indent: str) -> None:
     width = max((len(str(key)) for key in level), default=0)
     for key, value in level.items():
-        name = plain(key).replace("_", " ")
+        name = plain(key).replace("_", " ").replace("minutes", "time")
         if isinstance(value, Mapping):
             console.print(Text(f"{indent}{name}"))
             _show_level(

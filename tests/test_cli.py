@@ -248,7 +248,7 @@ def test_the_plan_reaches_the_library(library: Callable[..., list[dict[str, Any]
         run(cli, ["inspect", "r", "--plan", "--gpus", "8", "--gpu-memory", "80GB", "--json"]) == 0
     )
     assert run(cli, ["inspect", "r", "--gpu-memory", "1.5GiB", "--json"]) == 0
-    assert calls[0]["plan"] == {"gpus": 8, "gpu_memory": 80_000_000_000}
+    assert calls[0]["plan"] == {"gpus": 8, "gpu_memory": 80_000_000_000, "gather": "layer"}
     assert "plan" not in calls[1]
 
 

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from runs import LinearTask, save_run
 
+from twa_merge import inspect
 from twa_merge.checkpoints.base import TensorInfo
 from twa_merge.config import StoreConfig
 from twa_merge.distributed import World
@@ -212,3 +214,17 @@ def test_resource_limits_hold_for_each_process(tmp_path, monkeypatch):
     write(tmp_path, {"proc/meminfo": MEMINFO, "proc/self/status": "VmSize:\t  1000 kB\n"})
     assert host_memory(1, tmp_path) == 3_000_000 - 1_024_000
     assert host_memory(3, tmp_path) == 3 * (3_000_000 - 1_024_000)
+
+
+def test_inspect_plans_for_gpus_for_this_cpu_and_for_a_gathered_model(tmp_path):
+    save_run(tmp_path / "run", LinearTask().states(2))
+
+    def bytes_of(**wanted: object) -> dict[str, dict[str, int]]:
+        plan = inspect([tmp_path / "run"], plan=wanted)["plan"]
+        return {place: plan[f"{place} bytes per process"] for place in ("device", "host")}
+
+    numbers = sum(t.numel() for t in LinearTask().states(1)[0].values())
+    assert set(bytes_of(gpus=0)["device"]) == {"total"}
+    assert bytes_of(gpus=0)["host"]["parameters"] == 4 * numbers
+    assert "gathered layer" in bytes_of(gpus=2)["device"]
+    assert "gathered model" in bytes_of(gpus=2, gather="model")["device"]

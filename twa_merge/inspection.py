@@ -15,7 +15,7 @@ from .errors import CheckpointError
 from .ingest import ingest
 from .layout import Layout, make_layout
 from .progress import Progress, silent
-from .store import Machine, memory_plan, this_machine
+from .store import Machine, Work, memory_plan, this_machine
 from .subspace import make_subspace, orthogonality_error
 
 Paths = Sequence[str | PathLike[str]]
@@ -26,14 +26,14 @@ def inspect(
     *,
     selection: Selection | None = None,
     geometry: bool = False,
-    plan: Mapping[str, int | None] | None = None,
+    plan: Mapping[str, Any] | None = None,
     progress: Progress = silent,
 ) -> dict[str, Any]:
     """What is in a folder of checkpoints, from headers; with ``geometry`` from one pass over all.
 
     Args:
-        plan: ``gpus`` (0 or None for the CPU of this machine) and ``gpu_memory`` in bytes: adds
-            what training would take on them.
+        plan: ``gpus`` (0 or None for the CPU of this machine), ``gpu_memory`` in bytes and
+            ``gather`` (``layer`` or ``model``): adds what training would take on them.
 
     Raises:
         CheckpointError: a checkpoint cannot be read, or a number is not finite.
@@ -63,7 +63,7 @@ def inspect(
     return document
 
 
-def _plan(layout: Layout, n: int, wanted: Mapping[str, int | None]) -> dict[str, Any]:
+def _plan(layout: Layout, n: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
     """The memory plan of ``train`` for these checkpoints, on other machines than this one too."""
     gpus = wanted.get("gpus") or 0
     if gpus:
@@ -75,7 +75,8 @@ def _plan(layout: Layout, n: int, wanted: Mapping[str, int | None]) -> dict[str,
         )
     else:
         machine = this_machine(World())
-    found = memory_plan(layout, n, machine, StoreConfig())
+    work = Work(whole_model=wanted.get("gather") == "model")
+    found = memory_plan(layout, n, machine, StoreConfig(), work=work)
     return {
         "processes": machine.size,
         "store": found.kind,
