@@ -75,13 +75,13 @@ def show_evaluation(document: Document, console: Console) -> None:
 
 
 def candidates_table(document: Document) -> Table:
-    """Candidates by guard loss, the chosen one marked."""
+    """Candidates by what decided, the chosen one marked."""
     everything = document["candidates"]
     rows = leading_candidates(document, _MOST_CANDIDATES)
     keys = [key for key in _LOSSES if _any(everything, key)]
     digits = max((decimals([row.get(key) for row in rows]) for key in keys), default=4)
     with_interval = {key for key in keys if _any(everything, _interval_key(key))}
-    metrics = _metrics(rows, "test_metrics") or _metrics(rows, "guard_metrics")
+    metrics = _metrics(rows, "guard_metrics") + _metrics(rows, "test_metrics")
     headings = [h for key in keys for h in (key.replace("_", " "), *_plus(key in with_interval))]
     headings += _headings(metrics)
     table = new_table("candidate", *headings, *(["cost"] if _any(everything, "cost") else []))

@@ -9,7 +9,7 @@ import torch
 from runs import LinearTask, save_run
 
 from twa_merge import merge
-from twa_merge.blend import blended, likelihoods
+from twa_merge.blend import blended, distinct, likelihoods
 from twa_merge.config import GuardConfig
 
 
@@ -47,6 +47,17 @@ def test_equal_candidates_share():
     assert likelihoods(costs).tolist() == [0.25] * 4
 
 
+def test_one_example_tells_the_best_and_nothing_more():
+    costs = torch.tensor([[1.0], [0.5], [0.7]], dtype=torch.float64)
+    assert likelihoods(costs).tolist() == [0.0, 1.0, 0.0]
+
+
+def test_the_same_model_under_two_names_counts_once():
+    last, mean = torch.tensor([[0.0, 1.0]]).double(), torch.tensor([[0.5, 0.5]]).double()
+    blocks = last.expand(3, -1).clone()
+    assert distinct([last, mean, blocks, mean + 1e-15, mean + 1e-6]) == [0, 1, 4]
+
+
 def test_coefficients_of_one_and_of_many_blocks_and_of_more_directions_add_up():
     weights = torch.tensor([0.25, 0.75]).double()
     whole, blocks = torch.tensor([[1.0, 0.0]]).double(), torch.rand(3, 4).double()
@@ -76,7 +87,7 @@ def test_a_merge_names_what_it_blended(tmp_path):
     rows = {row["name"]: row for row in document["candidates"]}
     blend = rows["blend"]
     assert abs(sum(blend["blend_of"].values()) - 1) < 1e-12
-    assert set(blend["blend_of"]) == set(rows) - {"blend"}
+    assert set(blend["blend_of"]) <= set(rows) - {"blend"}
     for block, values in blend["coefficients"].items():
         expected = torch.zeros(5, dtype=torch.float64)
         for name, weight in blend["blend_of"].items():

@@ -120,6 +120,14 @@ def test_nothing_is_written_without_the_required_improvement(tmp_path):
     assert list(tmp_path.iterdir()) == [run]
 
 
+def test_nothing_is_written_where_no_loss_is_finite(tmp_path):
+    task, _, run, out = make(tmp_path)
+    task.y = task.y * float("nan")
+    with pytest.raises(TaskError, match="not finite for any candidate"):
+        merge([run], task, out, **QUICK)
+    assert not out.exists()
+
+
 def test_identical_checkpoints_merge_into_themselves(tmp_path):
     task, states, run, out = make(tmp_path)
     shutil.rmtree(run)

@@ -75,6 +75,13 @@ def test_the_interval_covers_the_true_mean_about_95_times_in_100():
     assert 180 <= hits <= 198
 
 
+def test_a_handful_of_examples_is_never_certain():
+    for count in (1, 5, 6):
+        better = scored("better", torch.zeros(count), 0)
+        worse = scored("worse", torch.linspace(1, 2, count), 0)
+        assert improvement(better, worse, "loss", seed=0).certain == (count >= 6)
+
+
 def test_a_paired_difference_is_far_surer_than_the_losses():
     generator = torch.Generator().manual_seed(0)
     losses = torch.randn(100, generator=generator, dtype=torch.float64)

@@ -14,6 +14,8 @@ from rich.console import Console
 from twa_merge_cli import console as consoles
 from twa_merge_cli import figures, live, pictures, render
 
+from twa_merge.document import leading_candidates
+from twa_merge.model_card import model_card
 from twa_merge.progress import Advanced, Evaluated, Noted, Started
 
 DOCUMENT = json.loads((Path(__file__).parent / "documents" / "train.json").read_text())
@@ -98,6 +100,27 @@ def test_a_winner_that_the_guard_split_alone_would_not_pick_is_explained(
     text = " ".join(train_text(train).split())
     assert "twa was picked by its loss on 96 examples, 1.2500" in text
     assert "On the guard split alone the uniform mean is best." in text
+
+
+def test_a_winner_by_a_metric_is_explained_by_it(train: dict[str, Any]) -> None:
+    train["options"] = {"guard": {"select": "metric:accuracy"}}
+    for k, row in enumerate(train["candidates"]):
+        row |= {"selection_loss": 1.25, "selection_examples": 96}
+        row["guard_metrics"] = {"accuracy": 0.9 if row["name"] == train["chosen"] else 0.1 * k}
+    text = " ".join(train_text(train).split())
+    assert "twa was picked by accuracy on the guard split, 0.9000." in text
+    assert "0.0616 in accuracy (95 %" in text
+    assert "guard accuracy" in text
+    assert "picked by its loss" not in text
+    assert leading_candidates(train, 3)[0]["name"] == "twa"
+    card = model_card(train)
+    assert "picked by accuracy on the guard data" in card
+    assert "| candidate | guard accuracy |" in card
+
+
+def test_few_examples_are_said_to_be_too_few(train: dict[str, Any]) -> None:
+    train["improvement"] |= {"certain": False, "examples": 3}
+    assert "of 3 examples: too few, within noise." in " ".join(train_text(train).split())
 
 
 def test_a_blend_says_what_it_is_made_of(train: dict[str, Any]) -> None:

@@ -27,14 +27,30 @@ def likelihoods(costs: Tensor) -> Tensor:
     """
     means = costs.mean(1).nan_to_num(torch.inf)
     differences = costs - costs[means.argmin()]
-    mean, error = differences.mean(1), differences.std(1) / costs.shape[1] ** 0.5
+    mean, error = differences.mean(1), torch.zeros(len(costs), dtype=costs.dtype)
+    if costs.shape[1] > 1:
+        error = differences.std(1) / costs.shape[1] ** 0.5
     z = torch.where(differences.eq(0.0).all(1), 0.0, mean / error)
     weights = torch.special.ndtr(-z).nan_to_num(0.0)
     return weights / weights.sum()
 
 
+def distinct(alphas: Sequence[Tensor]) -> list[int]:
+    """Positions of coefficients, (1, n) or (B, n) each, that none before them equals."""
+    aligned = _aligned(alphas)
+    found: list[int] = []
+    for i, alpha in enumerate(aligned):
+        if not any(torch.allclose(alpha, aligned[k], rtol=0.0, atol=1e-12) for k in found):
+            found.append(i)
+    return found
+
+
 def blended(weights: Tensor, alphas: Sequence[Tensor]) -> Tensor:
-    """Σ_c weight_c α_c over coefficients (1, n) or (B, n), those of fewer directions padded."""
+    """Σ_c weight_c α_c over coefficients (1, n) or (B, n)."""
+    return torch.einsum("c,cbn->bn", weights, _aligned(alphas))
+
+
+def _aligned(alphas: Sequence[Tensor]) -> Tensor:
+    """(C, B, n): one set of coefficients is that of every block, missing directions are zero."""
     rows, width = (max(a.shape[i] for a in alphas) for i in (0, 1))
-    parts = [pad(a, (0, width - a.shape[1])).expand(rows, -1) for a in alphas]
-    return torch.einsum("c,cbn->bn", weights, torch.stack(parts))
+    return torch.stack([pad(a, (0, width - a.shape[1])).expand(rows, -1) for a in alphas])

@@ -66,12 +66,12 @@ def folder_name(path: object) -> str:
 
 
 def leading_candidates(document: Document, most: int) -> list[Document]:
-    """Candidates by guard loss: the chosen and the named ones, and the best of the others.
+    """Candidates by what decided: the chosen and the named ones, and the best of the others.
 
     Args:
         most: how many altogether, if the chosen and the named ones are not more already.
     """
-    ordered = sorted(document.get("candidates") or [], key=lambda c: sortable(c.get("guard_loss")))
+    ordered = sorted(document.get("candidates") or [], key=lambda c: _cost(c, metric(document)))
 
     def important(name: str) -> bool:
         return name in _NAMED or name == document.get("chosen") or name.startswith("twa")
@@ -79,6 +79,20 @@ def leading_candidates(document: Document, most: int) -> list[Document]:
     room = most - sum(important(c["name"]) for c in ordered)
     others = [c["name"] for c in ordered if not important(c["name"])][: max(0, room)]
     return [c for c in ordered if important(c["name"]) or c["name"] in others]
+
+
+def metric(document: Document) -> str | None:
+    """The metric that the winner was picked by; None for the loss."""
+    select = str(((document.get("options") or {}).get("guard") or {}).get("select") or "loss")
+    return None if select == "loss" else select.removeprefix("metric:")
+
+
+def _cost(candidate: Document, selected: str | None) -> float:
+    """What the winner has least of on the guard split."""
+    if selected is None:
+        return sortable(candidate.get("guard_loss"))
+    value = (candidate.get("guard_metrics") or {}).get(selected)
+    return math.inf if value is None or not is_finite(value) else -float(value)
 
 
 def improvements(document: Document) -> list[Document]:
@@ -116,7 +130,7 @@ def verdict(document: Document) -> list[str]:
     chosen = written_name(document)
     found = improvements(document)
     others = [i for i in found if i["over"] != chosen and not _is_itself(i)]
-    said = [_sentence(chosen, other) for other in others]
+    said = [_sentence(chosen, other, metric(document)) for other in others]
     if len(others) < len(found) and chosen in ("last", "best_single"):
         said.insert(0, f"No candidate beat {spoken(chosen)}.")
     said = said or [f"{spoken(chosen)} was written."]
@@ -125,10 +139,14 @@ def verdict(document: Document) -> list[str]:
 
 
 def _how_it_was_picked(document: Document, chosen: str) -> list[str]:
-    """Why the winner is not the one of least guard loss, where it is not."""
-    rows = document.get("candidates") or []
+    """What decided, where that was not the guard loss alone."""
+    rows, selected = document.get("candidates") or [], metric(document)
     least = min(rows, key=lambda c: sortable(c.get("guard_loss")), default=None)
     mine = next((c for c in rows if c["name"] == document.get("chosen")), None)
+    if mine is not None and selected is not None:
+        value = (mine.get("guard_metrics") or {}).get(selected)
+        found = f", {value:.4f}" if is_finite(value) else ""
+        return [f"{chosen} was picked by {selected} on the guard split{found}."]
     if least is None or mine is None or mine.get("selection_loss") is None:
         return []
     if sortable(mine.get("guard_loss")) <= sortable(least.get("guard_loss")):
@@ -159,16 +177,19 @@ def _capital(sentence: str) -> str:
     return "The" + sentence[3:] if sentence.startswith("the ") else sentence
 
 
-def _sentence(chosen: str, improvement: Document) -> str:
+def _sentence(chosen: str, improvement: Document, selected: str | None) -> str:
     mean = improvement["mean"]
     interval = improvement.get("ci95") or (None, None)
     low, high = (v if is_finite(v) else None for v in interval)
     places = decimals([0.0, mean, low, high])
     how = "better" if mean >= 0 else "worse"
     text = f"{spoken(chosen)} is {how} than {spoken(improvement['over'])} by {abs(mean):.{places}f}"
+    text += f" in {selected}" if selected else ""
     if low is None or high is None:
         return f"{text}."
     text += f" (95 % interval {low:.{places}f} to {high:.{places}f})"
+    if low > 0 and improvement.get("certain") is False:
+        return f"{text}, of {improvement['examples']} examples: too few, within noise."
     return f"{text}." if low > 0 or high < 0 else f"{text}: within noise."
 
 

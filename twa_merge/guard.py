@@ -12,6 +12,9 @@ from torch import Tensor
 from .candidates import Candidate
 
 RESAMPLES = 2000
+# Fewer paired differences can all have the same sign by chance, in more than 5 % of cases
+# (2 · 2^-5), and a bootstrap of them knows nothing else.
+_FEWEST = 6
 
 
 @dataclass
@@ -69,10 +72,11 @@ class Improvement:
     mean: float
     low: float
     high: float
+    examples: int
 
     @property
     def certain(self) -> bool:
-        return self.low > 0.0
+        return self.low > 0.0 and self.examples >= _FEWEST
 
 
 def pick(scored: Sequence[Scored], select: str) -> Scored:
@@ -98,7 +102,7 @@ def improvement(winner: Scored, other: Scored, select: str, seed: int) -> Improv
     """
     difference = other.cost_of(select) - winner.cost_of(select)
     low, high = bootstrap_interval(difference, seed)
-    return Improvement(other.name, float(difference.mean()), low, high)
+    return Improvement(other.name, float(difference.mean()), low, high, len(difference))
 
 
 def bootstrap_interval(values: Tensor, seed: int) -> tuple[float, float]:

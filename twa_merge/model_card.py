@@ -17,6 +17,7 @@ from .document import (
     interval,
     is_finite,
     leading_candidates,
+    metric,
     verdict,
     written_coefficients,
 )
@@ -77,7 +78,15 @@ def _candidates(document: Document) -> str:
         k for k in ("fit_loss", "guard_loss", "test_loss") if any(is_finite(r.get(k)) for r in rows)
     ]
     places = decimals([row.get(key) for row in rows for key in keys])
-    table = [["candidate", *(key.replace("_", " ") for key in keys), "guard, 95 % interval"]]
+    selected = metric(document)
+    table = [
+        [
+            "candidate",
+            *([f"guard {_text(selected)}"] if selected else []),
+            *(key.replace("_", " ") for key in keys),
+            "guard loss, 95 % interval",
+        ]
+    ]
     for row in rows:
         chosen = row["name"] == document.get("chosen")
         name = _text(row["name"])
@@ -86,13 +95,14 @@ def _candidates(document: Document) -> str:
         table.append(
             [
                 f"**{name}**" if chosen else name,
+                *([_number((row.get("guard_metrics") or {}).get(selected), 4)] if selected else []),
                 *(_number(row.get(key), places) for key in keys),
                 span,
             ]
         )
     return (
-        "## Candidates\n\nLoss, lower is better; the winner was picked on the guard data.\n\n"
-        + (_table(table))
+        "## Candidates\n\nLoss, lower is better; the winner was picked "
+        f"{'by ' + _text(selected) + ' ' if selected else ''}on the guard data.\n\n" + _table(table)
     )
 
 

@@ -87,6 +87,7 @@ def improvement_row(found: Improvement) -> dict[str, Any]:
         "mean": finite(found.mean),
         "ci95": [finite(found.low), finite(found.high)],
         "certain": found.certain,
+        "examples": found.examples,
     }
 
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .blend import blended, likelihoods
+from .blend import blended, distinct, likelihoods
 from .candidates import Candidate, fixed, greedy, parse_families, single
-from .errors import ConfigError
+from .errors import ConfigError, TaskError
 from .fit import Fitted
 from .guard import Improvement, Scored, finite_mean, improvement, pick
 from .progress import Advanced, Started
@@ -84,7 +84,7 @@ def judge(run: Run, fitted: Sequence[Fitted]) -> Verdict:
         _cross_validate(run, scored, held_out)
     shown, best_single = _headlines(run, scored)
     if "blend" in families:
-        shown += _blend(run, shown, held_out, cost)
+        shown += _blend(run, shown, held_out)
     return _verdict(run, scored, shown, best_single)
 
 
@@ -159,15 +159,18 @@ def _cross_validate(run: Run, scored: Sequence[Scored], held_out: _HeldOut) -> N
         run.progress(Advanced())
 
 
-def _blend(run: Run, shown: Sequence[Scored], held_out: _HeldOut, cost: float) -> list[Scored]:
+def _blend(run: Run, shown: Sequence[Scored], held_out: _HeldOut) -> list[Scored]:
     """The mean of ``shown`` by likelihood; nothing where that is one of them."""
     select = run.choices.guard.select
+    # The last checkpoint is often the best one as well, and a greedy soup a window.
+    shown = [shown[i] for i in distinct([s.candidate.alphas for s in shown])]
     weights = likelihoods(torch.stack([s.evidence(select) for s in shown]))
     if not float(weights.max()) < _ALONE:
         return []
     candidates = [s.candidate for s in shown]
     parts = dict(zip((c.name for c in candidates), weights.tolist(), strict=True))
     alphas = blended(weights, [c.alphas for c in candidates])
+    cost = max(c.cost for c in candidates)
     item = run.jury.score(Candidate("blend", alphas, 9, cost, parts))
     if held_out.parts:
         without = zip(*(held_out.alphas(c) for c in candidates), strict=True)
@@ -209,6 +212,14 @@ def _verdict(
 ) -> Verdict:
     select, seed = run.choices.guard.select, run.choices.data.seed
     winner = pick(shown, select)
+    if not bool(winner.guard.isfinite().all()):
+        raise TaskError(
+            "The loss is not finite for any candidate, the checkpoints themselves included.",
+            expected="finite losses on the guard split",
+            found=f"{int((~winner.guard.isfinite()).sum())} of {len(winner.guard)} losses of "
+            f"{winner.name} are not",
+            remedy="look at the task's loss and data, or try --precision fp32",
+        )
     run.jury.complete(shown)
     names = {s.name for s in shown}
     others = [s for s in scored if s.name not in names]
