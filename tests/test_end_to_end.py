@@ -9,9 +9,17 @@ import pytest
 import torch
 from runs import LinearTask, save_run
 from safetensors.torch import load_file
+from small_task import Small, train
 
 from twa_merge import average, evaluate, inspect, merge
-from twa_merge.config import DataConfig, FitConfig, GuardConfig, OutputConfig, Selection
+from twa_merge.config import (
+    DataConfig,
+    FitConfig,
+    GuardConfig,
+    OutputConfig,
+    Selection,
+    StoreConfig,
+)
 from twa_merge.errors import CheckpointError, ConfigError, NoImprovement, OutputError, TaskError
 
 QUICK = {"fit": FitConfig(blocks="global", ridge=0.0)}
@@ -233,3 +241,36 @@ def test_geometry_against_explicit_float64(tmp_path):
     torch.testing.assert_close(explained, spectrum / spectrum.sum(), **close)
     assert geometry["rank"] == 3
     assert geometry["orthogonality_error"] < 1e-6
+
+
+def test_the_newest_statistics_are_written_as_they_are_saved(tmp_path):
+    """Whatever the store rounds them to; the report and the card say where they came from."""
+    train(tmp_path / "run")
+    guard = GuardConfig(candidates="uniform", batch_norm="newest")
+    document = merge(
+        [tmp_path / "run"],
+        Small(),
+        tmp_path / "merged",
+        fit=FitConfig(blocks="global", ridge=0.0, max_evaluations=2),
+        guard=guard,
+        store=StoreConfig(dtype="int4"),
+    )
+    newest = load_file(sorted((tmp_path / "run").rglob("*.safetensors"))[-1])
+    for name, tensor in written(tmp_path / "merged").items():
+        if "running" in name:
+            assert torch.equal(tensor, newest[name]), name
+    assert document["chosen"]
+    card = (tmp_path / "merged" / "README.md").read_text()
+    assert "were taken from the newest checkpoint" in card
+    assert "come out averaged that way" in card
+
+
+def test_an_earlier_merge_in_the_run_folder_is_no_checkpoint(tmp_path):
+    _, states, run, _ = make(tmp_path)
+    for _ in range(2):
+        average([run], run / "merged", out=OutputConfig(overwrite=True))
+        assert len(inspect([run])["checkpoints"]) == len(states)
+    # It may be had by name, and in a folder of nothing else.
+    assert len(inspect([run, run / "merged"])["checkpoints"]) == len(states) + 1
+    shutil.move(run / "merged", tmp_path / "merges" / "a")
+    assert len(inspect([tmp_path / "merges"])["checkpoints"]) == 1

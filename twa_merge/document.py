@@ -24,11 +24,16 @@ def written_name(document: Document) -> str:
 
 def written_coefficients(document: Document) -> dict[str, list[float]]:
     """Block → coefficients (n,) of what was written; one block ``global`` where all share them."""
-    for candidate in document.get("candidates") or []:
-        if candidate["name"] == document.get("chosen"):
-            return _by_block(candidate.get("coefficients"))
+    if mine := winner(document):
+        return _by_block(mine.get("coefficients"))
     top = document.get("coefficients") or {}
     return _by_block(top.get("blocks") or top.get(GLOBAL) or top)
+
+
+def winner(document: Document) -> Document:
+    """The chosen candidate's row; empty where nothing was chosen."""
+    rows = document.get("candidates") or []
+    return next((c for c in rows if c["name"] == document.get("chosen")), {})
 
 
 def coefficient_note(document: Document) -> str:
@@ -135,19 +140,19 @@ def verdict(document: Document) -> list[str]:
         said.insert(0, f"No candidate beat {spoken(chosen)}.")
     said = said or [f"{spoken(chosen)} was written."]
     said += _how_it_was_picked(document, chosen) + _what_it_is_made_of(document, chosen)
+    said += _where_statistics_came_from(document)
     return [_capital(sentence) for sentence in said]
 
 
 def _how_it_was_picked(document: Document, chosen: str) -> list[str]:
     """What decided, where that was not the guard loss alone."""
-    rows, selected = document.get("candidates") or [], metric(document)
+    rows, selected, mine = document.get("candidates") or [], metric(document), winner(document)
     least = min(rows, key=lambda c: sortable(c.get("guard_loss")), default=None)
-    mine = next((c for c in rows if c["name"] == document.get("chosen")), None)
-    if mine is not None and selected is not None:
+    if mine and selected is not None:
         value = (mine.get("guard_metrics") or {}).get(selected)
         found = f", {value:.4f}" if is_finite(value) else ""
         return [f"{chosen} was picked by {selected} on the guard split{found}."]
-    if least is None or mine is None or mine.get("selection_loss") is None:
+    if least is None or mine.get("selection_loss") is None:
         return []
     if sortable(mine.get("guard_loss")) <= sortable(least.get("guard_loss")):
         return []
@@ -160,11 +165,19 @@ def _how_it_was_picked(document: Document, chosen: str) -> list[str]:
 
 def _what_it_is_made_of(document: Document, chosen: str) -> list[str]:
     """The candidates that a blend is the mean of, the heaviest first."""
-    rows = document.get("candidates") or []
-    mine: Document = next((c for c in rows if c["name"] == document.get("chosen")), {})
-    parts = [(w, n) for n, w in (mine.get("blend_of") or {}).items() if w >= _WORTH_NAMING]
+    blended = winner(document).get("blend_of") or {}
+    parts = [(weight, name) for name, weight in blended.items() if weight >= _WORTH_NAMING]
     named = [f"{weight:.0%} {spoken(name)}" for weight, name in sorted(parts, reverse=True)]
     return [f"{chosen} is a mean of candidates: {', '.join(named)}."] if named else []
+
+
+def _where_statistics_came_from(document: Document) -> list[str]:
+    """Of batch norm, where they are not averaged like everything else."""
+    source = {
+        "reestimate": "re-estimated on fit examples",
+        "newest": "taken from the newest checkpoint",
+    }.get(str(winner(document).get("batch_norm")))
+    return [f"Its running statistics of batch norm were {source}."] if source else []
 
 
 def _is_itself(improvement: Document) -> bool:

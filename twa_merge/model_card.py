@@ -19,6 +19,7 @@ from .document import (
     leading_candidates,
     metric,
     verdict,
+    winner,
     written_coefficients,
 )
 
@@ -144,7 +145,12 @@ def _again(document: Document) -> str:
     command += ["--dtype", str(dtype)] if dtype else []
     line = _without_control(shlex.join(command))
     fence = "`" * max(3, _longest_run(line) + 1)
-    return f"## The same again\n\n{fence}sh\n{line}\n{fence}\n"
+    but = (
+        "\nRunning statistics of batch norm come out averaged that way.\n"
+        if winner(document).get("batch_norm") in ("reestimate", "newest")
+        else ""
+    )
+    return f"## The same again\n\n{fence}sh\n{line}\n{fence}\n{but}"
 
 
 def _parent(path: Any) -> str:

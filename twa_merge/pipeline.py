@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 
 from . import report
@@ -30,6 +31,7 @@ from .config import (
 from .distributed import start
 from .errors import NoImprovement
 from .fit import Fitted
+from .guard import Scored
 from .html_report import html_report
 from .landscape import landscape
 from .layout import dtype_named, make_layout
@@ -146,7 +148,7 @@ def merge(
             alphas,
             target,
             dtype=run.jury.dtype,
-            overrides=run.jury.overrides(verdict.winner),
+            overrides=_statistics(run, verdict.winner),
             documents=documents,
             overwrite=choices.out.overwrite,
             world=world,
@@ -266,6 +268,16 @@ def _document(run: Run, fitted: Sequence[Fitted], verdict: Verdict) -> dict[str,
     if winner.alphas.shape[0] > 1:
         document["blocks"] = report.members(run.blocks)
     return document
+
+
+def _statistics(run: Run, winner: Scored) -> dict[str, Tensor]:
+    """Running statistics to be written instead of averaged ones: name → tensor."""
+    if winner.batch_norm != "newest":
+        return run.jury.overrides(winner)
+    # The store may have rounded them.
+    newest = run.checkpoints[-1]
+    infos = {e.name: e.info for e in run.layout.entries.values() if e.statistic}
+    return {k: newest.rows(k, 0, i.rows).reshape(i.shape) for k, i in infos.items()}
 
 
 def _documents(

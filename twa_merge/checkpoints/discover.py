@@ -29,6 +29,8 @@ from .steps import in_order, is_step_folder, named_step, select, trainer_step
 
 _KINDS = f"Hugging Face folders, {SAFETENSORS} files, or torch.save files ({', '.join(PICKLES)})"
 _ALL = Selection()
+# Beside the weights of every merge.
+_REPORT = "twa_merge.json"
 
 
 @dataclass(frozen=True)
@@ -59,7 +61,8 @@ def open_checkpoints(
     - a folder that is one checkpoint: with Hugging Face's names for weights, or with one file (or
       one set of shards) of weights in it;
     - a run folder: the checkpoints directly in it, folders and files. Where there are two or more
-      folders with checkpoints, weights that lie beside them are left out.
+      folders with checkpoints, weights that lie beside them are left out. So are earlier merges
+      (folders with a ``twa_merge.json``), unless there is nothing else.
 
     A Trainer's output folder is both: it has the final model and ``checkpoint-*`` folders. Given
     alone, with two or more of those, it means them and not the final model, which is the last of
@@ -136,7 +139,9 @@ def _file(path: Path, group: tuple[Path, ...]) -> _Found:
 def _in_folder(folder: Path, *, alone: bool) -> list[_Found]:
     """The folder itself as a checkpoint, or else those in it."""
     inside = entries(folder)
-    children = [c for p in inside if p.is_dir() and (c := _child(p))]
+    held = [c for p in inside if p.is_dir() and (c := _child(p))]
+    merges = [c for c in held if (c.path / _REPORT).is_file()]
+    children = [c for c in held if c not in merges]
     whole = whole_model(folder)
     if whole:
         steps = [c for c in children if is_step_folder(c.path)]
@@ -149,7 +154,7 @@ def _in_folder(folder: Path, *, alone: bool) -> list[_Found]:
     bare = bare_weights([p for p in inside if p.is_file()])
     if len(bare) == 1 and not children:
         return [_Found(folder, bare[0])]
-    return children + [_Found(weights.files[0], weights) for weights in bare]
+    return children + [_Found(weights.files[0], weights) for weights in bare] or merges
 
 
 def _child(folder: Path) -> _Found | None:
