@@ -145,7 +145,8 @@ fit_options = group(
                 type=click.Choice(config.BLOCKS)),
             opt("ridge", "--ridge", "Pull towards the start.", type=NumberOrAuto(),
                 default="auto", show_default=True),
-            opt("max_evaluations", "--max-evaluations", "Of the fit loss, each stage."),
+            opt("max_evaluations", "--max-evaluations",
+                "Of each stage's fit; choosing the ridge takes more."),
             opt("tolerance", "--tolerance", "Relative decrease that counts as converged."),
             opt("start", "--start", "auto, mean, last or a step.", metavar="WHERE"),
             opt("subspace", "--subspace", "checkpoints, pca:R or random:R.", metavar="KIND"),
@@ -172,7 +173,8 @@ guard_options = group(
     config.GuardConfig,
     {
         "Guard": [
-            opt("candidates", "--candidates", "quick, all or names with commas.", metavar="WHICH"),
+            opt("candidates", "--candidates",
+                "quick, all or names with commas; blend mixes the others.", metavar="WHICH"),
             opt("select", "--select", "loss or metric:NAME (larger is better).", metavar="BY"),
             opt("require_improvement", "--require-improvement",
                 "Exit 3 unless the best single is surely beaten."),

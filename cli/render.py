@@ -17,6 +17,7 @@ from twa_merge.document import (
     GLOBAL,
     Document,
     checkpoint_labels,
+    coefficient_note,
     decimals,
     interval,
     leading_candidates,
@@ -111,6 +112,8 @@ def show_coefficients(document: Document, console: Console) -> None:
     of = f" of {plain(document['chosen'])}" if document.get("chosen") else ""
     labels = [plain(label) for label in checkpoint_labels(document["checkpoints"])]
     console.print(Text(f"\nCoefficients{of}", "bold"))
+    if (note := coefficient_note(document)) != "add up to 1":
+        console.print(Text(f"  they {note}"))
     if len(blocks) == 1:
         _show_bars(labels, next(iter(blocks.values())), console)
         return

@@ -123,6 +123,12 @@ def test_few_examples_are_said_to_be_too_few(train: dict[str, Any]) -> None:
     assert "of 3 examples: too few, within noise." in " ".join(train_text(train).split())
 
 
+def test_coefficients_that_are_not_the_whole_model_say_so(train: dict[str, Any]) -> None:
+    assert "they add up to" not in train_text(train)
+    train["coefficients"]["random"] = {"values": [0.1, 0.2]}
+    assert "they add up to 1; 2 random directions are added" in train_text(train)
+
+
 def test_a_blend_says_what_it_is_made_of(train: dict[str, Any]) -> None:
     assert "is a mean of candidates" not in train_text(train)
     chosen = next(row for row in train["candidates"] if row["name"] == train["chosen"])

@@ -235,7 +235,9 @@ def _require_cover(module: nn.Module, names: Mapping[str, str], layout: Layout) 
             tensor=listing(missing),
             expected=f"every parameter in the checkpoints, e.g. {next(iter(layout.entries))}",
             found=f"{len(missing)} of {len(parameters)} parameters missing",
-            remedy="let build_model() return the architecture that was trained",
+            remedy="give the architecture that was trained; where transformers fuses tensors as it "
+            "loads them (mixtures of experts), save the checkpoints once more with "
+            "save_pretrained(..., save_original_format=False)",
         )
     buffers = dict(module.named_buffers(remove_duplicate=False))
     for name, own in names.items():
