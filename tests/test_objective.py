@@ -10,6 +10,7 @@ import torch
 from runs import LinearTask, Pairs, save_run
 from torch import nn
 
+from twa_merge import merge
 from twa_merge.checkpoints import open_checkpoints
 from twa_merge.config import FitConfig, StoreConfig
 from twa_merge.distributed import World
@@ -189,6 +190,16 @@ def test_an_exception_in_the_task_says_where(tmp_path):
     engine, _, batches = engine_for(Broken(), tmp_path)
     with pytest.raises(TaskError, match=r"test_objective\.py, line"):
         engine.example_losses(batches, range(8))
+
+
+def test_a_loss_without_gradients_is_explained(tmp_path):
+    task = LinearTask()
+    task.loss = torch.no_grad()(task.loss)
+    run, out = tmp_path / "run", tmp_path / "merged"
+    save_run(run, task.states(3))
+    with pytest.raises(TaskError, match="does not depend on the model's parameters"):
+        merge([run], task, out)
+    assert not out.exists()
 
 
 def test_a_fit_that_is_nan_everywhere_returns_its_base(tmp_path):

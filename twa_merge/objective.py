@@ -122,6 +122,17 @@ def user_code(doing: str) -> Iterator[None]:
         ) from error
 
 
+def _require_gradient(losses: Tensor) -> None:
+    if not losses.requires_grad:
+        raise TaskError(
+            "The task's loss does not depend on the model's parameters.",
+            expected="a loss that gradients can be taken of",
+            found="one computed under no_grad(), detached, or of a model whose parameters are all "
+            "frozen",
+            remedy="compute it with the model that loss() is given, without no_grad() or detach()",
+        )
+
+
 @dataclass
 class Engine:
     """Sets the live model to any coefficients and runs the task on it.
@@ -183,6 +194,7 @@ class Engine:
             for number, (positions, batch, counts) in enumerate(batches.rounds(chosen), 1):
                 self.live.before_pass(last=number == rounds)
                 losses = self.losses_of(batch, len(positions))
+                _require_gradient(losses)
                 with user_code("compute gradients"):
                     (losses.sum() * (float(counts) / len(chosen))).backward()
                 if counts:
