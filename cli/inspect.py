@@ -19,13 +19,21 @@ from .groups import Bytes, group, opt
 @dataclass(frozen=True)
 class Plan:
     plan: bool
-    gpus: int
+    gpus: int | None
     gpu_memory: int | None
     gather: str
 
     @property
+    def asked(self) -> bool:
+        return self.plan or self.gpus is not None or self.gpu_memory is not None
+
+    @property
     def arguments(self) -> dict[str, Any]:
-        return {"gpus": self.gpus, "gpu_memory": self.gpu_memory, "gather": self.gather}
+        return {
+            "gpus": 1 if self.gpus is None else self.gpus,
+            "gpu_memory": self.gpu_memory,
+            "gather": self.gather,
+        }
 
 
 plan_options = group(
@@ -34,8 +42,8 @@ plan_options = group(
     {
         "Memory plan": [
             opt("plan", "--plan", "What `train` would need.", is_flag=True),
-            opt("gpus", "--gpus", "So many; 0 is this machine's CPU.", type=click.IntRange(0),
-                default=1, show_default=True),
+            opt("gpus", "--gpus", "One unless given; 0 is this machine's CPU.",
+                type=click.IntRange(0)),
             opt("gpu_memory", "--gpu-memory", "Of one, such as 80GB.", type=Bytes(),
                 metavar="SIZE"),
             opt("gather", "--gather", "As `train` would.", type=click.Choice(config.GATHERS),
@@ -83,7 +91,7 @@ def command(
 
     from .render import show_inspection
 
-    extra = {"plan": plan.arguments} if plan.plan else {}
+    extra = {"plan": plan.arguments} if plan.asked else {}
     execute(
         lambda progress: inspect(
             checkpoints, selection=selection, geometry=geometry, progress=progress, **extra

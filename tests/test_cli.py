@@ -248,8 +248,10 @@ def test_the_plan_reaches_the_library(library: Callable[..., list[dict[str, Any]
         run(cli, ["inspect", "r", "--plan", "--gpus", "8", "--gpu-memory", "80GB", "--json"]) == 0
     )
     assert run(cli, ["inspect", "r", "--gpu-memory", "1.5GiB", "--json"]) == 0
+    assert run(cli, ["inspect", "r", "--json"]) == 0
     assert calls[0]["plan"] == {"gpus": 8, "gpu_memory": 80_000_000_000, "gather": "layer"}
-    assert "plan" not in calls[1]
+    assert calls[1]["plan"] == {"gpus": 1, "gpu_memory": 3 << 29, "gather": "layer"}
+    assert "plan" not in calls[2]
 
 
 def test_a_user_error_is_told_without_a_traceback(

@@ -201,4 +201,11 @@ def parse_families(text: str) -> frozenset[str]:
             expected=f"quick, all, or some of {', '.join(ALL)}",
             found=", ".join(sorted(wrong)) or text,
         )
+    if names <= {"last", "best_single", "blend"}:
+        raise ConfigError(
+            "--candidates names nothing that could be better than a checkpoint.",
+            expected=f"some of {', '.join(n for n in ALL if n not in ('last', 'best_single'))}",
+            found=text,
+            remedy="name what is to be compared, and mixed by blend",
+        )
     return names

@@ -31,7 +31,7 @@ from .config import (
 from .distributed import start
 from .errors import NoImprovement
 from .fit import Fitted
-from .guard import Scored
+from .guard import Scored, improvement, pick
 from .html_report import html_report
 from .landscape import landscape
 from .layout import dtype_named, make_layout
@@ -134,7 +134,7 @@ def merge(
     document = _document(run, fitted, verdict)
     if choices.guard.require_improvement and not verdict.over_single.certain:
         log.remove()
-        raise _no_improvement(verdict)
+        raise _no_improvement(run, verdict)
     with clock.part("report"):
         documents = _documents(run, document, fitted, verdict)
     sources, alphas = list(found), verdict.winner.candidate.alphas
@@ -203,12 +203,17 @@ def _orthogonality_error(run: Run, subspace: Subspace) -> float:
     return orthogonality_error(subspace, gram, grams.centre, grams.cross)
 
 
-def _no_improvement(verdict: Verdict) -> NoImprovement:
-    found = verdict.over_single
+def _no_improvement(run: Run, verdict: Verdict) -> NoImprovement:
+    """Says how close the best merge came, where a single checkpoint won."""
+    closest, found, select = verdict.winner, verdict.over_single, run.choices.guard.select
+    merges = [s for s in verdict.shown if s.name not in ("last", "best_single")]
+    if closest not in merges and merges:
+        closest, single = pick(merges, select), verdict.shown[1]
+        found = improvement(closest, single, select, run.choices.data.seed)
     return NoImprovement(
         "No merge is certainly better than the best single checkpoint; nothing was written.",
         expected="an improvement on the guard split whose 95 % interval lies above zero",
-        found=f"{verdict.winner.name}: {found.mean:+.5f} [{found.low:+.5f}, {found.high:+.5f}]",
+        found=f"{closest.name}: {found.mean:+.5f} [{found.low:+.5f}, {found.high:+.5f}]",
         remedy="give more data or other checkpoints, or leave --require-improvement out",
     )
 
