@@ -27,10 +27,9 @@ def likelihoods(costs: Tensor) -> Tensor:
     """
     means = costs.mean(1).nan_to_num(torch.inf)
     differences = costs - costs[means.argmin()]
-    mean, error = differences.mean(1), torch.zeros(len(costs), dtype=costs.dtype)
-    if costs.shape[1] > 1:
-        error = differences.std(1) / costs.shape[1] ** 0.5
-    z = torch.where(differences.eq(0.0).all(1), 0.0, mean / error)
+    count = costs.shape[1]
+    error = differences.std(1, correction=int(count > 1)) / count**0.5
+    z = torch.where(differences.eq(0.0).all(1), 0.0, differences.mean(1) / error)
     weights = torch.special.ndtr(-z).nan_to_num(0.0)
     return weights / weights.sum()
 

@@ -13,7 +13,9 @@ from .errors import ConfigError
 
 EMA_DECAYS = (0.5, 0.7, 0.8, 0.9, 0.95)
 SCHEDULES = ("linear", "1-sqrt")
-QUICK = ("last", "best_single", "uniform", "window", "twa", "twa-layers", "blend")
+# These take part in every comparison.
+SINGLES = ("last", "best_single")
+QUICK = (*SINGLES, "uniform", "window", "twa", "twa-layers", "blend")
 ALL = (*QUICK, "ema", "wsm", "greedy")
 
 
@@ -201,10 +203,10 @@ def parse_families(text: str) -> frozenset[str]:
             expected=f"quick, all, or some of {', '.join(ALL)}",
             found=", ".join(sorted(wrong)) or text,
         )
-    if names <= {"last", "best_single", "blend"}:
+    if names <= {*SINGLES, "blend"}:
         raise ConfigError(
             "--candidates names nothing that could be better than a checkpoint.",
-            expected=f"some of {', '.join(n for n in ALL if n not in ('last', 'best_single'))}",
+            expected=f"some of {', '.join(n for n in ALL if n not in SINGLES)}",
             found=text,
             remedy="name what is to be compared, and mixed by blend",
         )

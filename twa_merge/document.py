@@ -76,7 +76,8 @@ def leading_candidates(document: Document, most: int) -> list[Document]:
     Args:
         most: how many altogether, if the chosen and the named ones are not more already.
     """
-    ordered = sorted(document.get("candidates") or [], key=lambda c: _cost(c, metric(document)))
+    selected = metric(document)
+    ordered = sorted(document.get("candidates") or [], key=lambda c: _cost(c, selected))
 
     def important(name: str) -> bool:
         return name in _NAMED or name == document.get("chosen") or name.startswith("twa")
@@ -92,11 +93,16 @@ def metric(document: Document) -> str | None:
     return None if select == "loss" else select.removeprefix("metric:")
 
 
+def guard_metric(candidate: Document, selected: str) -> Any:
+    """The candidate's mean of a metric on the guard split; None where it is not known."""
+    return (candidate.get("guard_metrics") or {}).get(selected)
+
+
 def _cost(candidate: Document, selected: str | None) -> float:
     """What the winner has least of on the guard split."""
     if selected is None:
         return sortable(candidate.get("guard_loss"))
-    value = (candidate.get("guard_metrics") or {}).get(selected)
+    value = guard_metric(candidate, selected)
     return math.inf if value is None or not is_finite(value) else -float(value)
 
 
@@ -140,7 +146,8 @@ def verdict(document: Document) -> list[str]:
         said.insert(0, f"No candidate beat {spoken(chosen)}.")
     said = said or [f"{spoken(chosen)} was written."]
     said += _how_it_was_picked(document, chosen) + _what_it_is_made_of(document, chosen)
-    said += _where_statistics_came_from(document)
+    if source := statistics_source(document):
+        said.append(f"Its running statistics of batch norm were {source}.")
     return [_capital(sentence) for sentence in said]
 
 
@@ -149,7 +156,7 @@ def _how_it_was_picked(document: Document, chosen: str) -> list[str]:
     rows, selected, mine = document.get("candidates") or [], metric(document), winner(document)
     least = min(rows, key=lambda c: sortable(c.get("guard_loss")), default=None)
     if mine and selected is not None:
-        value = (mine.get("guard_metrics") or {}).get(selected)
+        value = guard_metric(mine, selected)
         found = f", {value:.4f}" if is_finite(value) else ""
         return [f"{chosen} was picked by {selected} on the guard split{found}."]
     if least is None or mine.get("selection_loss") is None:
@@ -171,13 +178,12 @@ def _what_it_is_made_of(document: Document, chosen: str) -> list[str]:
     return [f"{chosen} is a mean of candidates: {', '.join(named)}."] if named else []
 
 
-def _where_statistics_came_from(document: Document) -> list[str]:
-    """Of batch norm, where they are not averaged like everything else."""
-    source = {
+def statistics_source(document: Document) -> str | None:
+    """Where batch norm's came from; None where they are averaged like everything else."""
+    return {
         "reestimate": "re-estimated on fit examples",
         "newest": "taken from the newest checkpoint",
     }.get(str(winner(document).get("batch_norm")))
-    return [f"Its running statistics of batch norm were {source}."] if source else []
 
 
 def _is_itself(improvement: Document) -> bool:

@@ -14,12 +14,13 @@ from .document import (
     coefficient_note,
     decimals,
     folder_name,
+    guard_metric,
     interval,
     is_finite,
     leading_candidates,
     metric,
+    statistics_source,
     verdict,
-    winner,
     written_coefficients,
 )
 
@@ -96,7 +97,7 @@ def _candidates(document: Document) -> str:
         table.append(
             [
                 f"**{name}**" if chosen else name,
-                *([_number((row.get("guard_metrics") or {}).get(selected), 4)] if selected else []),
+                *([_number(guard_metric(row, selected), 4)] if selected else []),
                 *(_number(row.get(key), places) for key in keys),
                 span,
             ]
@@ -147,7 +148,7 @@ def _again(document: Document) -> str:
     fence = "`" * max(3, _longest_run(line) + 1)
     but = (
         "\nRunning statistics of batch norm come out averaged that way.\n"
-        if winner(document).get("batch_norm") in ("reestimate", "newest")
+        if statistics_source(document)
         else ""
     )
     return f"## The same again\n\n{fence}sh\n{line}\n{fence}\n{but}"

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from . import report
-from .candidates import parse_families
+from .candidates import SINGLES, parse_families
 from .checkpoints import open_checkpoints
 from .clock import Clock
 from .config import (
@@ -206,9 +206,10 @@ def _orthogonality_error(run: Run, subspace: Subspace) -> float:
 def _no_improvement(run: Run, verdict: Verdict) -> NoImprovement:
     """Says how close the best merge came, where a single checkpoint won."""
     closest, found, select = verdict.winner, verdict.over_single, run.choices.guard.select
-    merges = [s for s in verdict.shown if s.name not in ("last", "best_single")]
+    merges = [s for s in verdict.shown if s.name not in SINGLES]
     if closest not in merges and merges:
-        closest, single = pick(merges, select), verdict.shown[1]
+        closest = pick(merges, select)
+        single = next(s for s in verdict.shown if s.name == "best_single")
         found = improvement(closest, single, select, run.choices.data.seed)
     return NoImprovement(
         "No merge is certainly better than the best single checkpoint; nothing was written.",
