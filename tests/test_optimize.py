@@ -72,6 +72,24 @@ def test_the_same_function_gives_the_same_answer_to_the_bit():
     assert torch.equal(first.z, second.z)
 
 
+def test_rounding_errors_of_the_loss_are_not_blown_up():
+    """Ranks add up in other orders: their losses and gradients differ in the eighth digit."""
+    function, _ = quadratic()
+
+    def flat(z, add=0.0):
+        # As flat as losses are along the axes of a subspace: a gradient that is short of one.
+        loss, gradient = function(z)
+        noise = add * torch.cos(1e6 * z.sum() + torch.arange(20))
+        return 0.005 * loss + float(noise[0]), 0.005 * gradient + noise
+
+    ends = [
+        lbfgs(lambda z, add=add: flat(z, add), zeros(20), max_evaluations=40, tolerance=1e-7).z
+        for add in (0.0, 1e-8, -1e-8)
+    ]
+    for end in ends[1:]:
+        torch.testing.assert_close(end, ends[0], rtol=0.0, atol=1e-5)
+
+
 def test_no_coordinates_is_one_evaluation():
     result = lbfgs(lambda z: (3.0, z), zeros(0), max_evaluations=9, tolerance=1e-9)
     assert result.loss == 3.0

@@ -121,15 +121,30 @@ def lbfgs(
 
     converged = False
     try:
+        closure()
+        group = optimizer.param_groups[0]
+        group["lr"] = _first_step(z.grad)
         while not converged:
             before, where = record.best, z.detach().clone()
             optimizer.step(closure)
+            group["lr"] = 1.0
             gain = before - record.best
             still = torch.equal(where, z.detach())
             converged = still or (math.isfinite(before) and gain <= tolerance * abs(record.best))
     except _Stop:
         pass
     return record.result(start, converged)
+
+
+def _first_step(gradient: Tensor | None) -> float:
+    """The ``lr`` that makes LBFGS try a first step of length one: one standard deviation.
+
+    Its own first step, minus the gradient, is often far shorter than what follows. A line search
+    that extrapolates from two such neighbours divides rounding errors by next to nothing.
+    """
+    if gradient is None or not bool(gradient.any()):
+        return 1.0
+    return float(gradient.abs().sum().clamp(min=1.0) / gradient.norm())
 
 
 def schedule_factor(schedule: str, step: int, steps: int) -> float:
