@@ -245,6 +245,7 @@ class Fitter:
             start,
             max_evaluations=limit,
             tolerance=tolerance,
+            ridge=ridge,
             observe=observe,
         )
 

@@ -80,6 +80,7 @@ def lbfgs(
     *,
     max_evaluations: int,
     tolerance: float,
+    ridge: float = 0.0,
     observe: Callable[[int, float, float], None] = ignore,
 ) -> FitResult:
     """Full-batch L-BFGS with strong-Wolfe line search (Nocedal and Wright, algorithm 7.5).
@@ -91,6 +92,7 @@ def lbfgs(
     Args:
         function: z (size,) float64 → loss and gradient (size,) float64.
         tolerance: stops when an iteration lowers the loss by less than this share of it.
+        ridge: that the function holds, a least curvature.
     """
     record = _Recorder(function, max_evaluations, observe)
     if start.numel() == 0:
@@ -123,7 +125,7 @@ def lbfgs(
     try:
         closure()
         group = optimizer.param_groups[0]
-        group["lr"] = _first_step(z.grad)
+        group["lr"] = _first_step(z.grad, ridge)
         while not converged:
             before, where = record.best, z.detach().clone()
             optimizer.step(closure)
@@ -136,15 +138,18 @@ def lbfgs(
     return record.result(start, converged)
 
 
-def _first_step(gradient: Tensor | None) -> float:
-    """The ``lr`` that makes LBFGS try a first step of length one: one standard deviation.
+def _first_step(gradient: Tensor | None, ridge: float) -> float:
+    """The ``lr`` that makes LBFGS try a first step of one standard deviation.
 
     Its own first step, minus the gradient, is often far shorter than what follows. A line search
-    that extrapolates from two such neighbours divides rounding errors by next to nothing.
+    that extrapolates from two such neighbours divides rounding errors by next to nothing. Where
+    the ridge alone would stop sooner, the step ends there.
     """
-    if gradient is None or not bool(gradient.any()):
+    norm = 0.0 if gradient is None else float(gradient.norm())
+    if gradient is None or norm == 0.0:
         return 1.0
-    return float(gradient.abs().sum().clamp(min=1.0) / gradient.norm())
+    length = min(1.0, norm / ridge) if ridge else 1.0
+    return length / norm * max(1.0, float(gradient.abs().sum()))
 
 
 def schedule_factor(schedule: str, step: int, steps: int) -> float:
