@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,8 +19,9 @@ from .distributed import World
 from .layout import Blocks, Layout
 from .progress import Advanced, Progress, Started, silent
 from .store.base import Store
-from .stream import RowSlice, blame, row_slices, stream
+from .stream import RowSlice, blame, row_slices
 from .subspace import GramAccumulator
+from .tensors import as_tensor
 
 # Numbers worked on at a time by one thread: 2 MB of float64 stay in a core's second-level cache.
 _PIECE = 1 << 18
@@ -146,22 +148,18 @@ class _Pass:
         for _ in range(workers):
             buffers.put(_Buffer(len(self._checkpoints)))
 
-        def work(cut: RowSlice, rows: list[Tensor]) -> _Sums:
+        def work(cut: RowSlice) -> _Sums:
             buffer = buffers.get()
             try:
-                return self._take(cut, rows, buffer)
+                return self._take(cut, buffer)
             finally:
                 buffers.put(buffer)
 
         pending: deque[tuple[RowSlice, Future[_Sums]]] = deque()
-        with (
-            one_thread_each(),
-            ThreadPoolExecutor(workers, "twa-merge-gram") as pool,
-            closing(stream(self._checkpoints, slices)) as streamed,
-        ):
+        with one_thread_each(), ThreadPoolExecutor(workers, "twa-merge-gram") as pool:
             try:
-                for cut, rows in streamed:
-                    pending.append((cut, pool.submit(work, cut, rows)))
+                for cut in slices:
+                    pending.append((cut, pool.submit(work, cut)))
                     if len(pending) > 2 * workers:
                         cut, future = pending.popleft()
                         yield cut, future.result()
@@ -172,15 +170,15 @@ class _Pass:
                 for _, future in pending:
                     future.cancel()
 
-    def _take(self, cut: RowSlice, rows: list[Tensor], buffer: _Buffer) -> _Sums:
-        n, width = len(rows), self._layout[cut.name].info.row_numel
+    def _take(self, cut: RowSlice, buffer: _Buffer) -> _Sums:
+        n, width = len(self._checkpoints), self._layout[cut.name].info.row_numel
         exact, stored = GramAccumulator(1, n), GramAccumulator(1, n)
         squares, cross = 0.0, torch.zeros(n, dtype=torch.float64)
         step = max(1, _PIECE // n // max(1, width))
         for start in range(cut.start, cut.stop, step):
             piece = RowSlice(cut.name, start, min(start + step, cut.stop))
-            a, b = ((row - cut.start) * width for row in (piece.start, piece.stop))
-            centre, offsets = buffer.centred([row[a:b] for row in rows])
+            m = (piece.stop - start) * width
+            centre, offsets = buffer.centred(self._checkpoints, cut.name, start * width, m)
             square = float(centre @ centre)
             if not math.isfinite(square) and not bool(centre.isfinite().all()):
                 raise blame(self._checkpoints, piece)
@@ -205,18 +203,23 @@ class _Buffer:
         self._offsets = torch.empty(self._n * m, dtype=torch.float64)
         self._centre = torch.empty(m, dtype=torch.float64)
         self._single = torch.empty(m)
+        self._rows = np.empty(8 * m, np.uint8)
 
-    def centred(self, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Centre (m,) and offsets (n, m) in float64 of n flat tensors of m numbers.
+    def centred(
+        self, checkpoints: Sequence[Checkpoint], name: str, first: int, m: int
+    ) -> tuple[Tensor, Tensor]:
+        """Centre (m,) and offsets (n, m) in float64 of m numbers of a tensor.
 
         They are overwritten by the next call.
         """
-        m = rows[0].numel()
         if m > self._centre.numel():
             self._grow(m)
         offsets = self._offsets[: self._n * m].view(self._n, m)
-        for target, row in zip(offsets, rows, strict=True):
-            target.copy_(row)
+        dtype = checkpoints[0].tensors[name].dtype
+        rows = self._rows[: m * dtype.itemsize].view(dtype.array)
+        for target, checkpoint in zip(offsets, checkpoints, strict=True):
+            checkpoint.read(name, first, rows)
+            target.copy_(as_tensor(rows, dtype))
         centre = torch.mean(offsets, 0, out=self._centre[:m])
         return centre, offsets.sub_(centre)
 
