@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -73,18 +74,21 @@ class Accumulator:
         total, single = self._sum[: len(out)], self._single[: len(out)]
         if not terms:
             total.fill(0.0)
+        common = _common_power_of_two(terms)
         for k, (source, alpha) in enumerate(terms):
             product = self._product[: len(out)] if k else total
             self._widened(source, first, size, product, single)
-            if alpha != 1.0:
-                np.multiply(product, alpha, out=product)
+            if alpha != common:
+                np.multiply(product, alpha / common, out=product)
             if k:
                 np.add(total, product, out=total)
+        if common != 1.0:
+            np.multiply(total, common, out=total)
         # A NaN compares as false.
         surely_finite = total.max() <= dtype.largest and total.min() >= -dtype.largest
         if not surely_finite and np.isnan(total).any():
             return False
-        narrow(total, dtype, out, single)
+        narrow(total, dtype, out, single, self._product[: len(out)])
         if surely_finite:
             return True
         # What is a little too large may have been rounded to the largest number.
@@ -101,3 +105,11 @@ class Accumulator:
             dtype = dtype.real()
             rows = rows.view(dtype.array)
         widen(rows, dtype, out, single)
+
+
+def _common_power_of_two(terms: Terms) -> float:
+    """The α of all terms where that is a power of two, else 1: to multiply the sum by it, and not
+    each term, changes no rounding."""
+    alphas = {alpha for _, alpha in terms}
+    alpha = alphas.pop() if len(alphas) == 1 else 1.0
+    return alpha if abs(math.frexp(alpha)[0]) == 0.5 else 1.0

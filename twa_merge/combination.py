@@ -13,7 +13,7 @@ import numpy as np
 
 from . import threads
 from .accumulator import Accumulator, Terms
-from .checkpoints.base import Checkpoint, TensorInfo
+from .checkpoints.base import Checkpoint, Reader, TensorInfo
 from .dtypes import Array, Dtype, Float64, named
 from .errors import OutputError, TwaMergeError
 from .layout import Blocks, Layout
@@ -28,15 +28,16 @@ _MAX_WORKERS = 8
 class _Saved:
     """A tensor of a checkpoint, as a term."""
 
-    checkpoint: Checkpoint
+    reader: Reader
     name: str
-
-    @property
-    def dtype(self) -> Dtype:
-        return self.checkpoint.tensors[self.name].dtype
+    dtype: Dtype
 
     def read(self, first: int, out: Array) -> None:
-        self.checkpoint.read(self.name, first, out)
+        self.reader.read(self.name, first, out)
+
+
+def _saved(checkpoint: Checkpoint, name: str) -> _Saved:
+    return _Saved(checkpoint.reader, name, checkpoint.tensors[name].dtype)
 
 
 @dataclass(frozen=True)
@@ -83,8 +84,8 @@ class Combination:
         if name in self.overrides:
             return [(self._override(name), 1.0)]
         if not entry.averaged:
-            return [(_Saved(self.checkpoints[-1], name), 1.0)]
-        return [(_Saved(self.checkpoints[i], name), a) for i, a in self._of(name)]
+            return [(_saved(self.checkpoints[-1], name), 1.0)]
+        return [(_saved(self.checkpoints[i], name), a) for i, a in self._of(name)]
 
     def _of(self, name: str) -> list[tuple[int, float]]:
         if len(self._taking_part) == 1:

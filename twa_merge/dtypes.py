@@ -120,39 +120,50 @@ def widen(rows: Array, dtype: Dtype, out: Float64, single: NDArray[np.float32]) 
     np.copyto(out, rows)
 
 
-def narrow(total: Float64, dtype: Dtype, out: Array, single: NDArray[np.float32]) -> None:
+def narrow(
+    total: Float64, dtype: Dtype, out: Array, single: NDArray[np.float32], spare: Float64
+) -> None:
     """``total`` (m,), without NaN, rounded once to a float dtype: to the nearest, ties to even.
 
     What is too large becomes an infinity, or a NaN in dtypes without one.
 
     Args:
-        total, single: (m,), overwritten.
+        total, single, spare: (m,), overwritten.
         out: (m,) of ``dtype.array``.
     """
-    if dtype.name == "bfloat16":
-        _narrow_bfloat16(total, out, single)
-    elif dtype.name in _EIGHT_BIT:
-        _narrow_eight_bit(total, dtype.name, out)
-    else:
-        with np.errstate(over="ignore", under="ignore"):
+    with np.errstate(over="ignore", under="ignore"):
+        if dtype.name == "bfloat16":
+            _narrow_bfloat16(total, out, single, spare)
+        elif dtype.name in _EIGHT_BIT:
+            _narrow_eight_bit(total, dtype.name, out)
+        else:
             np.copyto(out, total, casting="same_kind")
 
 
-def _narrow_bfloat16(total: Float64, out: Array, single: NDArray[np.float32]) -> None:
-    with np.errstate(over="ignore", under="ignore"):
-        np.copyto(single, total, casting="same_kind")
-    bits = single.view(np.uint32)
-    # Rounding to float32 first is harmless but where it ends on a tie that was none.
-    (ties,) = np.nonzero(bits.view(np.uint16)[::2] == 0x8000)
-    if len(ties):
-        short = np.sign(np.abs(total[ties]) - np.abs(single[ties]))
-        bits[ties] = (bits[ties] + short.astype(np.int64)).astype(np.uint32)
-    # Just below half of what is dropped, and one more where what stays is odd.
-    odd = total.view(np.uint32)[: len(bits)]
-    np.right_shift(bits, 16, out=odd)
+# Bits of a float64 that a bfloat16 has no place for.
+_DROPPED = 45
+_SMALLEST_NORMAL = 2.0**-126
+
+
+def _narrow_bfloat16(
+    total: Float64, out: Array, single: NDArray[np.float32], spare: Float64
+) -> None:
+    wide, odd = total.view(np.uint64), spare.view(np.uint64)
+    bits, shifted = single.view(np.uint32), spare.view(np.uint32)[: len(total)]
+    # Through float32 a number could be rounded twice. Half of what is dropped is added instead,
+    # or a little less where what stays is even.
+    np.right_shift(wide, _DROPPED, out=odd)
     np.bitwise_and(odd, 1, out=odd)
-    np.add(odd, 0x7FFF, out=odd)
-    np.add(bits, odd, out=bits)
+    np.add(odd, (1 << _DROPPED - 1) - 1, out=odd)
+    np.add(wide, odd, out=odd)
+    np.bitwise_and(odd, -1 << _DROPPED & (1 << 64) - 1, out=odd)
+    np.copyto(single, spare, casting="same_kind")
+    # Numbers too small for that have fewer places. Zero, less one, is the largest integer.
+    np.left_shift(bits, 1, out=shifted)
+    np.subtract(shifted, 1, out=shifted)
+    if shifted.min() < (1 << 24) - 1:
+        small = np.abs(total) < _SMALLEST_NORMAL
+        single[small] = np.rint(total[small] * 2.0**133) * 2.0**-133
     np.right_shift(bits, 16, out=bits)
     np.copyto(out, bits, casting="same_kind")
 

@@ -151,12 +151,16 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(
-            "A file or folder cannot be read.",
-            checkpoint=path,
-            found=error.strerror or str(error),
-            remedy="check the path and its permissions",
-        ) from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        "A file or folder cannot be read.",
+        checkpoint=path,
+        found=error.strerror or str(error),
+        remedy="check the path and its permissions",
+    )
 
 
 def require_file(path: Path) -> int:

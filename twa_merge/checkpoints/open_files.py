@@ -11,6 +11,8 @@ from pathlib import Path
 
 # Systems allow a process 256 to 1024 open files unless told otherwise.
 _MOST = 128
+# macOS has none.
+_PREADV = hasattr(os, "preadv")
 
 
 class OpenFile:
@@ -22,10 +24,14 @@ class OpenFile:
     def __del__(self, close: Callable[[int], None] = os.close) -> None:
         close(self.descriptor)
 
+    @classmethod
+    def at(cls, path: Path) -> OpenFile:
+        """Opens it; OSError if that cannot be done."""
+        return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+
     def read(self, position: int, out: memoryview) -> bool:
         """Fills ``out`` with the bytes from ``position`` on; False if the file ends before."""
-        while out:
-            count = _read_at(self.descriptor, out, position)
+        while (count := _read_at(self.descriptor, out, position)) < len(out):
             if not count:
                 return False
             out, position = out[count:], position + count
@@ -47,27 +53,20 @@ class OpenFiles:
         """Closes the owner's files once it is gone."""
         weakref.finalize(owner, self._forget, id(owner)).atexit = False
 
-    def get(self, owner: object, path: Path, opened: Callable[[OpenFile], None]) -> OpenFile:
-        """The owner's file at ``path``.
-
-        Args:
-            opened: called whenever the file had to be opened; may refuse it with an error.
-
-        Raises:
-            OSError: it cannot be opened.
-        """
+    def get(self, owner: object, path: Path) -> OpenFile | None:
+        """The owner's file at ``path``, if it is still open."""
         key = id(owner), path
         with self._lock:
             file = self._files.get(key)
-            if file is None:
-                file = OpenFile(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
-                opened(file)
-                self._files[key] = file
-                if len(self._files) > self.most:
-                    self._files.popitem(last=False)
-            else:
+            if file is not None:
                 self._files.move_to_end(key)
             return file
+
+    def keep(self, owner: object, path: Path, file: OpenFile) -> None:
+        with self._lock:
+            self._files[id(owner), path] = file
+            if len(self._files) > self.most:
+                self._files.popitem(last=False)
 
     def close(self, owner: object) -> None:
         self._forget(id(owner))
@@ -79,8 +78,8 @@ class OpenFiles:
 
 
 def _read_at(descriptor: int, out: memoryview, position: int) -> int:
-    if hasattr(os, "preadv"):
+    if _PREADV:
         return os.preadv(descriptor, [out], position)
-    data = os.pread(descriptor, len(out), position)  # macOS
+    data = os.pread(descriptor, len(out), position)
     out[: len(data)] = data
     return len(data)

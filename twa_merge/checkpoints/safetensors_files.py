@@ -13,7 +13,7 @@ from typing import Any, TypeGuard
 
 from ..dtypes import BY_CODE, Array
 from ..errors import CheckpointError
-from .base import TensorInfo, WeightFile, reading, require_file
+from .base import TensorInfo, WeightFile, reading, require_file, unreadable
 from .names import resolve_names
 from .open_files import OpenFile, OpenFiles
 from .shards import read_index, require_all_shards, require_consistent
@@ -75,19 +75,26 @@ class SafetensorsReader:
         _FILES.register(self)
 
     def read(self, name: str, first: int, out: Array) -> None:
+        # Called tens of thousands of times a second: hence no context manager.
         path, begin = self._place[name]
-
-        def require_unchanged(file: OpenFile) -> None:
-            if _identity(os.fstat(file.descriptor)) != self._seen[path]:
-                raise _changed(path, name, "a file that was written later")
-
-        with reading(path):
-            file = _FILES.get(self, path, require_unchanged)
-            if out.size and not file.read(begin + first * out.itemsize, out.view("u1").data):
-                raise _changed(path, name, "a file that ends before")
+        position = begin + first * out.itemsize
+        try:
+            file = _FILES.get(self, path) or self._open(path, name)
+            complete = not out.size or file.read(position, out.view("u1").data)
+        except OSError as error:
+            raise unreadable(path, error) from error
+        if not complete:
+            raise _changed(path, name, "a file that ends before")
 
     def close(self) -> None:
         _FILES.close(self)
+
+    def _open(self, path: Path, name: str) -> OpenFile:
+        file = OpenFile.at(path)
+        if _identity(os.fstat(file.descriptor)) != self._seen[path]:
+            raise _changed(path, name, "a file that was written later")
+        _FILES.keep(self, path, file)
+        return file
 
 
 def read_header(path: Path) -> Header:
