@@ -264,6 +264,31 @@ def test_a_file_that_changes_before_it_is_mapped(tmp_path: Path) -> None:
         checkpoint.rows("a", 0, 2)
 
 
+def test_files_that_are_replaced_or_cut_short_while_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safetensors_files, "_FILES", OpenFiles(most=1))
+    first, second = (tmp_path / f"{k}.safetensors" for k in (1, 2))
+    for path in (first, second):
+        save_file({"a": torch.ones(4, 3)}, path)
+    one_, two = open_checkpoints([first, second])
+    assert one_.rows("a", 0, 4).sum() == 12
+    # Another file of the same size: the one that is open is still the old one.
+    save_file({"a": torch.zeros(4, 3)}, tmp_path / "new")
+    (tmp_path / "new").rename(first)
+    assert one_.rows("a", 0, 4).sum() == 12
+    assert two.rows("a", 0, 4).sum() == 12
+    with pytest.raises(CheckpointError, match="changed") as caught:
+        one_.rows("a", 0, 4)
+    assert caught.value.details["checkpoint"] == str(first)
+    assert caught.value.details["tensor"] == "a"
+    two.rows("a", 0, 1)
+    os.truncate(second, second.stat().st_size - 20)
+    assert two.rows("a", 0, 1).sum() == 3
+    with pytest.raises(CheckpointError, match="changed"):
+        two.rows("a", 2, 4)
+
+
 def test_64_checkpoints_of_three_shards_read_from_many_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

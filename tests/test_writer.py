@@ -113,13 +113,14 @@ def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
     Torch rounds to float32 on the way, so it may be off by one place: the nearer neighbour then.
     """
     best = exact.to(dtype)
-    if best.element_size() != 2:
+    if best.element_size() > 2:
         return best
+    codes = torch.int8 if best.element_size() == 1 else torch.int16
     for step in (-1, 1):
-        other = (best.view(torch.int16) + step).view(dtype)
-        before, after = ((t.double() - exact).abs() for t in (best, other))
-        even = best.view(torch.int16) % 2 == 0
-        best = torch.where((after < before) | ((after == before) & ~even), other, best)
+        here, there = best.view(codes), best.view(codes) + step
+        before, after = ((c.view(dtype).double() - exact).abs() for c in (here, there))
+        nearer = (after < before) | ((after == before) & (here % 2 != 0))
+        best = torch.where(nearer, there, here).view(dtype)
     return best
 
 
@@ -244,6 +245,24 @@ def test_what_is_not_finite_is_named(tmp_path: Path, value: float) -> None:
     # With a coefficient of zero the checkpoint is not read at all.
     merge(run, tmp_path / "out", [0.5, 0.25, 0, 0.25])
     assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_infinities_that_cancel_and_odd_nans_are_named_too(tmp_path: Path) -> None:
+    for k, codes in enumerate(([0x7F80, 0xFF80], [0x7F81, 0x3F80])):
+        # Opposite infinities in one place; a signalling NaN.
+        models = [
+            {
+                "w": torch.tensor([0x3F80, code], dtype=torch.int32)
+                .to(torch.uint16)
+                .view(torch.bfloat16)
+            }
+            for code in codes
+        ]
+        run = save_run(tmp_path / f"run{k}", models)
+        with pytest.raises(CheckpointError) as caught:
+            merge(run, tmp_path / "out", [0.5, 0.5])
+        assert caught.value.details["checkpoint"].endswith("checkpoint-100")
+        assert "at index [1]" in caught.value.details["found"]
 
 
 def test_overflow_in_the_saved_dtype_is_an_error(tmp_path: Path) -> None:

@@ -66,6 +66,7 @@ class Accumulator:
         source.read(first, np.frombuffer(data, dtype.array))
         return data
 
+    @np.errstate(all="ignore")
     def _fill_piece(self, terms: Terms, first: int, out: Array, dtype: Dtype) -> bool:
         size = len(out)
         if dtype.is_complex:

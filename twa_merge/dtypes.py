@@ -102,6 +102,8 @@ def named(name: str) -> Dtype:
     return DTYPES[name]
 
 
+# Whoever asks what became of numbers that are not finite looks at the result.
+@np.errstate(all="ignore")
 def widen(rows: Array, dtype: Dtype, out: Float64, single: NDArray[np.float32]) -> None:
     """The numbers of ``rows`` (m,) of a float dtype as float64, exactly, in ``out`` (m,).
 
@@ -120,6 +122,7 @@ def widen(rows: Array, dtype: Dtype, out: Float64, single: NDArray[np.float32]) 
     np.copyto(out, rows)
 
 
+@np.errstate(all="ignore")
 def narrow(
     total: Float64, dtype: Dtype, out: Array, single: NDArray[np.float32], spare: Float64
 ) -> None:
@@ -131,13 +134,12 @@ def narrow(
         total, single, spare: (m,), overwritten.
         out: (m,) of ``dtype.array``.
     """
-    with np.errstate(over="ignore", under="ignore"):
-        if dtype.name == "bfloat16":
-            _narrow_bfloat16(total, out, single, spare)
-        elif dtype.name in _EIGHT_BIT:
-            _narrow_eight_bit(total, dtype.name, out)
-        else:
-            np.copyto(out, total, casting="same_kind")
+    if dtype.name == "bfloat16":
+        _narrow_bfloat16(total, out, single, spare)
+    elif dtype.name in _EIGHT_BIT:
+        _narrow_eight_bit(total, dtype.name, out)
+    else:
+        np.copyto(out, total, casting="same_kind")
 
 
 # Bits of a float64 that a bfloat16 has no place for.
@@ -180,7 +182,7 @@ def _narrow_eight_bit(total: Float64, name: str, out: Array) -> None:
     tie = size == middles[np.minimum(index, len(middles) - 1)]
     index += tie & (index % 2 == 1)
     code = index.astype(np.uint8)
-    negative = total < 0
+    negative = np.signbit(total)
     if name == "float8_e8m0fnu":
         code[negative] = 255
     else:

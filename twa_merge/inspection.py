@@ -1,4 +1,4 @@
-"""What is in a folder of checkpoints, and how they lie to one another."""
+"""What is in a folder of checkpoints, from headers; its geometry and memory plan when asked for."""
 
 from __future__ import annotations
 
