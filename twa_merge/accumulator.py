@@ -11,8 +11,9 @@ import numpy as np
 from .dtypes import Array, Dtype, Float64, narrow, widen
 from .stream import SLICE_NUMEL
 
-# Numbers at a time: with their float64 sum and product they stay in a core's second-level cache.
-_PIECE = 1 << 16
+# Numbers at a time. Smaller pieces would stay in a core's second-level cache, but threads then
+# wait for one another between them: only one at a time can begin an operation.
+_PIECE = 1 << 17
 _WIDEST = 8
 
 
