@@ -11,8 +11,8 @@ from pathlib import Path
 
 # Systems allow a process 256 to 1024 open files unless told otherwise.
 _MOST = 128
-# macOS has none.
-_PREADV = hasattr(os, "preadv")
+# macOS has neither.
+_PREADV, _FADVISE = hasattr(os, "preadv"), hasattr(os, "posix_fadvise")
 
 
 class OpenFile:
@@ -27,7 +27,12 @@ class OpenFile:
     @classmethod
     def at(cls, path: Path) -> OpenFile:
         """Opens it; OSError if that cannot be done."""
-        return cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        file = cls(os.open(path, os.O_RDONLY | os.O_CLOEXEC))
+        if _FADVISE:
+            # Several threads read on from several places: left to guess, the system takes that
+            # for random access and reads nothing ahead, which takes twice as long.
+            os.posix_fadvise(file.descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        return file
 
     def read(self, position: int, out: memoryview) -> bool:
         """Fills ``out`` with the bytes from ``position`` on; False if the file ends before."""
