@@ -77,7 +77,7 @@ def test_a_model_that_is_gathered_whole_does_not_get_smaller_with_the_ranks():
 
 def test_only_files_that_are_read_again_and_again_are_copied_into_memory():
     row = 16 * N * 4096
-    assert plan_for(gpus()).host == {"slices in flight": (8 << 20) + row}
+    assert plan_for(gpus()).host == {"slices in flight": (16 << 20) + row}
     assert plan_for(gpus(), StoreConfig("disk")).host == {"slices in flight": (64 << 20) + row}
 
 

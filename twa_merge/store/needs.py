@@ -9,8 +9,8 @@ from ..layout import Entry, Layout
 from .disk import READ_AHEAD
 from .tiles import footprint
 
-# Bytes of a streaming pass into a store in memory: 2 MB a thread for a few threads.
-BUFFERS = 8 << 20
+# Bytes of a streaming pass into a store in memory: 5 MB a thread for a few threads.
+BUFFERS = 16 << 20
 
 
 def own_dtype(layout: Layout) -> str:
