@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import struct
@@ -245,7 +246,7 @@ def test_a_git_lfs_pointer_says_so(tmp_path: Path) -> None:
     assert "git lfs pull" in refused(tmp_path).details["what to do"]
 
 
-def test_a_file_that_changes_before_it_is_mapped(tmp_path: Path) -> None:
+def test_a_file_that_changes_before_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     for late in (
         {"a": torch.ones(3)},
@@ -287,6 +288,18 @@ def test_files_that_are_replaced_or_cut_short_while_they_are_read(
     assert two.rows("a", 0, 1).sum() == 3
     with pytest.raises(CheckpointError, match="changed"):
         two.rows("a", 2, 4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files cannot be counted here")
+def test_files_are_closed_with_their_checkpoint(tmp_path: Path) -> None:
+    checkpoint = one(three_shards(tmp_path / "m"))
+    before = len(os.listdir("/proc/self/fd"))
+    for name, info in checkpoint.tensors.items():
+        checkpoint.rows(name, 0, info.rows)
+    assert len(os.listdir("/proc/self/fd")) == before + 3
+    del checkpoint
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
 
 
 def test_64_checkpoints_of_three_shards_read_from_many_threads(
