@@ -293,6 +293,7 @@ def test_files_that_are_replaced_or_cut_short_while_they_are_read(
 @pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files cannot be counted here")
 def test_files_are_closed_with_their_checkpoint(tmp_path: Path) -> None:
     checkpoint = one(three_shards(tmp_path / "m"))
+    gc.collect()
     before = len(os.listdir("/proc/self/fd"))
     for name, info in checkpoint.tensors.items():
         checkpoint.rows(name, 0, info.rows)

@@ -263,6 +263,11 @@ def test_infinities_that_cancel_and_odd_nans_are_named_too(tmp_path: Path) -> No
             merge(run, tmp_path / "out", [0.5, 0.5])
         assert caught.value.details["checkpoint"].endswith("checkpoint-100")
         assert "at index [1]" in caught.value.details["found"]
+    # Rounding must not carry from here into the sign.
+    odd = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+    run = save_run(tmp_path / "odd", [{"w": odd}, {"w": torch.ones(1)}])
+    with pytest.raises(CheckpointError, match="not finite"):
+        merge(run, tmp_path / "out", [0.5, 0.5], dtype=DTYPES["bfloat16"])
 
 
 def test_overflow_in_the_saved_dtype_is_an_error(tmp_path: Path) -> None:
