@@ -50,9 +50,6 @@ def command(
 
     CHECKPOINTS: a run's folder, several folders, or files.
     """
-    from .startup import import_torch
-
-    import_torch()
     from twa_merge import average
 
     from .render import show_average

@@ -84,9 +84,6 @@ def command(
 
     CHECKPOINTS: a run's folder, several folders, or files.
     """
-    from .startup import import_torch
-
-    import_torch()
     from twa_merge import inspect
 
     from .render import show_inspection

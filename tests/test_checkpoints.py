@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from twa_merge.checkpoints import open_checkpoints
 from twa_merge.config import Selection
 from twa_merge.errors import CheckpointError
+from twa_merge.tensors import tensor_rows
 
 STATE = {"w": torch.arange(6.0).reshape(3, 2), "b": torch.zeros(3)}
 
@@ -41,7 +42,7 @@ def found(
     checkpoints = open_checkpoints(paths, selection or Selection())
     base = root or Path(paths[0])
     for checkpoint in checkpoints:
-        assert torch.equal(checkpoint.rows("w", 1, 3), STATE["w"][1:3])
+        assert torch.equal(tensor_rows(checkpoint, "w", 1, 3), STATE["w"][1:3])
         checkpoint.close()
     return [(os.path.relpath(c.path, base), c.step) for c in checkpoints]
 

@@ -122,7 +122,7 @@ def test_slices_cover_every_number_once(tmp_path, numel, size):
         ):
             per = layout[cut.name].info.row_numel
             for i, row in enumerate(rows):
-                seen[cut.name][i, cut.start * per : cut.stop * per] += row
+                seen[cut.name][i, cut.start * per : cut.stop * per] += torch.from_numpy(row)
     for name, found in seen.items():
         expected = torch.stack([s[name].reshape(-1) for s in states])
         assert torch.equal(found, expected)

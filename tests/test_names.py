@@ -12,6 +12,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from twa_merge.checkpoints import open_checkpoints, resolve_names
 from twa_merge.layout import make_layout
+from twa_merge.tensors import tensor_rows
 
 
 @pytest.mark.parametrize(
@@ -49,7 +50,7 @@ def test_wrapped_and_plain_checkpoints_are_of_one_model(tmp_path: Path) -> None:
     assert len(make_layout(checkpoints).averaged) == 4
     for checkpoint in checkpoints:
         for name, tensor in plain.items():
-            assert torch.equal(checkpoint.rows(name, 0, tensor.shape[0]), tensor)
+            assert torch.equal(tensor_rows(checkpoint, name), tensor)
     file = checkpoints[1].files[0]
     assert [f"module._orig_mod.{n}" for n in file.names] == list(file.raw_names)
     averaged = tmp_path / "averaged.pt"

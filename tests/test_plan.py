@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 from runs import LinearTask, save_run
 
 from twa_merge import inspect
 from twa_merge.checkpoints.base import TensorInfo
 from twa_merge.config import StoreConfig
 from twa_merge.distributed import World
+from twa_merge.dtypes import DTYPES
 from twa_merge.layout import Entry, Layout
 from twa_merge.store import Machine, Rates, Work, memory_plan, this_machine
 from twa_merge.store.limits import host_memory
@@ -23,17 +23,17 @@ LAYER, ROOT = 40_960_000, 81_920_000
 N = 16
 
 
-def layout_of(dtype=torch.bfloat16) -> Layout:
+def layout_of(dtype=DTYPES["bfloat16"]) -> Layout:
     entries = {"embed.weight": Entry("embed.weight", TensorInfo((20_000, 4096), dtype), True)}
     for i in range(24):
         name = f"model.layers.{i}.weight"
         entries[name] = Entry(name, TensorInfo((10_000, 4096), dtype), True)
     entries["tied"] = Entry("tied", TensorInfo((20_000, 4096), dtype), True, tied_to="embed.weight")
-    entries["step"] = Entry("step", TensorInfo((), torch.int64), False)
+    entries["step"] = Entry("step", TensorInfo((), DTYPES["int64"]), False)
     return Layout(entries)
 
 
-def plan_for(machine: Machine, config: StoreConfig | None = None, dtype=torch.bfloat16, **more):
+def plan_for(machine: Machine, config: StoreConfig | None = None, dtype=DTYPES["bfloat16"], **more):
     return memory_plan(layout_of(dtype), N, machine, config or StoreConfig(), **more)
 
 
@@ -77,7 +77,7 @@ def test_a_model_that_is_gathered_whole_does_not_get_smaller_with_the_ranks():
 
 def test_only_files_that_are_read_again_and_again_are_copied_into_memory():
     row = 16 * N * 4096
-    assert plan_for(gpus()).host == {"slices in flight": (8 << 20) + row}
+    assert plan_for(gpus()).host == {"slices in flight": (16 << 20) + row}
     assert plan_for(gpus(), StoreConfig("disk")).host == {"slices in flight": (64 << 20) + row}
 
 
@@ -102,8 +102,8 @@ def test_auto_puts_width_before_place_and_disk_last(memory, host, kind, dtype):
 
 
 def test_the_checkpoints_own_width():
-    assert plan_for(gpus(memory=200), dtype=torch.float32).dtype == "float32"
-    assert plan_for(gpus(memory=200), dtype=torch.float16).dtype == "bfloat16"
+    assert plan_for(gpus(memory=200), dtype=DTYPES["float32"]).dtype == "float32"
+    assert plan_for(gpus(memory=200), dtype=DTYPES["float16"]).dtype == "bfloat16"
 
 
 def test_a_cpu_has_one_memory():

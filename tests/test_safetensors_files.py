@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import struct
@@ -15,8 +16,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from twa_merge.checkpoints import Checkpoint, open_checkpoints
+from twa_merge.checkpoints import Checkpoint, open_checkpoints, safetensors_files
+from twa_merge.checkpoints.open_files import OpenFiles
 from twa_merge.errors import CheckpointError
+from twa_merge.tensors import dtype_of, tensor_rows
 
 F32 = {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}
 
@@ -81,10 +84,10 @@ def test_every_dtype_and_shape_comes_back_row_by_row(tmp_path: Path) -> None:
     assert checkpoint.files[0].metadata == {"format": "pt", "by": "test"}
     for name, tensor in state.items():
         info = checkpoint.tensors[name]
-        assert (info.shape, info.dtype) == (tuple(tensor.shape), tensor.dtype)
+        assert (info.shape, info.dtype) == (tuple(tensor.shape), dtype_of(tensor.dtype))
         half = info.rows // 2
-        whole = checkpoint.rows(name, 0, info.rows)
-        parts = [checkpoint.rows(name, 0, half), checkpoint.rows(name, half, info.rows)]
+        whole = tensor_rows(checkpoint, name, 0, info.rows)
+        parts = [tensor_rows(checkpoint, name, 0, half), tensor_rows(checkpoint, name, half)]
         assert whole.dtype == tensor.dtype
         assert whole.shape == tensor.shape
         assert torch.equal(bits(whole), bits(tensor))
@@ -92,7 +95,7 @@ def test_every_dtype_and_shape_comes_back_row_by_row(tmp_path: Path) -> None:
             assert [p.shape[0] for p in parts] == [half, info.rows - half]
             assert torch.equal(torch.cat([bits(p) for p in parts]), bits(tensor))
         else:
-            assert checkpoint.rows(name, 1, 1).numel() == 0
+            assert checkpoint.rows(name, 1, 1).size == 0
 
 
 def bits(tensor: Tensor) -> Tensor:
@@ -243,7 +246,7 @@ def test_a_git_lfs_pointer_says_so(tmp_path: Path) -> None:
     assert "git lfs pull" in refused(tmp_path).details["what to do"]
 
 
-def test_a_file_that_changes_before_it_is_mapped(tmp_path: Path) -> None:
+def test_a_file_that_changes_before_it_is_read(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     for late in (
         {"a": torch.ones(3)},
@@ -262,7 +265,48 @@ def test_a_file_that_changes_before_it_is_mapped(tmp_path: Path) -> None:
         checkpoint.rows("a", 0, 2)
 
 
-def test_64_checkpoints_of_three_shards_read_from_many_threads(tmp_path: Path) -> None:
+def test_files_that_are_replaced_or_cut_short_while_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safetensors_files, "_FILES", OpenFiles(most=1))
+    first, second = (tmp_path / f"{k}.safetensors" for k in (1, 2))
+    for path in (first, second):
+        save_file({"a": torch.ones(4, 3)}, path)
+    one_, two = open_checkpoints([first, second])
+    assert one_.rows("a", 0, 4).sum() == 12
+    # Another file of the same size: the one that is open is still the old one.
+    save_file({"a": torch.zeros(4, 3)}, tmp_path / "new")
+    (tmp_path / "new").rename(first)
+    assert one_.rows("a", 0, 4).sum() == 12
+    assert two.rows("a", 0, 4).sum() == 12
+    with pytest.raises(CheckpointError, match="changed") as caught:
+        one_.rows("a", 0, 4)
+    assert caught.value.details["checkpoint"] == str(first)
+    assert caught.value.details["tensor"] == "a"
+    two.rows("a", 0, 1)
+    os.truncate(second, second.stat().st_size - 20)
+    assert two.rows("a", 0, 1).sum() == 3
+    with pytest.raises(CheckpointError, match="changed"):
+        two.rows("a", 2, 4)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").is_dir(), reason="open files cannot be counted here")
+def test_files_are_closed_with_their_checkpoint(tmp_path: Path) -> None:
+    checkpoint = one(three_shards(tmp_path / "m"))
+    gc.collect()
+    before = len(os.listdir("/proc/self/fd"))
+    for name, info in checkpoint.tensors.items():
+        checkpoint.rows(name, 0, info.rows)
+    assert len(os.listdir("/proc/self/fd")) == before + 3
+    del checkpoint
+    gc.collect()
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_64_checkpoints_of_three_shards_read_from_many_threads(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(safetensors_files, "_FILES", OpenFiles(most=5))
     for k in range(64):
         three_shards(tmp_path / f"checkpoint-{k}", value=10.0 * k)
     before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else None
@@ -272,9 +316,11 @@ def test_64_checkpoints_of_three_shards_read_from_many_threads(tmp_path: Path) -
         rows = list(pool.map(lambda j: checkpoints[j[0]].rows(f"layer.{j[1]}", 1, 3), jobs))
     assert all(bool((r == 10 * k + i).all()) for (k, i), r in zip(jobs, rows, strict=True))
     if before is not None:
-        assert len(os.listdir("/proc/self/fd")) <= before + 2
+        assert len(os.listdir("/proc/self/fd")) <= before + 5
     for checkpoint in checkpoints:
         checkpoint.close()
+    if before is not None:
+        assert len(os.listdir("/proc/self/fd")) <= before
     assert rows[0].tolist() == [[1, 1], [1, 1]]  # rows outlive their reader
     expected = load_file(tmp_path / "checkpoint-7" / "model-00002-of-00003.safetensors")
-    assert torch.equal(checkpoints[7].rows("layer.2", 0, 3), expected["layer.2"])
+    assert torch.equal(tensor_rows(checkpoints[7], "layer.2"), expected["layer.2"])

@@ -20,7 +20,7 @@ from torch import nn
 
 import twa_merge.pipeline
 from twa_merge import average, merge
-from twa_merge.checkpoints import open_checkpoints
+from twa_merge.checkpoints import Checkpoint, open_checkpoints
 from twa_merge.config import (
     DataConfig,
     EngineConfig,
@@ -45,6 +45,7 @@ from twa_merge.subspace import (
     root_mean_square,
     with_centre,
 )
+from twa_merge.tensors import tensor_rows
 
 TESTS = Path(__file__).parent
 LINEAR = FitConfig(span="linear", blocks="global", ridge=0.0)
@@ -262,12 +263,13 @@ def test_the_generator_is_the_published_one():
 def test_rows_are_the_same_however_they_are_cut(tmp_path):
     drawn = drawn_for([{"w": torch.zeros(37, 29), "scalar": torch.zeros(())}], tmp_path)
     reader = DirectionReader(drawn, 2, _infos(drawn))
-    whole = reader.rows("w", 0, 37)
+    checkpoint = Checkpoint(tmp_path, None, "none", reader)
+    whole = tensor_rows(checkpoint, "w")
     assert torch.equal(whole.reshape(-1).double(), 0.25 * expected_signs(7, 2, "w", 37 * 29))
     for cuts in ([0, 1, 2, 37], [0, 11, 30, 37], [0, 36, 37]):
-        parts = [reader.rows("w", a, b) for a, b in pairwise(cuts)]
+        parts = [tensor_rows(checkpoint, "w", a, b) for a, b in pairwise(cuts)]
         assert torch.equal(torch.cat(parts), whole)
-    assert reader.rows("scalar", 0, 1).shape == ()
+    assert checkpoint.rows("scalar", 0, 1).shape == ()
 
 
 def _infos(drawn: RandomDirections):
@@ -486,7 +488,8 @@ def test_tensors_that_the_files_tie_follow_their_root(tmp_path):
     assert drawn.sources == {"a": "a", "b": "a", "c": "c"}
     assert drawn.numel == 72
     reader = DirectionReader(drawn, 1, _infos(drawn))
-    assert torch.equal(reader.rows("a", 0, 8), reader.rows("b", 0, 8))
+    checkpoint = Checkpoint(tmp_path, None, "none", reader)
+    assert torch.equal(tensor_rows(checkpoint, "a"), tensor_rows(checkpoint, "b"))
 
 
 def test_another_winner_is_written_without_random_directions(tmp_path):

@@ -1,48 +1,61 @@
-"""What the quick start leaves out of torch can be had later; the rest is as always."""
+"""Commands that only read files do not wait for torch."""
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
+from pathlib import Path
 
-LEFT_OUT = "torch._meta_registrations"
+import pytest
+import torch
+from runs import save_run, states_of
+from safetensors.torch import load_file
+
+# What takes long to import; each in a process of its own, as a user starts it.
+SLOW = ("torch", "transformers", "huggingface_hub", "matplotlib", "safetensors")
 
 
-def python(code: str, **environment: str) -> str:
-    setup = "import gc, sys\nfrom twa_merge_cli.startup import import_torch\nimport_torch()\n"
+def loaded_by(*arguments: object) -> set[str]:
+    """Top-level modules that the command had imported when it was done."""
+    code = (
+        "import sys\n"
+        "from twa_merge_cli.main import main\n"
+        "try:\n    main(sys.argv[1:])\n"
+        "except SystemExit as exit_:\n    assert exit_.code == 0, exit_.code\n"
+        "print(*{name.partition('.')[0] for name in sys.modules}, file=sys.stderr)"
+    )
     done = subprocess.run(
-        [sys.executable, "-W", "error", "-c", setup + code],
+        [sys.executable, "-W", "error", "-c", code, *map(str, arguments)],
         capture_output=True,
         text=True,
-        env=os.environ | environment,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stderr == ""
-    return done.stdout.strip()
+    return set(done.stderr.splitlines()[-1].split())
 
 
-def test_part_of_torch_is_left_out_and_the_collector_works():
-    code = f"print('torch' in sys.modules, {LEFT_OUT!r} in sys.modules, gc.isenabled())"
-    assert python(code) == "True False True"
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float16])
+def test_average_of_safetensors_needs_no_torch(tmp_path: Path, dtype: torch.dtype) -> None:
+    states = states_of(3, dtype=dtype)
+    save_run(tmp_path / "run", states)
+    loaded = loaded_by("average", tmp_path / "run", "-o", tmp_path / "out")
+    assert "numpy" in loaded
+    assert not loaded & set(SLOW)
+    merged = load_file(tmp_path / "out" / "model.safetensors")
+    for name, tensor in merged.items():
+        mean = torch.stack([s[name].double() for s in states]).mean(0)
+        torch.testing.assert_close(tensor.double(), mean, rtol=2**-8, atol=0)
+    again = tmp_path / "out" / "twa_merge.json"
+    rest = ("--weights", f"@{again}", "-o", tmp_path / "again", "--dtype", "float32", "--json")
+    assert not loaded_by("average", tmp_path / "run", *rest) & set(SLOW)
 
 
-def test_nothing_is_left_out_of_processes_of_a_group_and_of_versions_not_tried():
-    code = f"print({LEFT_OUT!r} in sys.modules)"
-    assert python(code, RANK="0") == "True"
-    other = "import importlib.metadata as m; m.version = lambda name: '2.99.0'"
-    done = subprocess.run(
-        [sys.executable, "-c", f"{other}\nimport sys\nfrom twa_merge_cli import startup\n"
-         f"startup.import_torch()\n{code}"],
-        capture_output=True, text=True, check=True,
-    )  # fmt: skip
-    assert done.stdout.strip() == "True"
+def test_inspect_needs_torch_for_the_geometry_alone(tmp_path: Path) -> None:
+    save_run(tmp_path / "run", states_of(3))
+    assert not loaded_by("inspect", tmp_path / "run") & set(SLOW)
+    assert "torch" in loaded_by("inspect", tmp_path / "run", "--geometry")
 
 
-def test_what_was_left_out_can_be_imported():
-    code = """
-import torch._meta_registrations
-from torch.distributed.tensor import DTensor
-print(tuple(torch.empty(2, 3, device="meta").logsumexp(1).shape))
-"""
-    assert python(code) == "(2,)"
+def test_pickles_need_torch(tmp_path: Path) -> None:
+    for i, state in enumerate(states_of(2)):
+        torch.save(state, tmp_path / f"step-{i}.pt")
+    assert "torch" in loaded_by("average", tmp_path, "-o", tmp_path / "out")

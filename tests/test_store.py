@@ -415,7 +415,7 @@ def test_a_file_that_is_lost_in_mid_run_is_named(tmp_path, harm, when):
     victim = tmp_path / "checkpoint-300" / "model.safetensors"
 
     def lost_after_a_while():
-        rows = type(run.checkpoints[0].reader).rows
+        read = type(run.checkpoints[0].reader).read
         calls = 0
 
         def counting(self, *args):
@@ -423,13 +423,13 @@ def test_a_file_that_is_lost_in_mid_run_is_named(tmp_path, harm, when):
             calls += 1
             if calls == 30:
                 harm(victim)
-            return rows(self, *args)
+            return read(self, *args)
 
         return counting
 
     with pytest.MonkeyPatch.context() as patch:
         if when == "during":
-            patch.setattr(type(run.checkpoints[0].reader), "rows", lost_after_a_while())
+            patch.setattr(type(run.checkpoints[0].reader), "read", lost_after_a_while())
         else:
             harm(victim)
         with pytest.raises(CheckpointError, match="vanished or changed") as caught:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from twa_merge.subspace import (
@@ -98,10 +99,11 @@ def test_moving_along_an_axis_moves_the_weights_along_it():
     torch.testing.assert_close(subspace.coordinates(alpha), z, rtol=1e-9, atol=1e-9)
 
 
-def test_the_accumulator_adds_up_slices():
+@pytest.mark.parametrize("n", [1, 2, 3, 4, 7])
+def test_the_accumulator_adds_up_slices(n):
     torch.manual_seed(5)
-    offsets = torch.randn(4, 1000, dtype=torch.float64)
-    grams = GramAccumulator(2, 4)
+    offsets = torch.randn(n, 1000, dtype=torch.float64)
+    grams = GramAccumulator(2, n)
     for part in offsets.split(130, dim=1):
         grams.add(1, part)
     torch.testing.assert_close(grams.gram[1], offsets @ offsets.T)

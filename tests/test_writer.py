@@ -15,6 +15,7 @@ from fractions import Fraction
 from functools import partial
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -22,9 +23,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from twa_merge import output_folder, output_plan
+from twa_merge import output_folder
 from twa_merge.checkpoints import open_checkpoints
 from twa_merge.distributed import World
+from twa_merge.dtypes import DTYPES
 from twa_merge.errors import CheckpointError, OutputError
 from twa_merge.layout import global_block, grouped_blocks, make_layout
 from twa_merge.progress import Advanced, Event, Started
@@ -87,17 +89,39 @@ def merge(
 ) -> None:
     checkpoints = open_checkpoints([run] if isinstance(run, Path) else run)
     layout = make_layout(checkpoints)
-    rows = torch.tensor(alphas, dtype=torch.float64)
+    rows = np.array(alphas, dtype=np.float64)
+    overrides = options.pop("overrides", {})
+    options["overrides"] = {
+        k: (t.double() if t.is_floating_point() else t).detach().numpy()
+        for k, t in overrides.items()
+    }
     blocks = options.pop("blocks", None) or global_block(layout)
     write_merge(checkpoints, layout, blocks, rows.reshape(-1, len(checkpoints)), output, **options)
 
 
 def combined(tensors: Sequence[Tensor], alphas: Sequence[float], dtype: torch.dtype) -> Tensor:
-    """The sum in numpy's float64, without a fused multiply-add, rounded once by torch."""
+    """The sum in numpy's float64, without a fused multiply-add, rounded once."""
     total = np.float64(0.0)
     for alpha, tensor in zip(alphas, tensors, strict=True):
         total = total + np.float64(alpha) * tensor.double().numpy()
-    return torch.from_numpy(np.asarray(total)).to(dtype)
+    return rounded(torch.from_numpy(np.asarray(total)), dtype)
+
+
+def rounded(exact: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest number of a narrower dtype, the even one of two.
+
+    Torch rounds to float32 on the way, so it may be off by one place: the nearer neighbour then.
+    """
+    best = exact.to(dtype)
+    if best.element_size() > 2:
+        return best
+    codes = torch.int8 if best.element_size() == 1 else torch.int16
+    for step in (-1, 1):
+        here, there = best.view(codes), best.view(codes) + step
+        before, after = ((c.view(dtype).double() - exact).abs() for c in (here, there))
+        nearer = (after < before) | ((after == before) & (here % 2 != 0))
+        best = torch.where(nearer, there, here).view(dtype)
+    return best
 
 
 def same(a: Tensor, b: Tensor) -> bool:
@@ -150,7 +174,7 @@ def test_eight_bit_floats(tmp_path: Path, dtype: torch.dtype) -> None:
 
 def test_complex_numbers(tmp_path: Path) -> None:
     models = [{"w": torch.randn(200_000, 2, dtype=torch.complex64)} for _ in range(4)]
-    merge(save_run(tmp_path / "run", models), tmp_path / "out", dtype=torch.bfloat16)
+    merge(save_run(tmp_path / "run", models), tmp_path / "out", dtype=DTYPES["bfloat16"])
     merged = load_file(tmp_path / "out" / "model.safetensors")["w"]
     parts = [torch.view_as_real(m["w"]) for m in models]
     assert same(merged, torch.view_as_complex(combined(parts, ALPHAS, torch.float32)))
@@ -223,12 +247,35 @@ def test_what_is_not_finite_is_named(tmp_path: Path, value: float) -> None:
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+def test_infinities_that_cancel_and_odd_nans_are_named_too(tmp_path: Path) -> None:
+    for k, codes in enumerate(([0x7F80, 0xFF80], [0x7F81, 0x3F80])):
+        # Opposite infinities in one place; a signalling NaN.
+        models = [
+            {
+                "w": torch.tensor([0x3F80, code], dtype=torch.int32)
+                .to(torch.uint16)
+                .view(torch.bfloat16)
+            }
+            for code in codes
+        ]
+        run = save_run(tmp_path / f"run{k}", models)
+        with pytest.raises(CheckpointError) as caught:
+            merge(run, tmp_path / "out", [0.5, 0.5])
+        assert caught.value.details["checkpoint"].endswith("checkpoint-100")
+        assert "at index [1]" in caught.value.details["found"]
+    # Rounding must not carry from here into the sign.
+    odd = torch.tensor([0x7FFFFFFF], dtype=torch.int32).view(torch.float32)
+    run = save_run(tmp_path / "odd", [{"w": odd}, {"w": torch.ones(1)}])
+    with pytest.raises(CheckpointError, match="not finite"):
+        merge(run, tmp_path / "out", [0.5, 0.5], dtype=DTYPES["bfloat16"])
+
+
 def test_overflow_in_the_saved_dtype_is_an_error(tmp_path: Path) -> None:
     models = [{"w": torch.full((9,), 60_000.0, dtype=torch.float16)} for _ in range(2)]
     run = save_run(tmp_path / "run", models)
     with pytest.raises(CheckpointError, match="overflows"):
         merge(run, tmp_path / "out", [2.0, -0.5])
-    merge(run, tmp_path / "out", [2.0, -0.5], dtype=torch.float32)
+    merge(run, tmp_path / "out", [2.0, -0.5], dtype=DTYPES["float32"])
     assert load_file(tmp_path / "out" / "model.safetensors")["w"].tolist() == [90_000.0] * 9
 
 
@@ -297,7 +344,7 @@ def test_another_dtype_changes_sizes_and_one_key_of_the_config(tmp_path: Path) -
     run = save_sharded(tmp_path / "run", models)
     config = '{\n\t"torch_dtype" : "float32",  "é": "float32",\n\t"text": {"dtype": "float32"}}'
     (run / "checkpoint-400" / "config.json").write_text(config)
-    merge(run, tmp_path / "out", dtype=torch.bfloat16)
+    merge(run, tmp_path / "out", dtype=DTYPES["bfloat16"])
     merge(run, tmp_path / "kept")
     new = config.replace('"torch_dtype" : "float32"', '"torch_dtype" : "bfloat16"')
     new = new.replace('"dtype": "float32"', '"dtype": "bfloat16"')
@@ -354,8 +401,8 @@ def test_tied_tensors_follow_one_row_of_coefficients(tmp_path: Path) -> None:
 
 
 def test_large_pickles_become_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    split = partial(output_plan.split_state_dict_into_shards_factory, max_shard_size=5000)
-    monkeypatch.setattr(output_plan, "split_state_dict_into_shards_factory", split)
+    split = partial(huggingface_hub.split_state_dict_into_shards_factory, max_shard_size=5000)
+    monkeypatch.setattr(huggingface_hub, "split_state_dict_into_shards_factory", split)
     models = states()
     paths = [tmp_path / f"step-{i}.pt" for i in range(4)]
     for path, state in zip(paths, models, strict=True):
@@ -560,9 +607,10 @@ def test_a_folder_that_the_ranks_do_not_share(
 SCRIPT = """
 import os, resource, signal, sys
 from pathlib import Path
-import torch
+import numpy
 from twa_merge.checkpoints import open_checkpoints
 from twa_merge.distributed import start, stop
+from twa_merge.dtypes import DTYPES
 from twa_merge.errors import TwaMergeError
 from twa_merge.layout import global_block, make_layout
 from twa_merge.progress import Advanced, silent
@@ -571,7 +619,7 @@ from twa_merge.writer import write_merge
 def merge(run, output, **options):
     checkpoints = open_checkpoints([run])
     layout = make_layout(checkpoints)
-    alphas = torch.full((1, len(checkpoints)), 1 / len(checkpoints), dtype=torch.float64)
+    alphas = numpy.full((1, len(checkpoints)), 1 / len(checkpoints))
     write_merge(checkpoints, layout, global_block(layout), alphas, Path(output), **options)
 """
 

@@ -2,105 +2,116 @@
 
 from __future__ import annotations
 
-import functools
 import math
-from fractions import Fraction
+from collections.abc import Sequence
+from typing import Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
-from .safetensors_writer import DTYPE_NAMES
+from .dtypes import Array, Dtype, Float64, narrow, widen
 from .stream import SLICE_NUMEL
 
-# Torch runs loops of fewer than 32768 numbers in the calling thread. Several threads with a piece
-# each then get along; its own team of threads stands still whenever another thread has a core.
-_PIECE = 32768 - 64
+# Numbers at a time. Smaller pieces would stay in a core's second-level cache, but threads then
+# wait for one another between them: only one at a time can begin an operation.
+_PIECE = 1 << 17
+_WIDEST = 8
 
-# (checkpoint, its α) for each one that takes part.
-Terms = tuple[tuple[int, float], ...]
+
+class Source(Protocol):
+    """One term of a sum: a tensor of a checkpoint, or what replaces the sum."""
+
+    @property
+    def dtype(self) -> Dtype: ...
+
+    def read(self, first: int, out: Array) -> None:
+        """Numbers from ``first`` on, counted through the tensor, into ``out`` (m,)."""
+        ...
+
+
+# Each source with its α.
+Terms = Sequence[tuple[Source, float]]
 
 
 class Accumulator:
     """One thread's buffers for Σ α w, so that nothing is allocated slice by slice.
 
-    Products and sums are rounded one by one in float64, in the order of the terms, so they depend
-    neither on threads nor on whether the processor can fuse the two.
+    Products and sums are rounded one by one in float64, in the order of the terms, so they do not
+    depend on threads.
     """
 
     def __init__(self) -> None:
-        self._sum, self._term = (torch.empty(_PIECE, dtype=torch.float64) for _ in range(2))
-        self._single = torch.empty(_PIECE)
-        # A bytearray is a tensor's memory and what the operating system writes, both at once.
-        self._raw = bytearray(SLICE_NUMEL * max(dtype.itemsize for dtype in DTYPE_NAMES))
-        self._out = torch.frombuffer(self._raw, dtype=torch.uint8)
+        self._sum, self._product = np.empty(_PIECE), np.empty(_PIECE)
+        self._single = np.empty(_PIECE, np.float32)
+        self._rows = np.empty(_PIECE * _WIDEST, np.uint8)
+        self._raw = bytearray(SLICE_NUMEL * _WIDEST)
 
-    def fill(
-        self, rows: list[Tensor], terms: Terms, count: int, dtype: torch.dtype, averaged: bool
-    ) -> tuple[memoryview, bool]:
-        """The bytes of Σ α w in ``dtype``, and whether all of its numbers are finite.
+    def fill(self, terms: Terms, first: int, count: int, dtype: Dtype) -> tuple[memoryview, bool]:
+        """The bytes of Σ α w in a float or complex dtype, and whether all numbers are finite.
 
         Args:
-            rows: flat tensors of ``count`` numbers, one for each term.
-            averaged: False copies the only row instead.
+            first, count: numbers of the tensor, at most ``SLICE_NUMEL``.
         """
         data = memoryview(self._raw)[: count * dtype.itemsize]
-        if dtype.is_complex:
-            rows = [torch.view_as_real(row).reshape(-1) for row in rows]
-            count, dtype = 2 * count, dtype.to_real()
-        out = self._out[: len(data)].view(dtype)
-        step = _even_step(count)
         finite = True
+        step = _PIECE // 2 if dtype.is_complex else _PIECE
         for start in range(0, count, step):
-            target = out[start : start + step]
-            part = [row[start : start + step] for row in rows]
-            if averaged:
-                total = self._combine(part, terms, target.numel())
-                target.copy_(total)
-                finite = finite and self._is_finite(total, target)
-            else:
-                target.copy_(part[0])
+            stop = min(start + step, count)
+            out = np.frombuffer(data[start * dtype.itemsize : stop * dtype.itemsize], dtype.array)
+            finite &= self._fill_piece(terms, first + start, out, dtype)
         return data, finite
 
-    def _combine(self, rows: list[Tensor], terms: Terms, count: int) -> Tensor:
-        total, term = self._sum[:count], self._term[:count]
-        if not rows:
-            return total.zero_()
-        for k, (row, (_, alpha)) in enumerate(zip(rows, terms, strict=True)):
-            product = term if k else total
-            if row.dtype == torch.float16:
-                # Exact either way, and twice as fast in two steps.
-                row = self._single[:count].copy_(row)
-            product.copy_(row)
-            if k and _is_exact(alpha, row.dtype):
-                total.add_(product, alpha=alpha)
-                continue
-            if alpha != 1.0:
-                product.mul_(alpha)
+    def copy(self, source: Source, first: int, count: int, dtype: Dtype) -> memoryview:
+        """The bytes of numbers ``first`` to ``first + count - 1`` as they are."""
+        assert source.dtype == dtype
+        data = memoryview(self._raw)[: count * dtype.itemsize]
+        source.read(first, np.frombuffer(data, dtype.array))
+        return data
+
+    @np.errstate(all="ignore")
+    def _fill_piece(self, terms: Terms, first: int, out: Array, dtype: Dtype) -> bool:
+        size = len(out)
+        if dtype.is_complex:
+            dtype = dtype.real()
+            out = out.view(dtype.array)
+        total, single = self._sum[: len(out)], self._single[: len(out)]
+        if not terms:
+            total.fill(0.0)
+        common = _common_power_of_two(terms)
+        for k, (source, alpha) in enumerate(terms):
+            product = self._product[: len(out)] if k else total
+            self._widened(source, first, size, product, single)
+            if alpha != common:
+                np.multiply(product, alpha / common, out=product)
             if k:
-                total.add_(product)
-        return total
-
-    def _is_finite(self, total: Tensor, saved: Tensor) -> bool:
-        """Whether ``saved``, which is ``total`` rounded, holds finite numbers only."""
-        # No number is larger than the norm of all, which is quick to have from the cache.
-        squares = torch.mul(total, total, out=self._term[: total.numel()])
-        if math.sqrt(squares.sum().item()) <= torch.finfo(saved.dtype).max:
+                np.add(total, product, out=total)
+        if common != 1.0:
+            np.multiply(total, common, out=total)
+        # A NaN compares as false.
+        surely_finite = total.max() <= dtype.largest and total.min() >= -dtype.largest
+        if not surely_finite and np.isnan(total).any():
+            return False
+        narrow(total, dtype, out, single, self._product[: len(out)])
+        if surely_finite:
             return True
-        # Not every narrow dtype knows isfinite.
-        return bool(torch.isfinite(saved.double()).all())
+        # What is a little too large may have been rounded to the largest number.
+        widen(out, dtype, total, single)
+        return bool(np.isfinite(total).all())
+
+    def _widened(
+        self, source: Source, first: int, size: int, out: Float64, single: np.ndarray
+    ) -> None:
+        dtype = source.dtype
+        rows = self._rows[: size * dtype.itemsize].view(dtype.array)
+        source.read(first, rows)
+        if dtype.is_complex:
+            dtype = dtype.real()
+            rows = rows.view(dtype.array)
+        widen(rows, dtype, out, single)
 
 
-def _even_step(count: int) -> int:
-    """Size of pieces that are about equal, and whole cache lines."""
-    pieces = max(1, -(-count // _PIECE))
-    return max(1, -(-count // (64 * pieces))) * 64
-
-
-@functools.lru_cache(maxsize=4096)
-def _is_exact(alpha: float, dtype: torch.dtype) -> bool:
-    """Whether α times a number of ``dtype`` needs no rounding in float64.
-
-    Then multiplying and adding in one step, which processors may or may not fuse, is the same.
-    """
-    digits = 1 - math.log2(torch.finfo(dtype).eps)
-    return dtype != torch.float64 and Fraction(alpha).numerator.bit_length() + digits <= 53
+def _common_power_of_two(terms: Terms) -> float:
+    """The α of all terms where that is a power of two, else 1: to multiply the sum by it, and not
+    each term, changes no rounding."""
+    alphas = {alpha for _, alpha in terms}
+    alpha = alphas.pop() if len(alphas) == 1 else 1.0
+    return alpha if abs(math.frexp(alpha)[0]) == 0.5 else 1.0

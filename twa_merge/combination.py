@@ -4,26 +4,51 @@ from __future__ import annotations
 
 import queue
 from collections import deque
-from collections.abc import Generator, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
-from itertools import groupby
+from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from . import threads
 from .accumulator import Accumulator, Terms
-from .checkpoints.base import Checkpoint, TensorInfo
+from .checkpoints.base import Checkpoint, Reader, TensorInfo
+from .dtypes import Array, Dtype, Float64, named
 from .errors import OutputError, TwaMergeError
 from .layout import Blocks, Layout
 from .progress import Advanced, Progress
 from .safetensors_writer import SafetensorsFile, SavedTensor
-from .stream import SLICE_NUMEL, RowSlice, blame, row_slices, stream
+from .stream import SLICE_NUMEL, RowSlice, blame, row_slices
 
 _MAX_WORKERS = 8
 
-Work = tuple[RowSlice, Terms, list[Tensor]]
+
+@dataclass(frozen=True)
+class _Saved:
+    """A tensor of a checkpoint, as a term."""
+
+    reader: Reader
+    name: str
+    dtype: Dtype
+
+    def read(self, first: int, out: Array) -> None:
+        self.reader.read(self.name, first, out)
+
+
+def _saved(checkpoint: Checkpoint, name: str) -> _Saved:
+    return _Saved(checkpoint.reader, name, checkpoint.tensors[name].dtype)
+
+
+@dataclass(frozen=True)
+class _Given:
+    """Numbers in memory, as a term."""
+
+    numbers: Array
+    dtype: Dtype
+
+    def read(self, first: int, out: Array) -> None:
+        np.copyto(out, self.numbers[first : first + len(out)])
 
 
 class Combination:
@@ -31,7 +56,8 @@ class Combination:
 
     Args:
         alphas: coefficients (B, n) float64, or (1, n) for all blocks.
-        overrides: tensors that replace the combination.
+        overrides: float64, or complex128, numbers that replace the combination; of tensors that
+            are not averaged, numbers of any dtype.
     """
 
     def __init__(
@@ -39,56 +65,52 @@ class Combination:
         checkpoints: Sequence[Checkpoint],
         layout: Layout,
         blocks: Blocks,
-        alphas: Tensor,
-        overrides: Mapping[str, Tensor],
+        alphas: Float64,
+        overrides: Mapping[str, Array],
     ) -> None:
-        assert alphas.dtype == torch.float64
-        assert alphas.isfinite().all()
+        assert alphas.dtype == np.float64
+        assert np.isfinite(alphas).all()
         assert alphas.shape in ((1, len(checkpoints)), (len(blocks), len(checkpoints)))
         assert overrides.keys() <= layout.entries.keys()
         self.checkpoints, self.layout, self.overrides = checkpoints, layout, overrides
         self._index = blocks.index
-        self._terms: list[Terms] = [
-            tuple((i, a) for i, a in enumerate(row) if a != 0.0) for row in alphas.tolist()
+        self._taking_part = [
+            [(i, a) for i, a in enumerate(row) if a != 0.0] for row in alphas.tolist()
         ]
 
     def terms(self, name: str) -> Terms:
-        """(checkpoint, α) for each one that takes part in a tensor."""
+        """What a tensor is the sum of; a checkpoint with α = 0 takes no part."""
         entry = self.layout[name]
         if name in self.overrides:
-            return ()
+            return [(self._override(name), 1.0)]
         if not entry.averaged:
-            return ((len(self.checkpoints) - 1, 1.0),)
-        if len(self._terms) == 1:
-            return self._terms[0]
-        return self._terms[self._index[entry.tied_to or name]]
+            return [(_saved(self.checkpoints[-1], name), 1.0)]
+        return [(_saved(self.checkpoints[i], name), a) for i, a in self._of(name)]
 
-    def slices(self, names: Iterable[str]) -> Generator[Work, None, None]:
-        """Yields every slice of the tensors with its terms and their m numbers each."""
-        for chosen, run in groupby(names, lambda name: tuple(i for i, _ in self.terms(name))):
-            cuts = row_slices(self.layout, run)
-            if chosen:
-                for cut, rows in stream([self.checkpoints[i] for i in chosen], cuts):
-                    yield cut, self.terms(cut.name), rows
-                continue
-            for cut in cuts:
-                override = self.overrides.get(cut.name)
-                given = [] if override is None else [_rows(override, cut)]
-                yield cut, tuple((0, 1.0) for _ in given), given
+    def _of(self, name: str) -> list[tuple[int, float]]:
+        if len(self._taking_part) == 1:
+            return self._taking_part[0]
+        return self._taking_part[self._index[self.layout[name].tied_to or name]]
 
-    def batches(self, names: Iterable[str]) -> Generator[list[Work], None, None]:
+    def _override(self, name: str) -> _Given:
+        entry, numbers = self.layout[name], self.overrides[name].reshape(-1)
+        if not entry.averaged:
+            dtype = entry.info.dtype
+            return _Given(numbers.astype(dtype.array), dtype)
+        return _Given(numbers, named(str(numbers.dtype)))
+
+    def batches(self, names: Iterable[str]) -> Iterator[list[RowSlice]]:
         """Slices, small ones together: handing them to another thread one by one would cost more
         than to compute them."""
-        batch: list[Work] = []
+        batch: list[RowSlice] = []
         total = 0
-        with closing(self.slices(names)) as slices:
-            for work in slices:
-                numel = (work[0].stop - work[0].start) * self.layout[work[0].name].info.row_numel
-                if batch and total + numel > SLICE_NUMEL:
-                    yield batch
-                    batch, total = [], 0
-                batch.append(work)
-                total += numel
+        for cut in row_slices(self.layout, names):
+            numel = (cut.stop - cut.start) * self.layout[cut.name].info.row_numel
+            if batch and total + numel > SLICE_NUMEL:
+                yield batch
+                batch, total = [], 0
+            batch.append(cut)
+            total += numel
         if batch:
             yield batch
 
@@ -100,7 +122,7 @@ class Combination:
                 tensor=cut.name,
                 remedy="use --batch-norm newest or average",
             )
-        return blame([self.checkpoints[i] for i, _ in self.terms(cut.name)], cut)
+        return blame([self.checkpoints[i] for i, _ in self._of(cut.name)], cut)
 
 
 def write_file(
@@ -110,23 +132,25 @@ def write_file(
     combination: Combination,
     progress: Progress,
 ) -> None:
-    """Writes one safetensors file. Memory: a few slices, however many checkpoints there are.
+    """Writes one safetensors file. Each thread reads, computes and writes one slice at a time.
+
+    Memory: about 4 MB a thread, however many checkpoints there are.
 
     Raises:
         CheckpointError: a NaN or an infinity.
         OSError: the disk is full, or the file cannot be written.
     """
-    workers = min(_MAX_WORKERS, torch.get_num_threads())
+    workers = min(_MAX_WORKERS, threads.available())
     infos = {tensor.name: tensor.info for tensor in tensors}
     accumulators: queue.SimpleQueue[Accumulator] = queue.SimpleQueue()
     for _ in range(workers):
         accumulators.put(Accumulator())
 
-    def work(batch: Sequence[Work]) -> int:
+    def work(batch: Sequence[RowSlice]) -> int:
         accumulator = accumulators.get()
         try:
             return sum(
-                _write_slice(file, combination, accumulator, infos[w[0].name], w) for w in batch
+                _write_slice(file, combination, accumulator, infos[cut.name], cut) for cut in batch
             )
         finally:
             accumulators.put(accumulator)
@@ -135,11 +159,10 @@ def write_file(
     with (
         SafetensorsFile(path, tensors, metadata) as file,
         ThreadPoolExecutor(workers, "twa-merge-write") as pool,
-        closing(combination.batches(infos)) as batches,
     ):
         pending: deque[Future[int]] = deque()
         try:
-            for batch in batches:
+            for batch in combination.batches(infos):
                 pending.append(pool.submit(work, batch))
                 while pending and (len(pending) > 2 * workers or pending[0].done()):
                     total += _done(pending, file, progress)
@@ -163,23 +186,19 @@ def _write_slice(
     combination: Combination,
     accumulator: Accumulator,
     info: TensorInfo,
-    work: Work,
+    cut: RowSlice,
 ) -> int:
     """Computes and writes one slice; the number of its bytes."""
-    cut, terms, rows = work
-    begin, size = cut.start * info.row_numel, (cut.stop - cut.start) * info.row_numel
-    averaged = combination.layout[cut.name].averaged
+    terms = combination.terms(cut.name)
+    begin, end = cut.start * info.row_numel, cut.stop * info.row_numel
     # A single row may be longer than a slice should be.
-    for start in range(0, size, SLICE_NUMEL):
-        part = [row[start : start + SLICE_NUMEL] for row in rows]
-        count = min(SLICE_NUMEL, size - start)
-        data, finite = accumulator.fill(part, terms, count, info.dtype, averaged)
-        if not finite:
-            raise combination.culprit(cut)
-        file.write(cut.name, (begin + start) * info.dtype.itemsize, data)
-    return size * info.dtype.itemsize
-
-
-def _rows(override: Tensor, cut: RowSlice) -> Tensor:
-    rows = override.detach().cpu()
-    return (rows[cut.start : cut.stop] if rows.dim() else rows).reshape(-1)
+    for first in range(begin, end, SLICE_NUMEL):
+        count = min(SLICE_NUMEL, end - first)
+        if combination.layout[cut.name].averaged:
+            data, finite = accumulator.fill(terms, first, count, info.dtype)
+            if not finite:
+                raise combination.culprit(cut)
+        else:
+            data = accumulator.copy(terms[0][0], first, count, info.dtype)
+        file.write(cut.name, first * info.dtype.itemsize, data)
+    return (end - begin) * info.dtype.itemsize

@@ -1,4 +1,4 @@
-"""The process group: the only module that knows how many processes there are."""
+"""The process group: how many processes there are, what each owns, and sums over all."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import ConfigError
+from .ranks import world_size
 
 # glibc's name for the size from which memory comes from the system, and goes back when freed.
 _M_MMAP_THRESHOLD = -3
@@ -99,7 +100,7 @@ def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
     Raises:
         ConfigError: the device does not exist.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = world_size()
     rank = int(os.environ.get("RANK", "0"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     where = _device(device, local_rank)

@@ -12,6 +12,7 @@ from . import report
 from .checkpoints import open_checkpoints
 from .config import DataConfig, EngineConfig, Selection, StoreConfig
 from .distributed import start
+from .guard import bootstrap_interval
 from .ingest import ingest
 from .layout import global_block, make_layout
 from .model import build
@@ -69,7 +70,7 @@ def evaluate(
         runner = Engine(live, store, blocks, named, world)
         runner.set_weights(torch.ones(1, 1, dtype=torch.float64))
         losses, metrics = runner.example_losses(batches, range(batches.size), with_metrics=True)
-        low, high = report.bootstrap_interval(losses, data_config.seed)
+        low, high = bootstrap_interval(losses, data_config.seed)
         rows.append(
             {
                 "path": str(checkpoint.path),

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,11 +19,14 @@ from .distributed import World
 from .layout import Blocks, Layout
 from .progress import Advanced, Progress, Started, silent
 from .store.base import Store
-from .stream import RowSlice, blame, row_slices, stream
+from .stream import RowSlice, blame, row_slices
 from .subspace import GramAccumulator
+from .tensors import as_tensor
 
-# Numbers worked on at a time by one thread: 2 MB of float64 stay in a core's second-level cache.
+# Numbers of all checkpoints worked on at a time by one thread.
 _PIECE = 1 << 18
+# Bytes of all checkpoints read at a time by one thread.
+_BLOCK_BYTES = 2 << 20
 _MAX_WORKERS = 8
 
 
@@ -144,24 +148,20 @@ class _Pass:
         workers = min(_MAX_WORKERS, torch.get_num_threads())
         buffers: queue.SimpleQueue[_Buffer] = queue.SimpleQueue()
         for _ in range(workers):
-            buffers.put(_Buffer(len(self._checkpoints)))
+            buffers.put(_Buffer(self._checkpoints))
 
-        def work(cut: RowSlice, rows: list[Tensor]) -> _Sums:
+        def work(cut: RowSlice) -> _Sums:
             buffer = buffers.get()
             try:
-                return self._take(cut, rows, buffer)
+                return self._take(cut, buffer)
             finally:
                 buffers.put(buffer)
 
         pending: deque[tuple[RowSlice, Future[_Sums]]] = deque()
-        with (
-            one_thread_each(),
-            ThreadPoolExecutor(workers, "twa-merge-gram") as pool,
-            closing(stream(self._checkpoints, slices)) as streamed,
-        ):
+        with one_thread_each(), ThreadPoolExecutor(workers, "twa-merge-gram") as pool:
             try:
-                for cut, rows in streamed:
-                    pending.append((cut, pool.submit(work, cut, rows)))
+                for cut in slices:
+                    pending.append((cut, pool.submit(work, cut)))
                     if len(pending) > 2 * workers:
                         cut, future = pending.popleft()
                         yield cut, future.result()
@@ -172,60 +172,79 @@ class _Pass:
                 for _, future in pending:
                     future.cancel()
 
-    def _take(self, cut: RowSlice, rows: list[Tensor], buffer: _Buffer) -> _Sums:
-        n, width = len(rows), self._layout[cut.name].info.row_numel
+    def _take(self, cut: RowSlice, buffer: _Buffer) -> _Sums:
+        n, width = len(self._checkpoints), self._layout[cut.name].info.row_numel
         exact, stored = GramAccumulator(1, n), GramAccumulator(1, n)
         squares, cross = 0.0, torch.zeros(n, dtype=torch.float64)
-        step = max(1, _PIECE // n // max(1, width))
-        for start in range(cut.start, cut.stop, step):
-            piece = RowSlice(cut.name, start, min(start + step, cut.stop))
-            a, b = ((row - cut.start) * width for row in (piece.start, piece.stop))
-            centre, offsets = buffer.centred([row[a:b] for row in rows])
-            square = float(centre @ centre)
-            if not math.isfinite(square) and not bool(centre.isfinite().all()):
-                raise blame(self._checkpoints, piece)
-            if self._store is not None:
-                self._store.put(piece, centre, offsets)
-            squares += square
-            exact.add(0, offsets)
-            cross += offsets @ centre
-            if self._check:
-                stored.add(0, buffer.rounded(offsets))
+        for block in _parts(cut, buffer.block_numel(cut.name), width):
+            rows = buffer.read(block, width)
+            for piece in _parts(block, _PIECE // n, width):
+                a, b = ((row - block.start) * width for row in (piece.start, piece.stop))
+                centre, offsets = buffer.centred(rows[:, a:b])
+                square = float(centre @ centre)
+                if not math.isfinite(square) and not bool(centre.isfinite().all()):
+                    raise blame(self._checkpoints, piece)
+                if self._store is not None:
+                    self._store.put(piece, centre, offsets)
+                squares += square
+                exact.add(0, offsets)
+                cross += offsets @ centre
+                if self._check:
+                    stored.add(0, buffer.rounded(offsets))
         return _Sums(exact.gram[0], stored.gram[0], squares, cross)
+
+
+def _parts(cut: RowSlice, numel: int, width: int) -> Iterator[RowSlice]:
+    """The rows of ``cut``, as many at a time as have ``numel`` numbers, but one at least."""
+    step = max(1, numel // max(1, width))
+    for start in range(cut.start, cut.stop, step):
+        yield RowSlice(cut.name, start, min(start + step, cut.stop))
 
 
 class _Buffer:
     """One thread's memory, so that nothing is allocated piece by piece."""
 
-    def __init__(self, n: int) -> None:
-        self._n = n
-        self._grow(max(1, _PIECE // n))
+    def __init__(self, checkpoints: Sequence[Checkpoint]) -> None:
+        self._checkpoints = checkpoints
+        self._raw = np.empty(_BLOCK_BYTES, np.uint8)
+        self._grow(max(1, _PIECE // len(checkpoints)))
 
     def _grow(self, m: int) -> None:
-        self._offsets = torch.empty(self._n * m, dtype=torch.float64)
+        n = len(self._checkpoints)
+        self._offsets = torch.empty(n * m, dtype=torch.float64)
         self._centre = torch.empty(m, dtype=torch.float64)
-        self._single = torch.empty(m)
+        self._single = torch.empty(n * m)
 
-    def centred(self, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Centre (m,) and offsets (n, m) in float64 of n flat tensors of m numbers.
+    def block_numel(self, name: str) -> int:
+        """Numbers of a tensor to read at a time from each checkpoint."""
+        dtype = self._checkpoints[0].tensors[name].dtype
+        return _BLOCK_BYTES // (len(self._checkpoints) * dtype.itemsize)
 
-        They are overwritten by the next call.
-        """
-        m = rows[0].numel()
+    def read(self, cut: RowSlice, width: int) -> Tensor:
+        """All checkpoints' rows, flat: (n, m) in the saved dtype; overwritten by the next call."""
+        n, m = len(self._checkpoints), (cut.stop - cut.start) * width
+        dtype = self._checkpoints[0].tensors[cut.name].dtype
+        if n * m * dtype.itemsize > len(self._raw):
+            self._raw = np.empty(n * m * dtype.itemsize, np.uint8)
+        rows = self._raw[: n * m * dtype.itemsize].view(dtype.array).reshape(n, m)
+        for checkpoint, row in zip(self._checkpoints, rows, strict=True):
+            checkpoint.read(cut.name, cut.start * width, row)
+        return as_tensor(rows, dtype)
+
+    def centred(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Centre (m,) and offsets (n, m) in float64; overwritten by the next call."""
+        n, m = rows.shape
         if m > self._centre.numel():
             self._grow(m)
-        offsets = self._offsets[: self._n * m].view(self._n, m)
-        for target, row in zip(offsets, rows, strict=True):
-            target.copy_(row)
+        offsets = self._offsets[: n * m].view(n, m)
+        offsets.copy_(rows)
         centre = torch.mean(offsets, 0, out=self._centre[:m])
         return centre, offsets.sub_(centre)
 
     def rounded(self, offsets: Tensor) -> Tensor:
         """The offsets rounded to float32, in place."""
-        single = self._single[: offsets.shape[1]]
-        for row in offsets:
-            row.copy_(single.copy_(row))
-        return offsets
+        single = self._single[: offsets.numel()].view(offsets.shape)
+        return offsets.copy_(single.copy_(offsets))
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""What is in a folder of checkpoints, and how they lie to one another."""
+"""What is in a folder of checkpoints, from headers; its geometry and memory plan when asked for."""
 
 from __future__ import annotations
 
@@ -10,13 +10,9 @@ from . import report
 from .checkpoints import open_checkpoints
 from .checkpoints.base import Checkpoint
 from .config import Selection, StoreConfig
-from .distributed import World, start
 from .errors import CheckpointError
-from .ingest import ingest
 from .layout import Layout, make_layout
 from .progress import Progress, silent
-from .store import Machine, Work, memory_plan, this_machine
-from .subspace import make_subspace, orthogonality_error
 
 Paths = Sequence[str | PathLike[str]]
 
@@ -65,6 +61,9 @@ def inspect(
 
 def _plan(layout: Layout, n: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
     """The memory plan of ``train`` for these checkpoints, on other machines than this one too."""
+    from .distributed import World
+    from .store import Machine, Work, memory_plan, this_machine
+
     gpus = wanted.get("gpus") or 0
     if gpus:
         machine = Machine(
@@ -94,7 +93,7 @@ def _tensor_summary(layout: Layout) -> dict[str, Any]:
     by_dtype: dict[str, dict[str, int]] = {}
     for entry in layout.entries.values():
         row = by_dtype.setdefault(
-            str(entry.info.dtype).removeprefix("torch."),
+            entry.info.dtype.name,
             {"tensors": 0, "parameters": 0, "bytes": 0},
         )
         row["tensors"] += 1
@@ -113,24 +112,7 @@ def _tensor_summary(layout: Layout) -> dict[str, Any]:
 def _geometry(
     checkpoints: Sequence[Checkpoint], layout: Layout, progress: Progress
 ) -> dict[str, Any]:
-    """Distances, cosines and spectrum, all from the Gram matrix of the offsets."""
-    world = start("cpu")
-    grams = ingest(checkpoints, layout, world, check=True, progress=progress)
-    gram = grams.exact.sum(0)
-    squares = gram.diagonal()
-    distances = (squares[:, None] + squares[None] - 2 * gram).clamp(min=0).sqrt()
-    norms = squares.clamp(min=0).sqrt()
-    cosines = gram / (norms[:, None] * norms[None]).clamp(min=1e-300)
-    subspace = make_subspace(gram)
-    centre = float(grams.centre.sum())
-    return {
-        "distances": distances.tolist(),
-        "cosines": cosines.tolist(),
-        "distance_to_mean": norms.tolist(),
-        "norms": (squares + centre + 2 * grams.cross).clamp(min=0).sqrt().tolist(),
-        "spectrum": subspace.explained,
-        "rank": subspace.rank,
-        "orthogonality_error": orthogonality_error(
-            subspace, (gram if grams.stored is None else grams.stored.sum(0))
-        ),
-    }
+    # Waits for torch, which headers have no need of.
+    from .geometry import geometry
+
+    return geometry(checkpoints, layout, progress)

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-
 from .checkpoints.base import Checkpoint, TensorInfo
+from .dtypes import Dtype, named
 from .errors import CheckpointError, ConfigError, listing
 
 # Batch-norm statistics are re-estimated after a merge and have no gradient; their scale would
@@ -94,7 +93,7 @@ def make_layout(checkpoints: Sequence[Checkpoint]) -> Layout:
         _require_same(first, other)
     entries = {}
     for name, info in first.tensors.items():
-        averaged = info.dtype.is_floating_point or info.dtype.is_complex
+        averaged = info.dtype.is_float or info.dtype.is_complex
         # Tied in the first is not enough: untied weights may have drifted apart later.
         root = first.aliases.get(name)
         tied = root if all(c.aliases.get(name) == root for c in checkpoints) else None
@@ -142,19 +141,15 @@ def _require_same(first: Checkpoint, other: Checkpoint) -> None:
                 "A tensor has another dtype.",
                 checkpoint=other.path,
                 tensor=name,
-                expected=f"{_short(info.dtype)} as in {first.path}",
-                found=_short(found.dtype),
+                expected=f"{info.dtype} as in {first.path}",
+                found=found.dtype,
                 remedy="save all checkpoints in one dtype, or leave this one out",
             )
 
 
-def dtype_named(name: str | None) -> torch.dtype | None:
+def dtype_named(name: str | None) -> Dtype | None:
     """The dtype that --dtype names; None for None."""
-    return getattr(torch, name) if name else None
-
-
-def _short(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+    return named(name) if name else None
 
 
 def global_block(layout: Layout) -> Blocks:

@@ -18,9 +18,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from .checkpoints import resolve_names
 from .checkpoints.base import Checkpoint
 from .distributed import World, ensure_group
+from .dtypes import Dtype
 from .errors import TaskError, TwaMergeError, listing
 from .layout import Layout
 from .task import Task
+from .tensors import tensor_rows, torch_dtype
 
 
 class LiveModel:
@@ -107,12 +109,12 @@ class LiveModel:
         }
 
     @torch.no_grad()
-    def round_to_saved(self, dtype: torch.dtype | None = None) -> None:
+    def round_to_saved(self, dtype: Dtype | None = None) -> None:
         """Rounds the weights to the dtype that they will be written in."""
         for name, target in self.targets().items():
             saved = dtype or self._layout[name].info.dtype
             if saved.itemsize < target.element_size():
-                target.copy_(target.to(saved))
+                target.copy_(target.to(torch_dtype(saved)))
 
 
 def build(
@@ -346,4 +348,4 @@ def _load_copied(live: LiveModel, layout: Layout, newest: Checkpoint) -> None:
     for name in layout.copied:
         own = live.names.get(name)
         if own in buffers:
-            buffers[own].copy_(newest.rows(name, 0, layout[name].info.rows))
+            buffers[own].copy_(tensor_rows(newest, name))

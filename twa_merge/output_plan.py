@@ -8,13 +8,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-from huggingface_hub import constants, split_state_dict_into_shards_factory
-
 from .checkpoints import sidecars
 from .checkpoints.base import Checkpoint, TensorInfo, reading
+from .dtypes import BY_CODE, Dtype
 from .errors import OutputError
-from .safetensors_writer import DTYPE_NAMES, SavedTensor, aligned, header
+from .safetensors_writer import SavedTensor, aligned, header
+
+# Hugging Face's names for a model's files.
+_SINGLE_FILE = "model.safetensors"
+_INDEX_FILE = "model.safetensors.index.json"
+_SHARD = "model{suffix}.safetensors"
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class OutputPlan:
         return total
 
 
-def plan_output(checkpoints: Sequence[Checkpoint], dtype: torch.dtype | None) -> OutputPlan:
+def plan_output(checkpoints: Sequence[Checkpoint], dtype: Dtype | None) -> OutputPlan:
     """Files and names as in the first checkpoint, sidecars as in the newest.
 
     Pickles become ``model.safetensors``, or shards of at most 5 GB; one bare file becomes
@@ -76,7 +79,7 @@ def plan_output(checkpoints: Sequence[Checkpoint], dtype: torch.dtype | None) ->
     return OutputPlan(files, index, {k: v for k, v in beside.items() if k not in taken})
 
 
-def _same_files(first: Checkpoint, dtype: torch.dtype | None) -> tuple[PlannedFile, ...]:
+def _same_files(first: Checkpoint, dtype: Dtype | None) -> tuple[PlannedFile, ...]:
     """The first checkpoint's own files, where they are safetensors."""
     if any(file.path.suffix != ".safetensors" for file in first.files):
         return ()
@@ -85,24 +88,27 @@ def _same_files(first: Checkpoint, dtype: torch.dtype | None) -> tuple[PlannedFi
         if first.path.is_dir() and first.path in file.path.parents:
             name = file.path.relative_to(first.path).as_posix()
         else:
-            name = constants.SAFETENSORS_SINGLE_FILE if len(first.files) == 1 else file.path.name
+            name = _SINGLE_FILE if len(first.files) == 1 else file.path.name
         pairs = zip(file.names, file.raw_names or file.names, strict=True)
         tensors = [SavedTensor(n, raw, _saved(first.tensors[n], dtype)) for n, raw in pairs]
         planned.append(PlannedFile(name, aligned(tensors), file.metadata))
     return tuple(planned)
 
 
-def _new_files(first: Checkpoint, dtype: torch.dtype | None) -> tuple[PlannedFile, ...]:
+def _new_files(first: Checkpoint, dtype: Dtype | None) -> tuple[PlannedFile, ...]:
     """Files for weights that were no safetensors.
 
     Tied tensors are written under all of their names: safetensors cannot share storage, and whoever
     loads them strictly expects every name.
     """
+    # Only pickles come here, and whoever reads those has waited for torch already.
+    from huggingface_hub import split_state_dict_into_shards_factory
+
     infos = {name: _saved(info, dtype) for name, info in first.tensors.items()}
     split = split_state_dict_into_shards_factory(
         infos,
         get_storage_size=lambda info: info.nbytes,
-        filename_pattern=constants.SAFETENSORS_WEIGHTS_FILE_PATTERN,
+        filename_pattern=_SHARD,
     )
     return tuple(
         PlannedFile(name, aligned(SavedTensor(t, t, infos[t]) for t in tensors), {})
@@ -110,18 +116,18 @@ def _new_files(first: Checkpoint, dtype: torch.dtype | None) -> tuple[PlannedFil
     )
 
 
-def _saved(info: TensorInfo, dtype: torch.dtype | None) -> TensorInfo:
-    return replace(info, dtype=dtype) if dtype and info.dtype.is_floating_point else info
+def _saved(info: TensorInfo, dtype: Dtype | None) -> TensorInfo:
+    return replace(info, dtype=dtype) if dtype and info.dtype.is_float else info
 
 
 def _require_savable(first: Checkpoint, tensor: SavedTensor) -> None:
-    if tensor.info.dtype not in DTYPE_NAMES:
+    if tensor.info.dtype.code is None:
         raise OutputError(
             "A tensor's dtype cannot be saved in a safetensors file.",
             checkpoint=first.path,
             tensor=tensor.name,
-            expected=", ".join(DTYPE_NAMES.values()),
-            found=str(tensor.info.dtype).removeprefix("torch."),
+            expected=", ".join(BY_CODE),
+            found=tensor.info.dtype,
             remedy="save the checkpoints with another dtype for this tensor",
         )
 
@@ -137,7 +143,7 @@ def _index(
             return None
         weight_map = {t.raw_name: file.name for file in files for t in file.tensors}
         fresh = {"metadata": {"total_size": size}, "weight_map": weight_map}
-        return constants.SAFETENSORS_INDEX_FILE, _as_json(fresh)
+        return _INDEX_FILE, _as_json(fresh)
     path, document = found
     if not converted:
         return path.name, path.read_bytes()

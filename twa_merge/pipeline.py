@@ -10,10 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.nn.functional import pad
 
-from . import report
+from . import fit_report, report
 from .candidates import SINGLES, parse_families
 from .checkpoints import open_checkpoints
 from .clock import Clock
@@ -29,6 +28,7 @@ from .config import (
     parse_subspace,
 )
 from .distributed import start
+from .dtypes import Array
 from .errors import NoImprovement
 from .fit import Fitted
 from .guard import Scored, improvement, pick
@@ -57,6 +57,7 @@ from .subspace import (
     with_centre,
 )
 from .task import Task
+from .tensors import tensor_rows
 from .verdict import Verdict, judge, require_metric
 from .writer import check_output, write_merge
 
@@ -137,7 +138,7 @@ def merge(
         raise _no_improvement(run, verdict)
     with clock.part("report"):
         documents = _documents(run, document, fitted, verdict)
-    sources, alphas = list(found), verdict.winner.candidate.alphas
+    sources, alphas = list(found), verdict.winner.candidate.alphas.numpy()
     if run.directions and alphas.shape[1] > run.n:
         sources, alphas = run.directions.among(found, alphas)
     with clock.part("write"):
@@ -223,7 +224,7 @@ def _document(run: Run, fitted: Sequence[Fitted], verdict: Verdict) -> dict[str,
     whole, seed = fitted[0], run.choices.data.seed
     winner = verdict.winner.candidate
     subspace = whole.chart.subspaces[0]
-    coefficients = report.coefficients(winner.alphas, run.n, run.blocks, run.directions)
+    coefficients = report.coefficients(winner.alphas.numpy(), run.n, run.blocks, run.directions)
     if winner.alphas.shape[0] > 1:
         coefficients = {"global": whole.alphas[0].tolist()} | coefficients
     document = report.header("twa") | {
@@ -240,7 +241,7 @@ def _document(run: Run, fitted: Sequence[Fitted], verdict: Verdict) -> dict[str,
             "evaluations": round(sum(f.evaluations for f in fitted), 2),
             "trace": [[k, report.finite(loss)] for k, loss in whole.result.trace],
             "converged": whole.result.converged,
-            "stages": [report.stage_row(f) for f in fitted],
+            "stages": [fit_report.stage_row(f) for f in fitted],
         },
         "data": {
             "fit_examples": len(run.splits.fit),  # type: ignore[arg-type]
@@ -249,14 +250,14 @@ def _document(run: Run, fitted: Sequence[Fitted], verdict: Verdict) -> dict[str,
             "guard_examples_used": len(run.jury.guard_sample),
             "test_examples": 0 if run.splits.test is None else len(run.splits.test),  # type: ignore[arg-type]
         },
-        "candidates": [report.candidate_row(s, run.n, run.blocks, seed) for s in verdict.shown],
+        "candidates": [fit_report.candidate_row(s, run.n, run.blocks, seed) for s in verdict.shown],
         "other_candidates": [
             {"name": s.name, "guard_loss": report.finite(float(s.guard.mean()))}
             for s in verdict.others
         ],
         "chosen": winner.name,
-        "improvement": report.improvement_row(verdict.over_single),
-        "improvement_over_uniform": report.improvement_row(verdict.over_uniform)
+        "improvement": fit_report.improvement_row(verdict.over_single),
+        "improvement_over_uniform": fit_report.improvement_row(verdict.over_uniform)
         if verdict.over_uniform
         else None,
         "options": {
@@ -267,7 +268,7 @@ def _document(run: Run, fitted: Sequence[Fitted], verdict: Verdict) -> dict[str,
             "selection": as_dict(run.choices.selection),
         },
         "timings": run.clock.rounded(),
-        "peak_memory_bytes": int(run.world.max(report.peak_memory_bytes(run.world.device))),
+        "peak_memory_bytes": int(run.world.max(fit_report.peak_memory_bytes(run.world.device))),
         "world_size": run.world.size,
         "device": str(run.world.device),
     }
@@ -276,14 +277,15 @@ def _document(run: Run, fitted: Sequence[Fitted], verdict: Verdict) -> dict[str,
     return document
 
 
-def _statistics(run: Run, winner: Scored) -> dict[str, Tensor]:
+def _statistics(run: Run, winner: Scored) -> dict[str, Array]:
     """Running statistics to be written instead of averaged ones: name → tensor."""
-    if winner.batch_norm != "newest":
-        return run.jury.overrides(winner)
-    # The store may have rounded them.
-    newest = run.checkpoints[-1]
-    infos = {e.name: e.info for e in run.layout.entries.values() if e.statistic}
-    return {k: newest.rows(k, 0, i.rows).reshape(i.shape) for k, i in infos.items()}
+    if winner.batch_norm == "newest":
+        # The store may have rounded them.
+        names = [e.name for e in run.layout.entries.values() if e.statistic]
+        found = {name: tensor_rows(run.checkpoints[-1], name) for name in names}
+    else:
+        found = run.jury.overrides(winner)
+    return {name: tensor.double().numpy() for name, tensor in found.items()}
 
 
 def _documents(

@@ -20,11 +20,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from .checkpoints.base import Checkpoint, TensorInfo, WeightFile
 from .distributed import World
+from .dtypes import DTYPES, Array, Float64
 from .errors import ConfigError
 from .layout import Blocks, Layout
 from .progress import Advanced, Progress, Started
@@ -118,8 +120,8 @@ class RandomDirections:
         return self.scale**2 * world.sum(total.cpu())
 
     def among(
-        self, checkpoints: Sequence[Checkpoint], alphas: Tensor
-    ) -> tuple[list[Checkpoint], Tensor]:
+        self, checkpoints: Sequence[Checkpoint], alphas: Float64
+    ) -> tuple[list[Checkpoint], Float64]:
         """The directions as checkpoints, for the writer: before the last one, whose sidecars and
         copied tensors it takes.
 
@@ -150,18 +152,18 @@ def draw(layout: Layout, seed: int, count: int, length: float, live: LiveModel) 
 
 def from_record(
     record: Mapping[str, Any], path: Path, layout: Layout
-) -> tuple[RandomDirections, Tensor]:
+) -> tuple[RandomDirections, Float64]:
     """The directions of an earlier report and their coefficients, (R,) float64.
 
     Raises:
         ConfigError: it is not what ``RandomDirections.record`` writes, or is of other tensors.
     """
     try:
-        values = torch.tensor([float(v) for v in record["values"]], dtype=torch.float64)
+        values = np.array([float(v) for v in record["values"]])
         scale = float(record["scale"])
         exceptions = {str(k): v for k, v in record.get("exceptions", {}).items()}
         named = {*exceptions, *(v for v in exceptions.values() if v is not None)}
-        numbers = values.numel() and bool(values.isfinite().all()) and math.isfinite(scale)
+        numbers = values.size and bool(np.isfinite(values).all()) and math.isfinite(scale)
         if not (numbers and named <= layout.entries.keys()):
             raise ValueError
         found = RandomDirections(layout, int(record["seed"]), len(values), scale, exceptions)
@@ -181,7 +183,7 @@ def sources_of(layout: Layout) -> dict[str, str]:
     return {
         name: root
         for name, root in roots.items()
-        if layout[root].in_subspace and layout[root].info.dtype.is_floating_point
+        if layout[root].in_subspace and layout[root].info.dtype.is_float
     }
 
 
@@ -272,18 +274,21 @@ class DirectionReader:
     def __init__(
         self, directions: RandomDirections, number: int, tensors: Mapping[str, TensorInfo]
     ) -> None:
-        self.tensors = tensors
+        single = DTYPES["float32"]
+        self.tensors: Mapping[str, TensorInfo] = {
+            name: dataclasses.replace(info, dtype=single) if info.dtype.is_float else info
+            for name, info in tensors.items()
+        }
         self._directions, self._number = directions, number
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        info = self.tensors[name]
-        shape = (stop - start, *info.shape[1:]) if info.shape else ()
+    def read(self, name: str, first: int, out: Array) -> None:
         source = self._directions.sources.get(name)
         if source is None:
-            return torch.zeros(shape, dtype=info.dtype)
-        a, b = start * info.row_numel, stop * info.row_numel
-        signs = self._directions.signs(source, [self._number], a, b, torch.device("cpu"))
-        return (signs[0] * self._directions.scale).view(shape)
+            out.fill(0)
+            return
+        stop = first + len(out)
+        signs = self._directions.signs(source, [self._number], first, stop, torch.device("cpu"))
+        np.multiply(signs[0].numpy(), np.float32(self._directions.scale), out=out)
 
     def close(self) -> None:
         pass

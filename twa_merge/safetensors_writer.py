@@ -16,31 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
-import torch
-
 from .checkpoints.base import TensorInfo
-
-DTYPE_NAMES = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.float8_e4m3fnuz: "F8_E4M3FNUZ",
-    torch.float8_e5m2fnuz: "F8_E5M2FNUZ",
-    torch.float8_e8m0fnu: "F8_E8M0",
-    torch.complex64: "C64",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-}
 
 # Bytes after which what has been written is sent on to the disk, while more is being computed.
 _SYNC_BYTES = 32 << 20
@@ -79,7 +55,7 @@ def header(tensors: Sequence[SavedTensor], metadata: Mapping[str, str]) -> bytes
     for tensor in tensors:
         end = position + tensor.info.nbytes
         document[tensor.raw_name] = {
-            "dtype": DTYPE_NAMES[tensor.info.dtype],
+            "dtype": tensor.info.dtype.code,
             "shape": tensor.info.shape,
             "data_offsets": (position, end),
         }

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .batchnorm import has_batch_norm, reestimate, statistics, take_newest
 from .candidates import Candidate
+from .dtypes import Dtype
 from .guard import Scored
 from .objective import Batches, Engine
 
@@ -35,7 +35,7 @@ class Jury:
     guard: Batches
     test: Batches | None
     n: int
-    dtype: torch.dtype | None
+    dtype: Dtype | None
     select: str
     batch_norm: str
 

@@ -6,10 +6,10 @@ from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from .checkpoints.base import Checkpoint
+from .dtypes import Array, Dtype, Float64, widen
 from .errors import CheckpointError
 from .layout import Layout
 
@@ -51,26 +51,23 @@ def row_slices(
 
 def stream(
     checkpoints: Sequence[Checkpoint], slices: Sequence[RowSlice], *, ahead: int = 4
-) -> Generator[tuple[RowSlice, list[Tensor]], None, None]:
+) -> Generator[tuple[RowSlice, list[Array]], None, None]:
     """Yields every slice with its rows from all checkpoints.
 
-    The next slices are paged in by a second thread meanwhile.
+    The next slices are read by a second thread meanwhile.
 
     Args:
-        ahead: slices to page in ahead of the one being worked on.
+        ahead: slices to read ahead of the one being worked on.
 
     Yields:
-        The slice and n flat tensors of its m numbers in the saved dtype, to be read only.
+        The slice and n new flat arrays of its m numbers in the saved dtype.
     """
 
-    def fetch(cut: RowSlice) -> list[Tensor]:
-        rows = [c.rows(cut.name, cut.start, cut.stop).reshape(-1) for c in checkpoints]
-        for row in rows:
-            _page_in(row)
-        return rows
+    def fetch(cut: RowSlice) -> list[Array]:
+        return [c.rows(cut.name, cut.start, cut.stop).reshape(-1) for c in checkpoints]
 
     with ThreadPoolExecutor(1, "twa-merge-read") as pool:
-        waiting: list[Future[list[Tensor]]] = []
+        waiting: list[Future[list[Array]]] = []
         try:
             for k, cut in enumerate(slices):
                 while len(waiting) <= ahead and k + len(waiting) < len(slices):
@@ -81,11 +78,6 @@ def stream(
                 future.cancel()
 
 
-def _page_in(row: Tensor) -> None:
-    if row.is_contiguous() and row.numel():
-        row.view(torch.uint8)[::4096].max()
-
-
 def blame(checkpoints: Sequence[Checkpoint], cut: RowSlice) -> CheckpointError:
     """The error that says which checkpoint holds a NaN or an infinity in ``cut``.
 
@@ -93,19 +85,20 @@ def blame(checkpoints: Sequence[Checkpoint], cut: RowSlice) -> CheckpointError:
     result costs a pass over one tensor, looking at the inputs would cost n.
     """
     for checkpoint in checkpoints:
-        rows = checkpoint.rows(cut.name, cut.start, cut.stop)
-        wrong = ~torch.isfinite(rows.float() if rows.element_size() == 1 else rows)
+        numbers = _numbers(
+            checkpoint.rows(cut.name, cut.start, cut.stop), checkpoint.tensors[cut.name].dtype
+        )
+        wrong = ~np.isfinite(numbers)
         if wrong.any():
-            where = wrong.nonzero()[0].tolist()
+            where = [int(i[0]) for i in np.nonzero(np.atleast_1d(wrong))] if wrong.ndim else []
             if where:
                 where[0] += cut.start
-            value = rows[wrong][0].item() if rows.dim() else rows.item()
             return CheckpointError(
                 "A checkpoint holds a number that is not finite.",
                 checkpoint=checkpoint.path,
                 tensor=cut.name,
                 expected="finite numbers",
-                found=f"{value} at index {where}, {int(wrong.sum())} in this slice",
+                found=f"{numbers[wrong][0]} at index {where}, {wrong.sum()} in this slice",
                 remedy="leave this checkpoint out: its training had diverged",
             )
     return CheckpointError(
@@ -115,3 +108,12 @@ def blame(checkpoints: Sequence[Checkpoint], cut: RowSlice) -> CheckpointError:
         found="numbers too large for their dtype",
         remedy="choose coefficients closer to zero or a wider --dtype",
     )
+
+
+def _numbers(rows: Array, dtype: Dtype) -> Array:
+    """Rows of a float or complex dtype as numbers that numpy knows."""
+    if dtype.is_complex:
+        return rows
+    out: Float64 = np.empty(rows.size)
+    widen(rows.reshape(-1), dtype, out, np.empty(rows.size, np.float32))
+    return out.reshape(rows.shape)

@@ -27,7 +27,11 @@ class GramAccumulator:
 
     def add(self, group: int, offsets: Tensor) -> None:
         """Adds the offsets (n, m) float64 of m numbers of one tensor."""
-        self.gram[group].addmm_(offsets, offsets.T)
+        # The upper right quarter is the lower left one again.
+        gram, half = self.gram[group], len(offsets) // 2
+        gram[:half, :half].addmm_(offsets[:half], offsets[:half].T)
+        gram[half:].addmm_(offsets[half:], offsets.T)
+        gram[:half, half:] = gram[half:, :half].T
 
 
 @dataclass(frozen=True)

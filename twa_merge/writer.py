@@ -9,17 +9,15 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
-import torch
-from torch import Tensor
-
 from .checkpoints.base import Checkpoint
 from .combination import Combination, write_file
-from .distributed import World
+from .dtypes import Array, Dtype, Float64
 from .errors import TwaMergeError
 from .layout import Blocks, Layout
 from .output_folder import Staging, require_place, require_space, writing
 from .output_plan import OutputPlan, PlannedFile, plan_output
 from .progress import Progress, Started, silent
+from .ranks import Alone, Ranks
 
 T = TypeVar("T")
 
@@ -32,7 +30,7 @@ def check_output(
     checkpoints: Sequence[Checkpoint],
     overwrite: bool = False,
     *,
-    dtype: torch.dtype | None = None,
+    dtype: Dtype | None = None,
 ) -> None:
     """Checks that a merge of ``checkpoints`` can be written to ``output``. Changes nothing.
 
@@ -49,14 +47,14 @@ def write_merge(
     checkpoints: Sequence[Checkpoint],
     layout: Layout,
     blocks: Blocks,
-    alphas: Tensor,
+    alphas: Float64,
     output: Path,
     *,
-    dtype: torch.dtype | None = None,
-    overrides: Mapping[str, Tensor] | None = None,
+    dtype: Dtype | None = None,
+    overrides: Mapping[str, Array] | None = None,
     documents: Mapping[str, str] | None = None,
     overwrite: bool = False,
-    world: World | None = None,
+    world: Ranks | None = None,
     progress: Progress = silent,
 ) -> None:
     """Writes the merge as a folder, computed afresh from the original files.
@@ -70,7 +68,8 @@ def write_merge(
     Args:
         alphas: coefficients (B, n) float64, or (1, n) for all blocks.
         dtype: of averaged real tensors; each keeps its saved dtype without it.
-        overrides: tensors that replace the result, converted to the saved dtype.
+        overrides: numbers that replace the result, converted to the saved dtype: float64 where a
+            tensor is averaged, of any dtype where it is copied.
         documents: name → text of further files; they go before sidecars of the same name.
         overwrite: replace an earlier merge in the same place.
 
@@ -78,7 +77,7 @@ def write_merge(
         OutputError: as ``check_output``, or the disk has filled up meanwhile.
         CheckpointError: a checkpoint that takes part holds a NaN or an infinity.
     """
-    world = world or World()
+    world = world or Alone()
     combination = Combination(checkpoints, layout, blocks, alphas, overrides or {})
     staging = world.broadcast(Staging(output))
 
@@ -113,7 +112,7 @@ def write_merge(
 
 
 def _checked_plan(
-    output: Path, checkpoints: Sequence[Checkpoint], overwrite: bool, dtype: torch.dtype | None
+    output: Path, checkpoints: Sequence[Checkpoint], overwrite: bool, dtype: Dtype | None
 ) -> OutputPlan:
     require_place(output, checkpoints, overwrite)
     with writing(output):
@@ -123,12 +122,12 @@ def _checked_plan(
     return plan
 
 
-def _on_zero(world: World, work: Callable[[], T]) -> T:
+def _on_zero(world: Ranks, work: Callable[[], T]) -> T:
     """Rank zero's ``work()``, on every rank; so is its error."""
     return world.broadcast(_together(world, lambda: work() if world.is_zero else None))
 
 
-def _together(world: World, work: Callable[[], T]) -> T:
+def _together(world: Ranks, work: Callable[[], T]) -> T:
     """``work()`` on every rank; an error on one is raised on all, so that none waits for it.
 
     Raises:
@@ -150,7 +149,7 @@ def _together(world: World, work: Callable[[], T]) -> T:
     return result
 
 
-def _share(files: Sequence[PlannedFile], world: World) -> list[PlannedFile]:
+def _share(files: Sequence[PlannedFile], world: Ranks) -> list[PlannedFile]:
     """The files that this rank writes: the largest first, each to the rank with the least."""
     load = [0] * world.size
     mine = []
@@ -163,13 +162,13 @@ def _share(files: Sequence[PlannedFile], world: World) -> list[PlannedFile]:
 
 
 def _write_rest(
-    folder: Path, plan: OutputPlan, documents: Mapping[str, str], dtype: torch.dtype | None
+    folder: Path, plan: OutputPlan, documents: Mapping[str, str], dtype: Dtype | None
 ) -> None:
     for name, source in plan.sidecars.items():
         path = _child(folder, name)
         if name == _CONFIG and dtype is not None:
             # The one edit: readers would otherwise convert the weights back.
-            word = str(dtype).removeprefix("torch.").encode()
+            word = dtype.name.encode()
             config = _CONFIG_DTYPE.sub(rb"\g<1>" + word + rb"\g<2>", source.read_bytes())
             _write_bytes(path, config)
         else:

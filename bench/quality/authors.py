@@ -26,6 +26,7 @@ from torch.utils.data import Dataset
 
 from twa_merge.checkpoints import Checkpoint
 from twa_merge.task import Task, collate_of
+from twa_merge.tensors import tensor_rows
 
 
 @dataclass(frozen=True)
@@ -79,9 +80,7 @@ class FlatModel:
         """The checkpoints' raw weights: (n, D) float32."""
         return torch.stack(
             [
-                torch.cat(
-                    [c.rows(k, 0, c.tensors[k].rows).float().flatten() for k in self.parameters]
-                )
+                torch.cat([tensor_rows(c, k).float().flatten() for k in self.parameters])
                 for c in checkpoints
             ]
         )

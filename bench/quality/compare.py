@@ -36,6 +36,7 @@ from twa_merge import merge
 from twa_merge.checkpoints import Checkpoint, open_checkpoints
 from twa_merge.config import DataConfig, FitConfig, GuardConfig
 from twa_merge.task import split
+from twa_merge.tensors import tensor_rows
 
 README = Path(__file__).with_name("README.md")
 BEGIN, END = "<!-- results: written by compare.py -->", "<!-- end of results -->"
@@ -158,8 +159,7 @@ def test_loss(suite: Suite, state: Mapping[str, Tensor]) -> float:
 
 
 def state_of(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    tensors = checkpoint.tensors
-    return {k: checkpoint.rows(k, 0, v.rows).reshape(v.shape) for k, v in tensors.items()}
+    return {k: tensor_rows(checkpoint, k) for k in checkpoint.tensors}
 
 
 def reference_losses(suite: Suite, written: float) -> dict[str, float]:

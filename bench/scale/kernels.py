@@ -22,6 +22,7 @@ import torch
 
 from twa_merge.checkpoints.base import TensorInfo
 from twa_merge.config import STORE_DTYPES
+from twa_merge.dtypes import DTYPES
 from twa_merge.layout import Entry, Layout, global_block
 from twa_merge.store.memory import MemoryStore
 from twa_merge.stream import row_slices
@@ -41,7 +42,7 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 def filled(dtype: str, args: argparse.Namespace, compiled: bool) -> tuple[MemoryStore, float]:
     """A store of random offsets, and how many million numbers a second it took in."""
     rows = args.numbers // ROW
-    layout = Layout({NAME: Entry(NAME, TensorInfo((rows, ROW), torch.float32), True)})
+    layout = Layout({NAME: Entry(NAME, TensorInfo((rows, ROW), DTYPES["float32"]), True)})
     store = MemoryStore(
         dtype,
         args.offsets,

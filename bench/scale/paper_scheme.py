@@ -17,6 +17,7 @@ from torch import Tensor
 
 from twa_merge.checkpoints.base import Checkpoint
 from twa_merge.task import Task
+from twa_merge.tensors import tensor_rows
 
 
 class PaperScheme:
@@ -38,7 +39,7 @@ class PaperScheme:
         n, total = len(checkpoints), sum(p.numel() for p in self.module.parameters())
         vectors = torch.empty(n, total)
         for vector, checkpoint in zip(vectors, checkpoints, strict=True):
-            parts = [checkpoint.rows(k, 0, checkpoint.tensors[k].rows).flatten() for k in names]
+            parts = [tensor_rows(checkpoint, k).flatten() for k in names]
             torch.cat(parts, out=vector)
         for i, vector in enumerate(vectors):
             vector -= vectors[:i].T @ (vectors[:i] @ vector)

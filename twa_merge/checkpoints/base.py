@@ -9,9 +9,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
 
-import torch
-from torch import Tensor
+import numpy as np
 
+from ..dtypes import Array, Dtype
 from ..errors import CheckpointError
 
 
@@ -20,7 +20,7 @@ class TensorInfo:
     """Shape and dtype of a saved tensor, as its header says."""
 
     shape: tuple[int, ...]
-    dtype: torch.dtype
+    dtype: Dtype
 
     @property
     def rows(self) -> int:
@@ -61,18 +61,22 @@ class WeightFile:
 class Reader(Protocol):
     """Reads one checkpoint. Headers are read when it is built, rows when they are asked for.
 
-    ``rows`` may be called from several threads at once.
+    ``read`` may be called from several threads at once.
     """
 
     tensors: Mapping[str, TensorInfo]
     files: tuple[WeightFile, ...]
     aliases: Mapping[str, str]
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        """Rows [start, stop) of dimension 0, on the CPU, in the saved dtype.
+    def read(self, name: str, first: int, out: Array) -> None:
+        """Numbers ``first`` to ``first + m - 1`` of a tensor, in the saved dtype.
 
-        Shape (stop - start, *shape[1:]); a 0-d tensor is its own single row and comes back with
-        shape (). The memory may be a mapping of the file: never write into it.
+        Args:
+            first: counted through the whole tensor, row by row.
+            out: (m,) contiguous, of the tensor's ``dtype.array``; filled.
+
+        Raises:
+            CheckpointError: the file has changed since its header was read, or cannot be read.
         """
         ...
 
@@ -114,8 +118,24 @@ class Checkpoint:
     def nbytes(self) -> int:
         return sum(info.nbytes for info in self.tensors.values())
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        return self.reader.rows(name, start, stop)
+    def read(self, name: str, first: int, out: Array) -> None:
+        """As ``Reader.read``."""
+        self.reader.read(name, first, out)
+
+    def rows(self, name: str, start: int, stop: int) -> Array:
+        """Rows [start, stop) of dimension 0 as a new array of the tensor's ``dtype.array``.
+
+        Shape (stop - start, *shape[1:]); a 0-d tensor is its own single row and comes back with
+        shape (), or (0,) for no rows.
+
+        Raises:
+            CheckpointError: as ``Reader.read``.
+        """
+        info = self.tensors[name]
+        rows = np.empty((stop - start) * info.row_numel, info.dtype.array)
+        self.reader.read(name, start * info.row_numel, rows)
+        shape = (stop - start, *info.shape[1:])
+        return rows.reshape(shape if info.shape or start == stop else ())
 
     def close(self) -> None:
         self.reader.close()
@@ -131,12 +151,16 @@ def reading(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise CheckpointError(
-            "A file or folder cannot be read.",
-            checkpoint=path,
-            found=error.strerror or str(error),
-            remedy="check the path and its permissions",
-        ) from error
+        raise unreadable(path, error) from error
+
+
+def unreadable(path: Path, error: OSError) -> CheckpointError:
+    return CheckpointError(
+        "A file or folder cannot be read.",
+        checkpoint=path,
+        found=error.strerror or str(error),
+        remedy="check the path and its permissions",
+    )
 
 
 def require_file(path: Path) -> int:

@@ -22,7 +22,6 @@ from .folders import (
     weights_in,
     whole_model,
 )
-from .pickles import PickleReader
 from .safetensors_files import SafetensorsReader
 from .shards import group_shards
 from .steps import in_order, is_step_folder, named_step, select, trainer_step
@@ -216,6 +215,9 @@ def _open(found: _Found) -> Checkpoint:
         raise found.problem or CheckpointError("There are no weights.", checkpoint=found.path)
     files, index = found.weights.files, found.weights.index
     if found.weights.is_pickle:
+        # Waits for torch, which safetensors have no need of.
+        from .pickles import PickleReader
+
         pickle = PickleReader(files, index)
         step = pickle.step if found.step is None else found.step
         return Checkpoint(found.path, step, "pickle", pickle)

@@ -11,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from ..dtypes import Array
 from ..errors import CheckpointError, listing
+from ..tensors import as_tensor, dtype_of
 from .base import TensorInfo, WeightFile, reading, require_file
 from .names import resolve_names
 from .shards import read_index, require_all_shards, require_consistent
@@ -47,7 +48,7 @@ class PickleReader:
         short = resolve_names(name for state in states.values() for name in state)
         self._tensors = {short[n]: t for state in states.values() for n, t in state.items()}
         self.tensors: Mapping[str, TensorInfo] = {
-            name: TensorInfo(tuple(t.shape), t.dtype) for name, t in self._tensors.items()
+            name: TensorInfo(tuple(t.shape), dtype_of(t.dtype)) for name, t in self._tensors.items()
         }
         self.files = tuple(
             WeightFile(path, tuple(short[n] for n in state), raw_names=tuple(state))
@@ -56,11 +57,17 @@ class PickleReader:
         self.aliases: Mapping[str, str] = aliases_of(self._tensors)
         self.step = next(map(step_of, loaded.values()))
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        tensor = self._tensors[name]
-        if tensor.dim() == 0:
-            return tensor if start < stop else tensor.reshape(1)[:0]
-        return tensor[start:stop]
+    def read(self, name: str, first: int, out: Array) -> None:
+        info, tensor = self.tensors[name], self._tensors[name]
+        if not out.size:
+            return
+        if tensor.is_contiguous():
+            flat = tensor.view(-1)
+        else:
+            # Only the rows in question: a transposed tensor is copied to be read row by row.
+            start, stop = first // info.row_numel, -(-(first + out.size) // info.row_numel)
+            flat, first = tensor[start:stop].reshape(-1), first - start * info.row_numel
+        as_tensor(out, info.dtype).copy_(flat[first : first + out.size])
 
     def close(self) -> None:
         self._tensors = {}

@@ -4,60 +4,43 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import struct
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeGuard
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
-
+from ..dtypes import BY_CODE, Array
 from ..errors import CheckpointError
-from .base import TensorInfo, WeightFile, reading, require_file
-from .names import original_names, resolve_names
+from .base import TensorInfo, WeightFile, reading, require_file, unreadable
+from .names import resolve_names
+from .open_files import OpenFile, OpenFiles
 from .shards import read_index, require_all_shards, require_consistent
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F8_E4M3FNUZ": torch.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": torch.float8_e5m2fnuz,
-    "F8_E8M0": torch.float8_e8m0fnu,
-    "C64": torch.complex64,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U64": torch.uint64,
-    "U32": torch.uint32,
-    "U16": torch.uint16,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
 # The format's own limit.
 _MAX_HEADER = 100_000_000
+_FILES = OpenFiles()
 _AGAIN = "save or download this file again, or leave the checkpoint out"
 
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says it holds: name → shape and dtype, in the order of its bytes."""
+    """What a safetensors file says it holds: name → shape and dtype, in the order of its bytes.
+
+    Attributes:
+        begins: name → where in the file its bytes begin.
+        seen: what tells this file from one that was written later.
+    """
 
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
+    begins: Mapping[str, int]
+    seen: tuple[int, ...]
 
 
 class SafetensorsReader:
     """Reads a checkpoint from one safetensors file, or from several.
-
-    Files are mapped when the first row is asked of them; a mapping holds no file descriptor.
 
     Args:
         files: one file, or all shards; ignored where there is an index.
@@ -75,8 +58,12 @@ class SafetensorsReader:
         headers = {path: read_header(path) for path in paths}
         require_consistent(index, weight_map, {p: h.tensors for p, h in headers.items()})
         short = resolve_names(name for h in headers.values() for name in h.tensors)
-        self._raw = original_names(short)
-        self._file = {short[name]: path for path, h in headers.items() for name in h.tensors}
+        self._place = {
+            short[name]: (path, begin)
+            for path, h in headers.items()
+            for name, begin in h.begins.items()
+        }
+        self._seen = {path: h.seen for path, h in headers.items()}
         self.tensors: Mapping[str, TensorInfo] = {
             short[name]: info for h in headers.values() for name, info in h.tensors.items()
         }
@@ -85,34 +72,29 @@ class SafetensorsReader:
             for path, h in headers.items()
         )
         self.aliases: Mapping[str, str] = {}
-        self._opened: dict[Path, Any] = {}
-        self._opening = threading.Lock()
+        _FILES.register(self)
 
-    def rows(self, name: str, start: int, stop: int) -> Tensor:
-        path, info = self._file[name], self.tensors[name]
+    def read(self, name: str, first: int, out: Array) -> None:
+        # Called tens of thousands of times a second: hence no context manager.
+        path, begin = self._place[name]
+        position = begin + first * out.itemsize
         try:
-            with reading(path):
-                file = self._mapped(path)
-                if not info.shape:
-                    whole = file.get_tensor(self._raw[name])
-                    rows = whole if start < stop else whole.reshape(1)[:0]
-                else:
-                    rows = file.get_slice(self._raw[name])[start:stop]
-        except SafetensorError as error:
-            raise _changed(path, name, error) from error
-        if rows.dtype != info.dtype or rows.shape[1:] != info.shape[1:]:
-            raise _changed(path, name, f"{rows.dtype} {list(rows.shape)}")
-        return rows
+            file = _FILES.get(self, path) or self._open(path, name)
+            complete = not out.size or file.read(position, out.view("u1").data)
+        except OSError as error:
+            raise unreadable(path, error) from error
+        if not complete:
+            raise _changed(path, name, "a file that ends before")
 
     def close(self) -> None:
-        with self._opening:
-            self._opened.clear()
+        _FILES.close(self)
 
-    def _mapped(self, path: Path) -> Any:
-        with self._opening:
-            if path not in self._opened:
-                self._opened[path] = safe_open(path, framework="pt")
-            return self._opened[path]
+    def _open(self, path: Path, name: str) -> OpenFile:
+        file = OpenFile.at(path)
+        if _identity(os.fstat(file.descriptor)) != self._seen[path]:
+            raise _changed(path, name, "a file that was written later")
+        _FILES.keep(self, path, file)
+        return file
 
 
 def read_header(path: Path) -> Header:
@@ -123,6 +105,7 @@ def read_header(path: Path) -> Header:
     """
     size = require_file(path)
     with reading(path), path.open("rb") as file:
+        seen = _identity(os.fstat(file.fileno()))
         first = file.read(8)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
         if not 2 <= length <= min(size - 8, _MAX_HEADER):
@@ -141,7 +124,16 @@ def read_header(path: Path) -> Header:
     places = {name: _place(path, name, entry) for name, entry in document.items()}
     ordered = sorted(places.items(), key=lambda item: item[1][1:])
     _require_covered(path, ordered, size - 8 - length)
-    return Header({name: info for name, (info, _, _) in ordered}, metadata)
+    return Header(
+        {name: info for name, (info, _, _) in ordered},
+        metadata,
+        {name: 8 + length + begin for name, (_, begin, _) in ordered},
+        seen,
+    )
+
+
+def _identity(found: os.stat_result) -> tuple[int, ...]:
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
@@ -169,17 +161,17 @@ def _place(path: Path, name: str, entry: Any) -> tuple[TensorInfo, int, int]:
     if not (_are_sizes(shape) and _are_sizes(offsets)) or len(offsets) != 2:
         raise _damaged(path, "a shape and two offsets", f"{shape} and {offsets}", name)
     kind = entry.get("dtype")
-    if not isinstance(kind, str) or kind not in _DTYPES:
+    if not isinstance(kind, str) or kind not in BY_CODE:
         raise CheckpointError(
             "A tensor has a dtype that cannot be averaged.",
             checkpoint=path,
             tensor=name,
-            expected=", ".join(_DTYPES),
+            expected=", ".join(BY_CODE),
             found=kind,
             remedy="merge the checkpoints before they are quantised",
         )
-    info = TensorInfo(tuple(shape), _DTYPES[kind])
-    # An empty tensor's other dimensions are bounded by nothing else, and overflow in torch.
+    info = TensorInfo(tuple(shape), BY_CODE[kind])
+    # An empty tensor's other dimensions are bounded by nothing else, and overflow elsewhere.
     if math.prod(max(1, n) for n in shape) * info.dtype.itemsize >= 2**63:
         raise _damaged(path, "a shape that memory can hold", shape, name)
     begin, end = offsets

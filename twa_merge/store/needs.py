@@ -9,8 +9,8 @@ from ..layout import Entry, Layout
 from .disk import READ_AHEAD
 from .tiles import footprint
 
-# Bytes of a streaming pass into a store in memory: 2 MB a thread for a few threads.
-BUFFERS = 8 << 20
+# Bytes of a streaming pass into a store in memory: 5 MB a thread for a few threads.
+BUFFERS = 16 << 20
 
 
 def own_dtype(layout: Layout) -> str:
@@ -69,9 +69,8 @@ def store_bytes(
 def passing_bytes(layout: Layout, n: int, kind: str) -> int:
     """Slices of all checkpoints on their way through a pass, and what is computed from them.
 
-    Reading for a store in memory takes a few float64 buffers, filled straight from the mapped
-    files, whose pages the system takes back when it needs them. Reading for every evaluation, on
-    disk, takes copies: a file that vanishes may then be noticed instead of ending the process.
+    Reading for a store in memory takes a few buffers, one piece of one checkpoint at a time.
+    Reading for every evaluation, on disk, takes slices of all checkpoints that are read ahead.
     """
     longest = max((entry.info.row_numel for entry in layout.entries.values()), default=0)
     least = 16 * n * longest  # no slice is shorter than a row
