@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from twa_merge.candidates import Candidate, single
-from twa_merge.guard import Scored, bootstrap_interval, improvement, pick
+from twa_merge.guard import Scored, bootstrap_interval, first_unless_beaten, improvement, pick
 from twa_merge.verdict import best_of
 
 
@@ -90,3 +90,18 @@ def test_a_paired_difference_is_far_surer_than_the_losses():
     assert abs(found.mean - 0.01) < 1e-9
     same = improvement(scored("b", losses, 3), scored("a", losses, 0), "loss", seed=0)
     assert not same.certain
+
+
+def test_statistics_change_hands_only_for_a_certain_gain():
+    generator = torch.Generator().manual_seed(0)
+    base = torch.rand(100, generator=generator, dtype=torch.float64)
+    noise = torch.randn(100, generator=generator, dtype=torch.float64)
+    noise -= noise.mean()
+
+    first = scored("first", base, 0)
+    lucky = scored("lucky", base + noise - 0.1, 0)  # one standard error
+    better = scored("better", base + 0.1 * noise - 0.1, 0)  # ten of them
+    ruined = scored("ruined", base * torch.nan, 0)
+    assert first_unless_beaten([first, lucky, ruined], "loss").name == "first"
+    assert first_unless_beaten([first, lucky, better], "loss").name == "better"
+    assert first_unless_beaten([ruined, lucky], "loss").name == "lucky"

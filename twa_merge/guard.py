@@ -64,6 +64,25 @@ def finite_mean(losses: Tensor) -> float:
     return mean if math.isfinite(mean) else math.inf
 
 
+def first_unless_beaten(variants: Sequence[Scored], select: str) -> Scored:
+    """The first of one candidate's variants, or one that beats it by two standard errors.
+
+    The least of several means on a small guard split is luck more often than not.
+    """
+    first = variants[0].cost_of(select)
+    beating = [variants[0]]
+    for other in variants[1:]:
+        difference = first - other.cost_of(select)
+        if bool(difference.isfinite().all()):
+            error = float(difference.std()) / len(difference) ** 0.5 if len(difference) > 1 else 0.0
+            certain = float(difference.mean()) > 2.0 * error
+        else:
+            certain = not bool(first.isfinite().all())
+        if certain:
+            beating.append(other)
+    return min(beating, key=lambda s: finite_mean(s.cost_of(select)))
+
+
 @dataclass(frozen=True)
 class Improvement:
     """Mean of a paired difference on the guard split and its 95 % interval; positive is better."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from .batchnorm import has_batch_norm, reestimate, statistics, take_newest
 from .candidates import Candidate
 from .dtypes import Dtype
-from .guard import Scored
+from .guard import Scored, first_unless_beaten
 from .objective import Batches, Engine
 
 # Statistics settle after some thousand examples; re-estimating them on all would dominate.
@@ -44,14 +44,18 @@ class Jury:
         """The examples of the guard split that candidates are compared on."""
         return range(min(self.guard.size, _GUARD_EXAMPLES))
 
-    @property
-    def modes(self) -> list[str | None]:
-        """Sources of running statistics to try, the simplest first."""
+    def modes(self, candidate: Candidate) -> list[str | None]:
+        """Sources of running statistics to try; the first is taken unless another proves better.
+
+        A checkpoint has statistics of its own; no training run has had a mean's weights.
+        """
         if not has_batch_norm(self.engine.live.module):
             return [None]
-        if self.batch_norm == "auto":
-            return ["average", "newest", "reestimate"]
-        return [self.batch_norm]
+        if self.batch_norm != "auto":
+            return [self.batch_norm]
+        if bool((candidate.alphas == 1.0).any(1).all()):
+            return ["average", "reestimate", "newest"]
+        return ["reestimate", "average", "newest"]
 
     def apply(self, alphas: Tensor, mode: str | None) -> None:
         """Sets the live model to what would be written."""
@@ -67,13 +71,13 @@ class Jury:
     def score(self, candidate: Candidate) -> Scored:
         """The candidate on the guard split, with the running statistics that suit it best."""
         tried = []
-        for mode in self.modes:
+        for mode in self.modes(candidate):
             self.apply(candidate.alphas, mode)
             losses, metrics = self.engine.example_losses(
                 self.guard, self.guard_sample, with_metrics=self.select != "loss"
             )
             tried.append(Scored(candidate, losses, metrics, batch_norm=mode))
-        return min(tried, key=lambda s: _finite(float(s.cost_of(self.select).mean())))
+        return first_unless_beaten(tried, self.select)
 
     def complete(self, scored: Sequence[Scored]) -> None:
         """Adds fit and test losses: reported, never chosen by."""
@@ -95,7 +99,3 @@ class Jury:
             return {}
         self.apply(item.candidate.alphas, item.batch_norm)
         return statistics(self.engine)
-
-
-def _finite(value: float) -> float:
-    return value if value == value else float("inf")
