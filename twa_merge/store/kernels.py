@@ -14,22 +14,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..progress import Noted, Progress
 from .quantize import GROUP, PLAIN, PLANES, ZERO, unpack
-from .tiles import TILE, Tiles
+from .tiles import Tiles, tile_width
 
 # Numbers (of all offsets) in one eager step: their float32 copy stays in a core's cache.
 _EAGER_CPU = 1 << 18
 # Numbers combined in one call: enough to hide its overhead; the scales times β stay in cache.
-_CALL_CPU = 1 << 24
+_CALL_CPU = 1 << 25
 _CALL_GPU = 1 << 28
 # A compiled call of fewer tiles is not worth its overhead, and a single one would be a graph of
 # its own.
-_FEWEST_TILES = 16
+_FEWEST_TILES = 4
 # Offsets of one combination written out one by one: more make compilers slow.
 _WRITTEN_OUT = 64
 _LANES = 16
@@ -37,7 +38,7 @@ _LANES = 16
 COMPILE_FROM = 1 << 27
 
 # Products and sums may be fused, and intermediate results of many inputs need not be stored.
-_OPTIONS = {
+_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     "cpp.enable_floating_point_contract_flag": "fast",
     "realize_reads_threshold": 1000,
     "realize_opcount_threshold": 10_000,
@@ -109,7 +110,7 @@ class Kernels:
         self, function: Callable[..., Tensor] | None, tiles: Tiles, *args: object
     ) -> Tensor | None:
         """What the compiled function returns; None where the eager way has to be taken."""
-        if function is None or tiles.width != TILE or len(tiles) < _FEWEST_TILES:
+        if function is None or tiles.width != tile_width(self.dtype) or len(tiles) < _FEWEST_TILES:
             return None
         try:
             if function in self._traced:
