@@ -19,7 +19,7 @@ from twa_merge.errors import CheckpointError
 from twa_merge.layout import global_block, make_layout, tensor_blocks
 from twa_merge.progress import Noted
 from twa_merge.store import kernels, make_store
-from twa_merge.store.kernels import combine_tiles, project_tiles
+from twa_merge.store.kernels import combine_tiles, grouped, planes, project_tiles, weigh
 from twa_merge.store.quantize import GROUP_BYTES, pack, unpack
 from twa_merge.store.tiles import footprint
 from twa_merge.stream import row_slices
@@ -166,11 +166,11 @@ def test_what_is_stored_does_not_depend_on_how_it_came(offsets, dtype, numel, th
 
 
 @pytest.mark.parametrize("dtype", WIDTHS)
-@pytest.mark.parametrize("together", [1, 4])
-def test_expressions_for_the_compiler(dtype, together):
+@pytest.mark.parametrize(("n", "together"), [(8, 1), (8, 4), (6, 4), (7, 4), (65, 4)])
+def test_expressions_for_the_compiler(dtype, n, together):
     """The same functions that torch.compile gets, run as they stand."""
     generator = torch.Generator().manual_seed(0)
-    u, n, width = 3, 8, 4096
+    u, width = 3, 4096
     x = torch.randn(u, n, width, generator=generator)
     if dtype in GROUP_BYTES:
         data, scales = pack(x.unflatten(-1, (-1, 128)), dtype)
@@ -186,14 +186,15 @@ def test_expressions_for_the_compiler(dtype, together):
         1e-6,
     )
     beta = torch.randn(n, generator=generator)
-    weight = beta if scales is None else scales * beta[:, None]
-    combine_tiles(data, weight, c, torch.tensor([0.5]), out, dtype)
+    shape, weights = grouped(dtype, width), weigh(scales, beta, dtype)
+    views = c.unflatten(-1, shape), torch.tensor([0.5]), out.unflatten(-1, shape)
+    combine_tiles(data, *weights, planes(dtype, data.device), *views)
     close(
         out.double(), 0.5 * c.double() + torch.einsum("unt,n->ut", x.double(), beta.double()), 1e-6
     )
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int4"])
+@pytest.mark.parametrize("dtype", ["float32", "int4", "int1"])
 def test_compiled_kernels_agree_with_eager_ones(offsets, dtype):
     notes = []
     compiled = offsets.store(dtype=dtype, compiled=True, progress=notes.append)

@@ -5,8 +5,9 @@
 A byte-level language model is trained for a minute (made once and kept). Both stages of the fit,
 one set of coefficients and one a tensor, are then trained with each width of the store. Whatever
 the width, the coefficients are applied to the original checkpoints, as the written model's are. The
-loss is that of the test part, which nothing was chosen on. Ridge and evaluations are the same for
-all.
+loss is that of the test part, which nothing was chosen on. Ridge and tolerance are the same for
+all, and every fit goes on until it converges: two fits that are stopped early differ by where they
+were stopped.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from twa_merge.subspace import Chart, make_subspace
 from twa_merge.task import split
 
 DEMANDED = {"int8": 0.0001, "int4": 0.0005}
-RIDGE, EVALUATIONS, SEQUENCES = 0.001, 10, 192
+RIDGE, TOLERANCE, SEQUENCES = 0.001, 1e-6, 192
 
 
 def main() -> None:
@@ -47,6 +48,7 @@ def main() -> None:
     parser.add_argument("--widths", nargs="+", default=["int8", "int4", "int1"])
     parser.add_argument("--run", type=Path, help="checkpoints of such a run that are there already")
     parser.add_argument("--every", type=int, help="K-th checkpoint of it only")
+    parser.add_argument("--evaluations", type=int, default=60, help="of a stage, at most")
     options = parser.parse_args()
     folder = options.run or options.folder / f"demo-{options.steps}-{options.checkpoints}"
     if not folder.is_dir():
@@ -58,7 +60,7 @@ def main() -> None:
     for width in ["float32", *options.widths]:
         begun = time.perf_counter()
         with tempfile.TemporaryDirectory() as state:
-            run = prepare(folder, selection, width, Path(state))
+            run = prepare(folder, selection, width, Path(state), options.evaluations)
             alphas = fit(run)
         took = time.perf_counter() - begun
         losses = [test_loss(run, a) for a in alphas]
@@ -72,12 +74,14 @@ def main() -> None:
         )
 
 
-def prepare(folder: Path, selection: Selection, width: str, state: Path) -> Run:
+def prepare(folder: Path, selection: Selection, width: str, state: Path, evaluations: int) -> Run:
     """A run as ``twa-merge train`` sets it up."""
     checkpoints = open_checkpoints([folder], selection)
     chosen = task(sequences=SEQUENCES)
     choices = Choices(
-        fit=FitConfig(blocks="tensors", ridge=RIDGE, max_evaluations=EVALUATIONS),
+        fit=FitConfig(
+            blocks="tensors", ridge=RIDGE, max_evaluations=evaluations, tolerance=TOLERANCE
+        ),
         store=StoreConfig("device", width),
         engine=EngineConfig(device="cpu"),
     )

@@ -3,36 +3,47 @@
 Sums are taken over pieces of a tile in float32 and over tiles in float64, always in the same order.
 
 There are two ways to do each: plain torch expressions under ``torch.compile``, which fuse the
-unpacking with the product (DESIGN.md has the figures), and an eager one for small stores, odd
-tiles and machines without a compiler.
+unpacking with the product, and an eager one for small stores, odd tiles and machines without a
+compiler. What the expressions look like is what compilers make the best of: sums over 16 lanes, in
+two chains, so that one addition need not wait for the other; bits taken where they stand in their
+byte, and their places made good by factors; offsets added up one by one rather than by ``sum``, so
+that centre and result are touched in the same loop.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..progress import Noted, Progress
-from .quantize import GROUP, PLAIN, unpack
-from .tiles import TILE, Tiles
+from .quantize import GROUP, PLAIN, PLANES, ZERO, unpack
+from .tiles import Tiles, tile_width
 
 # Numbers (of all offsets) in one eager step: their float32 copy stays in a core's cache.
 _EAGER_CPU = 1 << 18
 # Numbers combined in one call: enough to hide its overhead; the scales times β stay in cache.
-_CALL_CPU = 1 << 24
+_CALL_CPU = 1 << 25
 _CALL_GPU = 1 << 28
-# Numbers added up in float32 before anything else: sums of 512 keep seven digits.
-_SUMMED = 512
 # A compiled call of fewer tiles is not worth its overhead, and a single one would be a graph of
 # its own.
 _FEWEST_TILES = 4
+# Offsets of one combination written out one by one: more make compilers slow.
+_WRITTEN_OUT = 64
+_LANES = 16
 # Numbers in a store from which evaluations pay for some ten seconds of compiling.
 COMPILE_FROM = 1 << 27
 
-_SIGN = -(1 << 31)
+# Products and sums may be fused, and intermediate results of many inputs need not be stored.
+_OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
+    "cpp.enable_floating_point_contract_flag": "fast",
+    "realize_reads_threshold": 1000,
+    "realize_opcount_threshold": 10_000,
+    "realize_acc_reads_threshold": 1000,
+}
 
 
 class Kernels:
@@ -54,12 +65,16 @@ class Kernels:
         self._combine: Callable[..., Tensor] | None = None
         self._traced: set[Callable[..., Tensor]] = set()
         if compiled:
-            self._project = torch.compile(project_tiles, fullgraph=True)
-            self._combine = torch.compile(combine_tiles, fullgraph=True)
+            known = set(torch._inductor.list_options())  # type: ignore[no-untyped-call]
+            options = {name: value for name, value in _OPTIONS.items() if name in known}
+            self._project = torch.compile(project_tiles, fullgraph=True, options=options)
+            self._combine = torch.compile(combine_tiles, fullgraph=True, options=options)
         # On a GPU the gradient comes out of a cache that all cores share, which by reckoning would
         # limit the narrow widths: read it once for four offsets (not yet measured on a GPU). On a
-        # CPU it is in a core's own cache, and measured alike.
-        self._together = 4 if device.type == "cuda" else 1
+        # CPU one offset after the other is read fastest, but with single bits there is more to be
+        # made of the gradient than to be read.
+        self._together = 4 if device.type == "cuda" or dtype == "int1" else 1
+        self._planes = planes(dtype, device)
 
     @property
     def compiled(self) -> bool:
@@ -85,15 +100,17 @@ class Kernels:
         for a in range(0, len(tiles), step):
             part = slice(a, a + step)
             here, c, o = tiles[part], centre[part], out[part]
-            weight = beta if here.scales is None else here.scales * beta[:, None]
-            if self._fused(self._combine, here, weight, c, total, o, self.dtype) is None:
+            weight, zero = weigh(here.scales, beta, self.dtype)
+            shape = grouped(self.dtype, tiles.width)
+            views = c.unflatten(-1, shape), total, o.unflatten(-1, shape)
+            if self._fused(self._combine, here, weight, zero, self._planes, *views) is None:
                 self._combine_eagerly(here, c, beta, total, o)
 
     def _fused(
         self, function: Callable[..., Tensor] | None, tiles: Tiles, *args: object
     ) -> Tensor | None:
         """What the compiled function returns; None where the eager way has to be taken."""
-        if function is None or tiles.width != TILE or len(tiles) < _FEWEST_TILES:
+        if function is None or tiles.width != tile_width(self.dtype) or len(tiles) < _FEWEST_TILES:
             return None
         try:
             if function in self._traced:
@@ -171,69 +188,133 @@ def project_tiles(
     """⟨Δ_i, g⟩ of every tile: (u, n, ·) and (u, T) → (u, n) float32.
 
     Args:
-        together: how many offsets to take for one reading of the gradient, where that divides n.
+        together: how many offsets at most to take for one reading of the gradient.
     """
     n = data.shape[1]
-    k = together if n % together == 0 else 1
+    k = next(k for k in range(together, 0, -1) if n % k == 0)
     data = data.unflatten(1, (n // k, k))
-    sums = []
-    for i in range(k):
-        if scales is None:
-            products = data[:, :, i].float() * gradient[:, None]
-            sums.append(products.unflatten(-1, (-1, _SUMMED)).sum(-1).sum(-1))
-        else:
-            scale = scales.unflatten(1, (n // k, k))[:, :, i]
-            groups = data[:, :, i].unflatten(-1, (scale.shape[-1], -1))
-            lanes = _times_gradient(groups, gradient.unflatten(-1, (-1, GROUP))[:, None], dtype)
-            sums.append((lanes * scale[..., None]).sum((-1, -2)))
+    if scales is None:
+        sums = [(data[:, :, i].float() * gradient[:, None]).sum(-1) for i in range(k)]
+    else:
+        groups = data.unflatten(-1, (scales.shape[-1], -1, _LANES))
+        scales = scales.unflatten(1, (n // k, k))
+        times = {"int8": _times_bytes, "int4": _times_nibbles, "int1": _times_bits}[dtype]
+        g = gradient.unflatten(-1, (-1, GROUP // _LANES, _LANES))[:, None]
+        lanes = times([groups[:, :, i] for i in range(k)], [g[..., j, :] for j in range(8)])
+        sums = [(x * scales[:, :, i, :, None]).sum((-1, -2)) for i, x in enumerate(lanes)]
     return torch.stack(sums, 2).flatten(1) if k > 1 else sums[0]
 
 
-def _times_gradient(groups: Tensor, g: Tensor, dtype: str) -> Tensor:
-    """Unscaled products, added up lane by lane: (u, n, G, bytes), (u, 1, G, 128) → (.., lanes)."""
-    if dtype == "int8":
-        return groups.float() * g
-    q = groups.int()
-    if dtype == "int4":
-        low, high = g[..., :64], g[..., 64:]
-        return ((q & 15) - 8).float() * low + ((q >> 4) - 8).float() * high
-    # The bit, moved to where float32 has its sign, turns the gradient's sign over.
-    planes = g.unflatten(-1, (8, 16)).view(torch.int32)
-    lanes = _flip(q << 31, planes[..., 0, :])
-    for k in range(1, 8):
-        lanes = lanes + _flip(q << (31 - k), planes[..., k, :])
-    return -lanes
+# Unscaled products of groups with the gradient, added up lane by lane: k times (u, m, G, ·, 16)
+# and 8 times (u, 1, G, 16) → k times (u, m, G, 16).
+
+
+def _times_bytes(groups: list[Tensor], g: list[Tensor]) -> list[Tensor]:
+    return [_add([q[..., j, :].float() * g[j] for j in range(8)]) for q in groups]
+
+
+def _times_nibbles(groups: list[Tensor], g: list[Tensor]) -> list[Tensor]:
+    zero = _add(g) * -ZERO["int4"]
+    lanes = []
+    for group in groups:
+        q = [group[..., j, :].int() for j in range(4)]
+        low = [(x & 15).float() * g[j] for j, x in enumerate(q)]
+        high = [(x >> 4).float() * g[j] for j, x in enumerate(q, 4)]
+        lanes.append(_add([zero, *(x for pair in zip(low, high, strict=True) for x in pair)]))
+    return lanes
+
+
+def _times_bits(groups: list[Tensor], g: list[Tensor]) -> list[Tensor]:
+    zero = _add(g) * -ZERO["int1"]
+    parts = [factor * x for (_, factor), x in zip(PLANES["int1"], g, strict=True)]
+    lanes = []
+    for group in groups:
+        q = group[..., 0, :].int()
+        bits = [(q & mask).float() for mask, _ in PLANES["int1"]]
+        lanes.append(_add([zero, *(x * part for x, part in zip(bits, parts, strict=True))]))
+    return lanes
 
 
 def combine_tiles(
-    data: Tensor, weight: Tensor, centre: Tensor, total: Tensor, out: Tensor, dtype: str
+    data: Tensor,
+    weight: Tensor,
+    zero: Tensor | None,
+    masks_and_factors: tuple[Tensor, Tensor] | None,
+    centre: Tensor,
+    total: Tensor,
+    out: Tensor,
 ) -> Tensor:
-    """out = total·c + Σ_i weight_i q_i, written in place; returns ``total``.
+    """out = total·c + Σ_i weight_i q_i − zero, written in place; returns ``total``.
 
     Args:
-        weight: β (n,), or scales times β (u, n, G).
+        data: (u, n, ·).
+        weight, zero: as ``weigh`` returns them; ``masks_and_factors``: as ``planes``.
+        centre, out: (u, T), in the shape that ``grouped`` says.
     """
-    if dtype in PLAIN:
-        out.copy_(centre * total + (data.float() * weight[:, None]).sum(1))
-        return total
-    groups = data.unflatten(-1, (weight.shape[-1], -1))
-    scale = weight[..., None]
-    if dtype == "int8":
-        sums = (groups.float() * scale).sum(1)
-    elif dtype == "int4":
-        q = groups.int()
-        zero = 8 * scale.sum(1)
-        low, high = (half.float() * scale for half in (q & 15, q >> 4))
-        sums = torch.cat((low.sum(1) - zero, high.sum(1) - zero), -1)
+    n = data.shape[1]
+    weight = weight.view(1, n, 1) if weight.dim() == 1 else weight[..., None]
+    if weight.dim() == 4:
+        data = data.unflatten(-1, (weight.shape[2], -1))
+    masks, factors = masks_and_factors or (None, None)
+
+    def products(some: slice | int) -> Tensor:
+        numbers, factor = data[:, some], weight[:, some]
+        if masks is None:
+            return numbers.float() * factor
+        return (numbers[..., None, :].int() & masks).float() * factor[..., None]
+
+    if n <= _WRITTEN_OUT:
+        sums = _add([products(i) for i in range(n)], chains=4)
     else:
-        q = groups.int()
-        signs = scale.view(torch.int32)
-        sums = torch.cat([-_flip(q << (31 - k), signs).sum(1) for k in range(8)], -1)
-    shape = (-1, GROUP)
-    out.unflatten(-1, shape).copy_(centre.unflatten(-1, shape) * total + sums)
+        sums = products(slice(None)).sum(1)
+    base = centre * total
+    if zero is not None and factors is not None:
+        base = base - zero[..., None, None]
+        sums = sums * factors
+    out.copy_(base + sums)
     return total
 
 
-def _flip(bits: Tensor, number: Tensor) -> Tensor:
-    """float32 ``number``, seen as int32, with its sign turned over where the top bit is set."""
-    return ((bits & _SIGN) ^ number).view(torch.float32)
+def weigh(scales: Tensor | None, beta: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
+    """What numbers as they are stored count, and what has to be taken off for the stored zero.
+
+    Args:
+        scales: (u, n, G) or None; ``beta``: (n,).
+
+    Returns:
+        (n,) and None, or (u, n, G) and (u, G), None where zero is stored as zero.
+    """
+    if scales is None:
+        return beta, None
+    weight = scales * beta[:, None]
+    return weight, ZERO[dtype] * weight.sum(1) if dtype in ZERO else None
+
+
+def planes(dtype: str, device: torch.device) -> tuple[Tensor, Tensor] | None:
+    """``PLANES`` of a width as two tensors (planes, 1); None where a byte is one number."""
+    if dtype not in PLANES:
+        return None
+    masks, factors = zip(*PLANES[dtype], strict=True)
+    return (
+        torch.tensor(masks, dtype=torch.int32, device=device)[:, None],
+        torch.tensor(factors, device=device)[:, None],
+    )
+
+
+def grouped(dtype: str, width: int) -> tuple[int, ...]:
+    """How a tile's numbers lie with respect to the bytes they are stored in."""
+    if dtype in PLAIN:
+        return (width,)
+    k = len(PLANES.get(dtype, (0,)))
+    return (width // GROUP, k, GROUP // k) if k > 1 else (width // GROUP, GROUP)
+
+
+def _add(terms: list[Tensor], *, chains: int = 2) -> Tensor:
+    """The sum, in several chains of additions that do not wait for each other."""
+    sums = terms[:chains]
+    for i, term in enumerate(terms[chains:]):
+        sums[i % chains] = sums[i % chains] + term
+    total = sums[0]
+    for part in sums[1:]:
+        total = total + part
+    return total

@@ -34,6 +34,14 @@ PLAIN = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # Bytes of a group, and the dtype they are stored in.
 GROUP_BYTES = {"int8": 128, "int4": 64, "int1": 16}
 CONTAINER = {"int8": torch.int8, "int4": torch.uint8, "int1": torch.uint8}
+# Where the numbers of a byte stand: the bits of each, and the factor that makes them what is
+# stored. int1 counts in twos, from −1.
+PLANES: dict[str, tuple[tuple[int, float], ...]] = {
+    "int4": ((15, 1.0), (15 << 4, 1 / 16)),
+    "int1": tuple((1 << k, 2.0 ** (1 - k)) for k in range(8)),
+}
+# What is stored for zero.
+ZERO = {"int4": 8.0, "int1": 1.0}
 
 
 def pack(groups: Tensor, dtype: str, real: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -62,7 +70,7 @@ def pack(groups: Tensor, dtype: str, real: Tensor | None = None) -> tuple[Tensor
     q = (groups / scale.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round_()
     if dtype == "int8":
         return q.to(torch.int8), scale
-    nibbles = q.add_(8.0).to(torch.uint8)
+    nibbles = q.add_(ZERO[dtype]).to(torch.uint8)
     return nibbles[..., :64] | (nibbles[..., 64:] << 4), scale
 
 
@@ -77,7 +85,7 @@ def unpack(packed: Tensor, scale: Tensor, dtype: str, out: Tensor) -> Tensor:
     elif dtype == "int4":
         out[..., :64].copy_(packed & 15)
         out[..., 64:].copy_(packed >> 4)
-        out.sub_(8.0)
+        out.sub_(ZERO[dtype])
     else:
         # The bit as it stands in its byte, as a number, divided by what it stands for.
         values = 2 ** torch.arange(8, dtype=torch.uint8, device=out.device)[:, None]
