@@ -84,6 +84,7 @@ def debug_option(command: Any) -> Any:
 
 def run(command: click.Command, argv: list[str]) -> int:
     """Runs ``command`` and returns the exit code; nothing but that leaves here."""
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")
@@ -237,6 +238,20 @@ def _log(details: str) -> str:
 
 def _lines(text: str, indent: str) -> str:
     return f"\n{indent}".join(plain(line) for line in text.splitlines())
+
+
+def _open_closed_streams() -> None:
+    """Whoever starts a command with ``>&-`` wants to hear nothing; Python has no stream then.
+
+    The descriptors are taken too, so that no file of weights gets the number of one.
+    """
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            silence = os.open(os.devnull, os.O_WRONLY)
+            if silence != number:
+                os.dup2(silence, number)
+                os.close(silence)
+            setattr(sys, name, os.fdopen(number, "w", closefd=False))
 
 
 def _close_stdout() -> None:

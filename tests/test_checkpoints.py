@@ -284,3 +284,15 @@ def test_opening_is_fast(tmp_path: Path) -> None:
     began = time.process_time()
     assert len(open_checkpoints([tmp_path])) == 25
     assert time.process_time() - began < 1.0
+
+
+@pytest.mark.parametrize("paths", ["", ["", "run"]])
+def test_an_empty_path_is_not_the_current_folder(
+    paths: str | list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run").mkdir()
+    for folder in (tmp_path, tmp_path / "run"):
+        save_file({"w": torch.ones(2)}, folder / "step_1.safetensors")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(CheckpointError, match="empty"):
+        open_checkpoints(paths)

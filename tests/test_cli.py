@@ -14,7 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from safetensors.numpy import save_file
 from twa_merge_cli.boundary import run
 from twa_merge_cli.main import COMMANDS, cli
 
@@ -359,6 +361,30 @@ def test_a_reader_that_goes_away_is_no_error(more: list[str], tmp_path: Path) ->
     process.stderr.close()
     assert process.wait(60) == 141
     assert err == ""
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_closed_streams_are_no_error(closed: str, tmp_path: Path) -> None:
+    save_file({"w": np.ones(3, np.float32)}, tmp_path / "a.safetensors")
+    command = f"{sys.executable} -m twa_merge_cli average a.safetensors -o out {closed}"
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert "Traceback" not in done.stderr
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
+def test_a_report_with_nan_is_refused(tmp_path: Path) -> None:
+    save_file({"w": np.ones(3, np.float32)}, tmp_path / "a.safetensors")
+    (tmp_path / "r.json").write_text('{"coefficients": {"global": [NaN]}}')
+    process = python(
+        *("-m", "twa_merge_cli", "average", "a.safetensors", "-o", "out", "--weights", "@r.json"),
+        cwd=tmp_path,
+    )
+    code, out, err = finish(process)
+    assert (code, out) == (2, "")
+    assert "r.json" in err
+    assert "nan" in err
+    assert not (tmp_path / "out").exists()
 
 
 def test_ascii_terminals_get_ascii(tmp_path: Path) -> None:

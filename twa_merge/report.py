@@ -14,7 +14,7 @@ import numpy as np
 from . import __version__
 from .checkpoints.base import Checkpoint
 from .dtypes import Float64
-from .errors import ConfigError
+from .errors import ConfigError, listing
 from .layout import Blocks, Layout, blocks_from_members, global_block
 
 if TYPE_CHECKING:
@@ -83,7 +83,8 @@ def coefficients_from_report(
     """Blocks and coefficients (B, n) of an earlier report's winner.
 
     Raises:
-        ConfigError: it is no report of this tool, or one of another number of checkpoints.
+        ConfigError: it is no report of this tool, one of another number of checkpoints, or one
+            with a coefficient that is not finite.
     """
     try:
         found = document["coefficients"]
@@ -102,6 +103,14 @@ def coefficients_from_report(
             expected=f"{rows.shape[-1]} checkpoints",
             found=f"{n} checkpoints",
             remedy="choose the same ones, for instance with --last or --from-step",
+        )
+    if not np.isfinite(rows).all():
+        raise ConfigError(
+            "The report's coefficients are not finite.",
+            checkpoint=path,
+            expected="finite numbers",
+            found=listing(str(x) for x in rows[~np.isfinite(rows)]),
+            remedy="use the file as it was written, or make the merge again",
         )
     if "blocks" in found:
         described = document.get("blocks", {})

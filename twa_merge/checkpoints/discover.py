@@ -85,7 +85,15 @@ def open_checkpoints(
         CheckpointError: there are none, none is left by the selection, or one of those chosen is
             damaged, incomplete, or in a format that is not read here.
     """
-    given = [Path(p) for p in ([paths] if isinstance(paths, (str, PathLike)) else paths)]
+    paths = [paths] if isinstance(paths, (str, PathLike)) else paths
+    if "" in paths:
+        # Path("") is the current folder, which a variable that was never set does not mean.
+        raise CheckpointError(
+            "A path is empty.",
+            expected=_KINDS,
+            remedy="check the variable that it came from; the current folder is called .",
+        )
+    given = [Path(p) for p in paths]
     if not given:
         raise CheckpointError("No checkpoints were given.", expected=_KINDS)
     found = [_with_step(f) for f in _once(_expand(given))]
