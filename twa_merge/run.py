@@ -32,7 +32,7 @@ from .progress import Noted, Progress
 from .random_directions import RandomDirections, RandomStore, draw
 from .resume import EvaluationLog
 from .scoring import Jury
-from .store import Work, make_store
+from .store import Work, exact_store, make_store
 from .subspace import root_mean_square
 from .task import Splits, Task, check_task, split
 from .tasks import load_task
@@ -122,18 +122,20 @@ def set_up(
         grams = ingest(
             checkpoints, layout, world, store=store, shared=shared, check=True, progress=progress
         )
+    exact = exact_store(store, checkpoints, layout, world, shared=shared)
     directions, directions_gram = _directions(live, layout, grams, choices), None
     if directions:
         with clock.part("random directions"):
             directions_gram = directions.gram(world, progress)
-        store = RandomStore(store, directions, n, world)
+        store, exact = (RandomStore(s, directions, n, world) for s in (store, exact))
     engine = Engine(live, store, blocks, task, world)
+    judging = Engine(live, exact, blocks, task, world)
     seed, size = choices.data.seed, choices.data.batch_size
     fit = Batches(splits.fit, task, size, seed, world)
     guard = Batches(splits.guard, task, size, seed, world)
     test = Batches(splits.test, task, size, seed, world) if splits.test is not None else None
     dtype = dtype_named(choices.out.dtype)
-    jury = Jury(engine, fit, guard, test, n, dtype, choices.guard.select, choices.guard.batch_norm)
+    jury = Jury(judging, fit, guard, test, n, dtype, choices.guard.select, choices.guard.batch_norm)
     steps = [c.step for c in checkpoints]
     fitter = Fitter(engine, fit, choices.fit, log, progress, steps, choices.data.sample)
     return Run(

@@ -113,8 +113,10 @@ class _HeldOut:
 
     def __init__(self, run: Run, fitted: Sequence[Fitted], soups: _Soups | None) -> None:
         self._fitter = run.fitter
-        # A metric other than the loss is known on the guard split alone.
-        last = fitted[-1].path if run.choices.guard.select == "loss" else None
+        # A metric other than the loss is known on the guard split alone, and so are exact losses
+        # where the fit's store rounds.
+        known = run.choices.guard.select == "loss" and run.jury.engine.store is run.engine.store
+        last = fitted[-1].path if known else None
         self.parts = [fold_of(last.size, k)[1] for k in range(last.folds)] if last else []
         self._losses: dict[str, Tensor] = {}
         self._alphas: dict[str, list[Tensor]] = {}

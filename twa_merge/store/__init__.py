@@ -5,11 +5,14 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping, Sequence
 
+import torch
+
 from ..checkpoints.base import Checkpoint
 from ..config import StoreConfig
 from ..distributed import World
 from ..layout import Blocks, Layout
 from ..progress import Noted, Progress, silent
+from ..stream import RowSlice
 from .base import Store
 from .disk import DiskStore
 from .limits import device_memory, host_memory
@@ -22,6 +25,7 @@ __all__ = [
     "Rates",
     "Store",
     "Work",
+    "exact_store",
     "make_store",
     "memory_plan",
     "this_machine",
@@ -77,6 +81,26 @@ def make_store(
         compiled=compiled,
         progress=progress,
     )
+
+
+def exact_store(
+    store: Store,
+    checkpoints: Sequence[Checkpoint],
+    layout: Layout,
+    world: World,
+    *,
+    shared: Mapping[str, bool] | None = None,
+) -> Store:
+    """A filled store itself, or, where it packs the offsets, their files.
+
+    What is fitted to rounded offsets is a good fit; what is compared by them may win by rounding.
+    """
+    if not (isinstance(store, MemoryStore) and store.packs):
+        return store
+    files = make_store(checkpoints, layout, store.blocks, world, StoreConfig("disk"), shared=shared)
+    for name in store.names:
+        files.put(RowSlice(name, 0, 0), torch.empty(0), torch.empty(0))
+    return files
 
 
 def this_machine(world: World) -> Machine:

@@ -14,6 +14,7 @@ from ..progress import Noted, Progress, silent
 from ..stream import RowSlice
 from .base import held_name, row_of, split_alphas
 from .kernels import COMPILE_FROM, Kernels
+from .quantize import PLAIN
 from .tiles import Held, Part, Tiles, allocate
 
 # Bytes of offsets on their way from host to device at a time; two such pieces are in flight.
@@ -61,6 +62,11 @@ class MemoryStore:
         self._pin = self._home != self._device
         self._pinned: list[int] = []
         weakref.finalize(self, _unpin, self._pinned).atexit = False
+
+    @property
+    def packs(self) -> bool:
+        """Whether offsets are rounded to 8 bits or less."""
+        return self._dtype not in PLAIN
 
     @property
     def names(self) -> list[str]:
