@@ -29,7 +29,7 @@ def tile_width(dtype: str) -> int:
     """Numbers of one offset in a tile: an odd number of groups.
 
     Combining reads the same place of all offsets, and with a power of two all of these would want
-    the same few lines of a core's first cache: 4096 measured up to half as fast. Short tiles keep
+    the same few lines of a core's first cache: 4096 measured slower. Short tiles keep
     the gradient in that cache; with int8 the processor's reading ahead needs longer runs.
     """
     return (33 if dtype == "int8" else 9) * GROUP
