@@ -82,6 +82,13 @@ def test_candidates_are_compared_as_written_whatever_the_store(tmp_path):
         assert abs(losses["device"][name] / losses["disk"][name] - 1) < 1e-5, name
 
 
+def test_random_directions_are_judged_by_held_out_fit_examples_as_well(tmp_path):
+    task, _, run, out = make(tmp_path)
+    document = merge([run], task, out, fit=FitConfig(subspace="random:3"))
+    used = document["data"]["guard_examples_used"]
+    assert all(c["selection_examples"] > used for c in document["candidates"])
+
+
 def test_a_merge_beats_everything_and_is_written_exactly(tmp_path):
     task, states, run, out = make(tmp_path)
     guard = GuardConfig(candidates="uniform,window,twa")

@@ -32,7 +32,7 @@ from .progress import Noted, Progress
 from .random_directions import RandomDirections, RandomStore, draw
 from .resume import EvaluationLog
 from .scoring import Jury
-from .store import Work, exact_store, make_store
+from .store import Store, Work, exact_store, make_store
 from .subspace import root_mean_square
 from .task import Splits, Task, check_task, split
 from .tasks import load_task
@@ -127,9 +127,13 @@ def set_up(
     if directions:
         with clock.part("random directions"):
             directions_gram = directions.gram(world, progress)
-        store, exact = (RandomStore(s, directions, n, world) for s in (store, exact))
-    engine = Engine(live, store, blocks, task, world)
-    judging = Engine(live, exact, blocks, task, world)
+
+    def engine_of(offsets: Store) -> Engine:
+        spanned = RandomStore(offsets, directions, n, world) if directions else offsets
+        return Engine(live, spanned, blocks, task, world)
+
+    engine = engine_of(store)
+    judging = engine if exact is store else engine_of(exact)
     seed, size = choices.data.seed, choices.data.batch_size
     fit = Batches(splits.fit, task, size, seed, world)
     guard = Batches(splits.guard, task, size, seed, world)

@@ -115,7 +115,7 @@ class _HeldOut:
         self._fitter = run.fitter
         # A metric other than the loss is known on the guard split alone, and so are exact losses
         # where the fit's store rounds.
-        known = run.choices.guard.select == "loss" and run.jury.engine.store is run.engine.store
+        known = run.choices.guard.select == "loss" and run.jury.engine is run.engine
         last = fitted[-1].path if known else None
         self.parts = [fold_of(last.size, k)[1] for k in range(last.folds)] if last else []
         self._losses: dict[str, Tensor] = {}
