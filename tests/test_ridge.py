@@ -45,6 +45,13 @@ def test_a_gain_within_noise_asks_for_more_folds():
     assert not path_of({math.inf: 1.001, 0.1: 1.0}, noise=1.0).settled()
 
 
+def test_a_gain_of_two_standard_errors_asks_for_more_folds():
+    path = path_of({math.inf: 1.35, 0.1: 1.0}, noise=1.0)
+    gain, error = paired(path.complete()[math.inf], path.complete()[0.1])
+    assert 2.0 < gain / error < 3.0
+    assert not path.settled()
+
+
 def test_a_gain_that_can_only_be_tiny_asks_for_no_more_folds():
     assert path_of({math.inf: 1.001, 0.1: 1.0}, noise=0.01).settled()
 

@@ -13,6 +13,9 @@ RIDGES = (0.1, 0.01, 0.003, 0.001, 0.0003)
 FOLDS = 4
 # A gain of a smaller share of the loss than this is not worth a further fold.
 _HARDLY = 0.005
+# Standard errors: the choice among several ridges looks better on the examples it was made on
+# than it is, so two are not enough.
+_CERTAIN = 3.0
 
 
 @dataclass
@@ -61,12 +64,12 @@ class RidgePath:
     def settled(self) -> bool:
         """Whether further folds would say little more.
 
-        That is so when the choice beats the base by more than two standard errors, or when even
-        two of them more than what was found would hardly change the loss.
+        That is so when the choice beats the base for certain, or when even two standard errors
+        more than what was found would hardly change the loss.
         """
         losses = self.complete()
         gain, error = paired(losses[math.inf], losses[self.choice()])
-        return gain > 2.0 * error or gain + 2.0 * error < _HARDLY * self.scores()[math.inf]
+        return gain > _CERTAIN * error or gain + 2.0 * error < _HARDLY * self.scores()[math.inf]
 
     def hopeless(self, ridge: float) -> bool:
         """Whether a stronger ridge than this one does worse than the best for certain."""

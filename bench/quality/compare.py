@@ -67,28 +67,25 @@ class Bench:
     Attributes:
         make: cache folder, seed → suite.
         rates: learning rates that the authors' algorithm is tuned over.
-        by_layer: a second merge with ``--blocks layers``.
     """
 
     make: Callable[[Path, int], Suite]
     rates: tuple[float, ...]
     epochs: int = 3
-    by_layer: bool = True
 
 
 BENCHES: dict[str, Bench] = {
     "annealing": Bench(partial(annealing, merge_every=20), (0.1, 0.3, 1.0, 3.0)),
-    "head": Bench(head, (0.1, 0.3, 1.0, 3.0), by_layer=False),
+    "head": Bench(head, (0.1, 0.3, 1.0, 3.0)),
     "soup-conv": Bench(partial(soup, kind="conv"), (0.01, 0.03, 0.1, 0.3, 1.0), 10),
     "soup-vit": Bench(partial(soup, kind="vit"), (0.01, 0.03, 0.1, 0.3, 1.0), 10),
-    "fine-tuning": Bench(fine_tuning, (0.1, 0.3, 1.0, 3.0), by_layer=False),
+    "fine-tuning": Bench(fine_tuning, (0.1, 0.3, 1.0, 3.0)),
     **{
         f"little-data-{k}": Bench(
             partial(annealing, sequences=round(k / (1 - GUARD_FRACTION)), test_sequences=512),
             (0.1, 0.3, 1.0, 3.0),
             # At least twenty steps, however few examples there are.
             epochs=max(3, 320 // k),
-            by_layer=False,
         )
         for k in SIZES
     },
@@ -104,8 +101,7 @@ def measure(bench: Bench, suite: Suite) -> dict[str, Any]:
     losses["written"] = chosen_loss(document)
     # There is none where it would be the winner itself.
     losses.setdefault("blend", losses["written"])
-    if bench.by_layer:
-        losses["twa-layers"] = layers_loss(suite)
+    losses["twa-layers"] = layers_loss(suite)
     losses["authors"] = authors_loss(bench, suite)
     return {
         "chosen": document["chosen"],
