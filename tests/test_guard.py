@@ -5,7 +5,14 @@ from __future__ import annotations
 import torch
 
 from twa_merge.candidates import Candidate, single
-from twa_merge.guard import Scored, bootstrap_interval, first_unless_beaten, improvement, pick
+from twa_merge.guard import (
+    Scored,
+    bootstrap_interval,
+    first_unless_beaten,
+    improvement,
+    paired,
+    pick,
+)
 from twa_merge.verdict import best_of
 
 
@@ -105,3 +112,14 @@ def test_statistics_change_hands_only_for_a_certain_gain():
     assert first_unless_beaten([first, lucky, ruined], "loss").name == "first"
     assert first_unless_beaten([first, lucky, better], "loss").name == "better"
     assert first_unless_beaten([ruined, lucky], "loss").name == "lucky"
+    # One example says nothing about how certain its difference is.
+    one = [scored("first", base[:1], 0), scored("other", base[:1] - 1.0, 0)]
+    assert first_unless_beaten(one, "loss").name == "first"
+
+
+def test_paired_differences():
+    a, b = torch.tensor([1.0, 2.0, 4.0]).double(), torch.tensor([0.0, 1.0, 2.0]).double()
+    mean, error = paired(a, b)
+    assert abs(mean - 4 / 3) < 1e-12
+    assert abs(error - (1 / 3) ** 0.5 / 3**0.5) < 1e-12
+    assert paired(a, a) == (0.0, 0.0)

@@ -13,12 +13,12 @@ from .candidates import single, window
 from .config import FitConfig
 from .errors import ConfigError
 from .first_order import first_order
-from .guard import finite_mean
+from .guard import finite_mean, paired
 from .objective import Batches, Engine, Objective
 from .optimize import FitResult, lbfgs
 from .progress import Advanced, Evaluated, Progress, Started
 from .resume import EvaluationLog
-from .ridge import FOLDS, RIDGES, RidgePath, fold_of, paired
+from .ridge import FOLDS, RIDGES, RidgePath, fold_of
 from .subspace import Chart
 
 # On the path a fit needs to be good enough to compare ridges, no more; each begins where the one

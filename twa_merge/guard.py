@@ -69,18 +69,27 @@ def first_unless_beaten(variants: Sequence[Scored], select: str) -> Scored:
 
     The least of several means on a small guard split is luck more often than not.
     """
-    first = variants[0].cost_of(select)
     beating = [variants[0]]
     for other in variants[1:]:
-        difference = first - other.cost_of(select)
-        if bool(difference.isfinite().all()):
-            error = float(difference.std()) / len(difference) ** 0.5 if len(difference) > 1 else 0.0
-            certain = float(difference.mean()) > 2.0 * error
-        else:
-            certain = not bool(first.isfinite().all())
-        if certain:
+        gain, error = paired(variants[0].cost_of(select), other.cost_of(select))
+        if gain > 2.0 * error:
             beating.append(other)
     return min(beating, key=lambda s: finite_mean(s.cost_of(select)))
+
+
+def paired(losses: Tensor, others: Tensor) -> tuple[float, float]:
+    """Mean of ``losses − others`` (N,) and its standard error; (0, 0) for equal ones.
+
+    A single difference has an infinite error; the mean is infinite where one is not finite.
+    """
+    if torch.equal(losses, others):
+        return 0.0, 0.0
+    difference = losses - others
+    if not bool(difference.isfinite().all()):
+        return math.inf, 0.0
+    count = len(difference)
+    error = float(difference.std()) / count**0.5 if count > 1 else math.inf
+    return float(difference.mean()), error
 
 
 @dataclass(frozen=True)

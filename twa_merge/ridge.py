@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from .guard import paired
+
 # Weights of ‖z‖²/2 that `auto` tries, strongest first, so that each fit starts near the next.
 RIDGES = (0.1, 0.01, 0.003, 0.001, 0.0003)
 FOLDS = 4
@@ -82,16 +84,6 @@ class RidgePath:
         """Mean of where the folds ended, (size,): a warm start for all examples together."""
         ends = self.ends.get(ridge)
         return torch.stack(ends).mean(0) if ends else torch.zeros(size, dtype=torch.float64)
-
-
-def paired(losses: Tensor, others: Tensor) -> tuple[float, float]:
-    """Mean of ``losses − others`` (N,) and its standard error; (0, 0) for equal ones."""
-    difference = losses - others
-    if torch.equal(losses, others):
-        return 0.0, 0.0
-    if not bool(difference.isfinite().all()):
-        return math.inf, 0.0
-    return float(difference.mean()), float(difference.std()) / len(difference) ** 0.5
 
 
 def fold_of(size: int, fold: int) -> tuple[list[int], list[int]]:
