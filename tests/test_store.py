@@ -19,8 +19,8 @@ from twa_merge.errors import CheckpointError
 from twa_merge.layout import global_block, make_layout, tensor_blocks
 from twa_merge.progress import Noted
 from twa_merge.store import kernels, make_store
-from twa_merge.store.kernels import combine_tiles, grouped, planes, project_tiles, weigh
-from twa_merge.store.quantize import GROUP_BYTES, pack, unpack
+from twa_merge.store.kernels import combine_tiles, grouped, project_tiles
+from twa_merge.store.quantize import GROUP_BYTES, pack, planes, unpack
 from twa_merge.store.tiles import footprint
 from twa_merge.stream import row_slices
 
@@ -166,16 +166,16 @@ def test_what_is_stored_does_not_depend_on_how_it_came(offsets, dtype, numel, th
 
 
 @pytest.mark.parametrize("dtype", WIDTHS)
-@pytest.mark.parametrize(("n", "together"), [(8, 1), (8, 4), (6, 4), (7, 4), (65, 4)])
+@pytest.mark.parametrize(("n", "together"), [(8, 1), (8, 4), (6, 4), (7, 16), (21, 16), (65, 4)])
 def test_expressions_for_the_compiler(dtype, n, together):
     """The same functions that torch.compile gets, run as they stand."""
     generator = torch.Generator().manual_seed(0)
     u, width = 3, 4096
     x = torch.randn(u, n, width, generator=generator)
     if dtype in GROUP_BYTES:
-        data, scales = pack(x.unflatten(-1, (-1, 128)), dtype)
-        x = unpack(data, scales, dtype, torch.empty(u, n, 32, 128)).flatten(2)
-        data = data.flatten(2)
+        data, scales = pack(x.unflatten(-1, (-1, 128)).transpose(1, 2), dtype)
+        groups = unpack(data, scales, dtype, torch.empty(u, 32, n, 128))
+        x = groups.transpose(1, 2).flatten(2)
     else:
         data, scales = x.to(getattr(torch, dtype)), None
         x = data.float()
@@ -186,9 +186,9 @@ def test_expressions_for_the_compiler(dtype, n, together):
         1e-6,
     )
     beta = torch.randn(n, generator=generator)
-    shape, weights = grouped(dtype, width), weigh(scales, beta, dtype)
+    shape, weight = grouped(dtype, width), beta if scales is None else scales * beta
     views = c.unflatten(-1, shape), torch.tensor([0.5]), out.unflatten(-1, shape)
-    combine_tiles(data, *weights, planes(dtype, data.device), *views)
+    combine_tiles(data, weight, planes(dtype, data.device), *views)
     close(
         out.double(), 0.5 * c.double() + torch.einsum("unt,n->ut", x.double(), beta.double()), 1e-6
     )
