@@ -19,7 +19,7 @@ from twa_merge.errors import CheckpointError
 from twa_merge.layout import global_block, make_layout, tensor_blocks
 from twa_merge.progress import Noted
 from twa_merge.store import kernels, make_store
-from twa_merge.store.kernels import combine_tiles, grouped, project_tiles
+from twa_merge.store.kernels import combine_tiles, grouped, in_order, project_tiles
 from twa_merge.store.quantize import GROUP_BYTES, pack, planes, unpack
 from twa_merge.store.tiles import footprint
 from twa_merge.stream import row_slices
@@ -181,7 +181,7 @@ def test_expressions_for_the_compiler(dtype, n, together):
         x = data.float()
     g, c, out = (torch.randn(u, width, generator=generator) for _ in range(3))
     close(
-        project_tiles(data, scales, g, dtype, together).double(),
+        in_order(project_tiles(data, scales, g, dtype, together)).double(),
         torch.einsum("unt,ut->un", x.double(), g.double()),
         1e-6,
     )

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,8 @@ from torch import Tensor
 from ..progress import Noted, Progress
 from .quantize import GROUP, LANES, PLAIN, PLANES, planes, unpack
 from .tiles import Tiles, tile_width
+
+_T = TypeVar("_T")
 
 # Numbers (of all offsets) in one eager step: their float32 copy stays in a core's cache.
 _EAGER_CPU = 1 << 18
@@ -39,6 +41,7 @@ COMPILE_FROM = 1 << 27
 # Products and sums may be fused, and intermediate results of many inputs need not be stored.
 _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     "cpp.enable_floating_point_contract_flag": "fast",
+    "cpp.enable_tiling_heuristics": False,
     "realize_reads_threshold": 1000,
     "realize_opcount_threshold": 10_000,
     "realize_acc_reads_threshold": 1000,
@@ -60,9 +63,9 @@ class Kernels:
         self.dtype = dtype
         self.device = device
         self._progress = progress
-        self._project: Callable[..., Tensor] | None = None
+        self._project: Callable[..., list[list[Tensor]]] | None = None
         self._combine: Callable[..., Tensor] | None = None
-        self._traced: set[Callable[..., Tensor]] = set()
+        self._traced: set[Callable[..., Any]] = set()
         if compiled:
             known = set(torch._inductor.list_options())  # type: ignore[no-untyped-call]
             options = {name: value for name, value in _OPTIONS.items() if name in known}
@@ -82,9 +85,8 @@ class Kernels:
     def project(self, tiles: Tiles, gradient: Tensor) -> Tensor:
         """⟨Δ_i, g⟩ over the tiles: gradient (u, T) float32 → (n,) float64 on the device."""
         sums = self._fused(self._project, tiles, tiles.scales, gradient, self.dtype, self._together)
-        if sums is None:
-            sums = self._project_eagerly(tiles, gradient)
-        return sums.sum(0, dtype=torch.float64)
+        found = self._project_eagerly(tiles, gradient) if sums is None else in_order(sums)
+        return found.sum(0, dtype=torch.float64)
 
     def combine(
         self, tiles: Tiles, centre: Tensor, beta: Tensor, total: Tensor, out: Tensor
@@ -105,9 +107,7 @@ class Kernels:
             if self._fused(self._combine, here, weight, self._planes, *views) is None:
                 self._combine_eagerly(here, c, beta, total, o)
 
-    def _fused(
-        self, function: Callable[..., Tensor] | None, tiles: Tiles, *args: object
-    ) -> Tensor | None:
+    def _fused(self, function: Callable[..., _T] | None, tiles: Tiles, *args: object) -> _T | None:
         """What the compiled function returns; None where the eager way has to be taken."""
         if function is None or tiles.width != tile_width(self.dtype) or len(tiles) < _FEWEST_TILES:
             return None
@@ -128,7 +128,7 @@ class Kernels:
             )
             return None
 
-    def _trace(self, function: Callable[..., Tensor], *args: object) -> Tensor:
+    def _trace(self, function: Callable[..., _T], *args: object) -> _T:
         for arg in args:
             # The number of tiles differs by tensor; one graph serves all of them.
             if isinstance(arg, Tensor) and arg.dim() > 1:
@@ -183,28 +183,34 @@ class Kernels:
 
 def project_tiles(
     data: Tensor, scales: Tensor | None, gradient: Tensor, dtype: str, together: int
-) -> Tensor:
-    """⟨Δ_i, g⟩ of every tile: ``Tiles.data`` and (u, T) → (u, n) float32.
+) -> list[list[Tensor]]:
+    """⟨Δ_i, g⟩ of every tile: ``Tiles.data`` and (u, T) → (u, n) float32, as ``in_order`` takes it.
 
     Args:
         together: how many offsets at most to take for one reading of the gradient.
     """
     n = data.shape[-2]
     k = n // -(-n // together)
-    sums = []
+    blocks = []
     # All but n % k offsets k at a time, then these.
     for a, b in ((0, n // k * k), (n // k * k, n)):
         if a == b:
             continue
-        some = data[..., a:b, :].unflatten(-2, (-1, min(k, b - a)))
+        size = min(k, b - a)
+        some = data[..., a:b, :].unflatten(-2, (-1, size))
         if scales is None:
-            of = [(some[:, :, i].float() * gradient[:, None]).sum(-1) for i in range(some.shape[2])]
+            sums = [(some[:, :, i].float() * gradient[:, None]).sum(-1) for i in range(size)]
         else:
-            scale = scales[..., a:b, None].unflatten(-2, (-1, some.shape[3]))
+            scale = scales[..., a:b, None].unflatten(-2, (-1, size))
             lanes = _times(some, gradient.unflatten(-1, (-1, 1, 8, LANES)), dtype)
-            of = [(x * scale[:, :, :, i]).sum((1, 3)) for i, x in enumerate(lanes)]
-        sums.append(torch.stack(of, 2).flatten(1) if len(of) > 1 else of[0])
-    return torch.cat(sums, 1) if len(sums) > 1 else sums[0]
+            sums = [(x * scale[:, :, :, i]).sum((1, 3)) for i, x in enumerate(lanes)]
+        blocks.append(sums)
+    return blocks
+
+
+def in_order(blocks: list[list[Tensor]]) -> Tensor:
+    """Sums of every k-th offset, (u, ·) each → (u, n). Apart: compilers take long over it."""
+    return torch.cat([torch.stack(sums, 2).flatten(1) for sums in blocks], 1)
 
 
 def _times(data: Tensor, gradient: Tensor, dtype: str) -> list[Tensor]:
