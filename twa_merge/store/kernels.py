@@ -142,12 +142,15 @@ class Kernels:
     def _project_eagerly(self, tiles: Tiles, gradient: Tensor) -> Tensor:
         sums = torch.empty(len(tiles), tiles.data.shape[-2], device=self.device)
         for part, numbers in self._unpacked(tiles):
+            g = gradient[part].view(len(numbers), -1)
             if self.device.type == "cuda":
                 # Not a matrix product: those may be rounded to TF32.
-                sums[part] = (numbers * gradient[part, None]).sum(-1)
+                products = (numbers * g[:, None]).sum(-1)
+            elif tiles.scales is None:
+                products = torch.stack([torch.mv(*pair) for pair in zip(numbers, g, strict=True)])
             else:
-                for row, tile, g in zip(sums[part], numbers, gradient[part], strict=True):
-                    torch.mv(tile, g, out=row)
+                products = torch.linalg.vecdot(numbers, g[:, None])
+            sums[part] = products.unflatten(0, (part.stop - part.start, -1)).sum(1)
         return sums
 
     def _combine_eagerly(
@@ -159,26 +162,30 @@ class Kernels:
             else:
                 rows = beta.expand(numbers.shape[0], 1, -1)
                 sums = torch.bmm(rows, numbers)[:, 0]
-            torch.addcmul(sums, centre[part], total, out=out[part])
+            torch.addcmul(sums.view_as(centre[part]), centre[part], total, out=out[part])
 
     def _unpacked(self, tiles: Tiles) -> Iterator[tuple[slice, Tensor]]:
-        """Runs of tiles that fit in a cache, and their numbers (k, n, T) in float32."""
+        """Runs of tiles that fit in a cache, and their numbers in float32.
+
+        Yields:
+            Which tiles, and (k, n, T), or where they are packed (k · T / 128, n, 128).
+        """
         if self.dtype == "float32":
             yield slice(0, len(tiles)), tiles.data
             return
         most = _CALL_GPU if self.device.type == "cuda" else _EAGER_CPU
         n = tiles.data.shape[-2]
         step = min(len(tiles), max(1, most // (n * tiles.width)))
-        scratch = torch.empty(step, n, tiles.width, device=self.device)
+        scratch = torch.empty(step * n * tiles.width, device=self.device)
         for a in range(0, len(tiles), step):
             here = tiles[a : a + step]
-            numbers = scratch[: len(here)]
+            numbers = scratch[: len(here) * n * tiles.width]
             if here.scales is None:
-                numbers.copy_(here.data)
+                numbers = numbers.view_as(here.data).copy_(here.data)
             else:
-                groups = numbers.unflatten(-1, (-1, GROUP)).transpose(1, 2)
-                unpack(here.data, here.scales, self.dtype, groups)
-            yield slice(a, a + step), numbers
+                data, scales = here.data.flatten(0, 1), here.scales.flatten(0, 1)
+                numbers = unpack(data, scales, self.dtype, numbers.view(-1, n, GROUP))
+            yield slice(a, a + len(here)), numbers
 
 
 def project_tiles(
