@@ -21,7 +21,7 @@ from twa_merge.progress import Noted
 from twa_merge.store import kernels, make_store
 from twa_merge.store.kernels import combine_tiles, grouped, in_order, project_tiles
 from twa_merge.store.quantize import GROUP_BYTES, pack, planes, unpack
-from twa_merge.store.tiles import footprint
+from twa_merge.store.tiles import allocate, footprint
 from twa_merge.stream import row_slices
 
 WIDTHS = ("float32", "bfloat16", "int8", "int4", "int1")
@@ -192,6 +192,40 @@ def test_expressions_for_the_compiler(dtype, n, together):
     close(
         out.double(), 0.5 * c.double() + torch.einsum("unt,n->ut", x.double(), beta.double()), 1e-6
     )
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [("int8", 127), ("int4", 7), ("int1", 1)])
+def test_every_value_survives_in_every_place(dtype, largest):
+    """Whole numbers from −largest to largest, at each of the 128 places of a group."""
+    values = torch.arange(-largest, largest + 1, 2 if dtype == "int1" else 1)
+    numbers = values[(torch.arange(128) + torch.arange(len(values))[:, None]) % len(values)].float()
+    # So that the scale is 1 in every group.
+    numbers[:, 0] = largest * numbers[:, 0].sign() + (numbers[:, 0] == 0) * largest
+    for place in range(128):
+        moved = numbers.roll(place, 1)
+        packed, scale = pack(moved, dtype)
+        assert packed.shape[-1] * packed.itemsize == GROUP_BYTES[dtype]
+        assert torch.equal(unpack(packed, scale, dtype, torch.empty_like(moved)), moved)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4", "int1"])
+@pytest.mark.parametrize("rows", [1, 7, 8, 29])
+def test_groups_of_all_offsets_lie_side_by_side(dtype, rows):
+    """Rows of 3 groups, the last not filled, put one or two at a time from the end."""
+    numel, n = 300, 3
+    offsets = torch.randn(n, rows, numel, generator=torch.Generator().manual_seed(0))
+    held = allocate(rows, numel, n, dtype, lambda shape, kind: torch.empty(shape, dtype=kind))
+    for row in range(rows - rows % 2, -1, -2):
+        some = offsets[:, row : row + 2].flatten(1)
+        if some.numel():
+            held.put(row, some[0], some)
+    assert held.missing == 0
+    widened = torch.nn.functional.pad(offsets, (0, 384 - numel)).unflatten(-1, (3, 128))
+    packed, scales = pack(widened, dtype, torch.tensor([128.0, 128.0, 44.0]))
+    data = torch.cat([part.tiles.data.flatten(0, 1) for part in held.parts])
+    assert torch.equal(data, packed.flatten(1, 2).transpose(0, 1))
+    found = torch.cat([part.tiles.scales.flatten(0, 1) for part in held.parts])
+    assert torch.equal(found, scales.flatten(1).T)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int4", "int1"])
