@@ -19,9 +19,9 @@ from twa_merge.errors import CheckpointError
 from twa_merge.layout import global_block, make_layout, tensor_blocks
 from twa_merge.progress import Noted
 from twa_merge.store import kernels, make_store
-from twa_merge.store.kernels import combine_tiles, grouped, planes, project_tiles, weigh
-from twa_merge.store.quantize import GROUP_BYTES, pack, unpack
-from twa_merge.store.tiles import footprint
+from twa_merge.store.kernels import combine_tiles, grouped, in_order, project_tiles
+from twa_merge.store.quantize import GROUP_BYTES, pack, planes, unpack
+from twa_merge.store.tiles import allocate, footprint
 from twa_merge.stream import row_slices
 
 WIDTHS = ("float32", "bfloat16", "int8", "int4", "int1")
@@ -166,32 +166,66 @@ def test_what_is_stored_does_not_depend_on_how_it_came(offsets, dtype, numel, th
 
 
 @pytest.mark.parametrize("dtype", WIDTHS)
-@pytest.mark.parametrize(("n", "together"), [(8, 1), (8, 4), (6, 4), (7, 4), (65, 4)])
+@pytest.mark.parametrize(("n", "together"), [(8, 1), (8, 4), (6, 4), (7, 16), (21, 16), (65, 4)])
 def test_expressions_for_the_compiler(dtype, n, together):
     """The same functions that torch.compile gets, run as they stand."""
     generator = torch.Generator().manual_seed(0)
     u, width = 3, 4096
     x = torch.randn(u, n, width, generator=generator)
     if dtype in GROUP_BYTES:
-        data, scales = pack(x.unflatten(-1, (-1, 128)), dtype)
-        x = unpack(data, scales, dtype, torch.empty(u, n, 32, 128)).flatten(2)
-        data = data.flatten(2)
+        data, scales = pack(x.unflatten(-1, (-1, 128)).transpose(1, 2), dtype)
+        groups = unpack(data, scales, dtype, torch.empty(u, 32, n, 128))
+        x = groups.transpose(1, 2).flatten(2)
     else:
         data, scales = x.to(getattr(torch, dtype)), None
         x = data.float()
     g, c, out = (torch.randn(u, width, generator=generator) for _ in range(3))
     close(
-        project_tiles(data, scales, g, dtype, together).double(),
+        in_order(project_tiles(data, scales, g, dtype, together)).double(),
         torch.einsum("unt,ut->un", x.double(), g.double()),
         1e-6,
     )
     beta = torch.randn(n, generator=generator)
-    shape, weights = grouped(dtype, width), weigh(scales, beta, dtype)
+    shape, weight = grouped(dtype, width), beta if scales is None else scales * beta
     views = c.unflatten(-1, shape), torch.tensor([0.5]), out.unflatten(-1, shape)
-    combine_tiles(data, *weights, planes(dtype, data.device), *views)
+    combine_tiles(data, weight, planes(dtype, data.device), *views)
     close(
         out.double(), 0.5 * c.double() + torch.einsum("unt,n->ut", x.double(), beta.double()), 1e-6
     )
+
+
+@pytest.mark.parametrize(("dtype", "largest"), [("int8", 127), ("int4", 7), ("int1", 1)])
+def test_every_value_survives_in_every_place(dtype, largest):
+    """Whole numbers from −largest to largest, at each of the 128 places of a group."""
+    values = torch.arange(-largest, largest + 1, 2 if dtype == "int1" else 1)
+    numbers = values[(torch.arange(128) + torch.arange(len(values))[:, None]) % len(values)].float()
+    # So that the scale is 1 in every group.
+    numbers[:, 0] = largest * numbers[:, 0].sign() + (numbers[:, 0] == 0) * largest
+    for place in range(128):
+        moved = numbers.roll(place, 1)
+        packed, scale = pack(moved, dtype)
+        assert packed.shape[-1] * packed.itemsize == GROUP_BYTES[dtype]
+        assert torch.equal(unpack(packed, scale, dtype, torch.empty_like(moved)), moved)
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4", "int1"])
+@pytest.mark.parametrize("rows", [1, 7, 8, 29])
+def test_groups_of_all_offsets_lie_side_by_side(dtype, rows):
+    """Rows of 3 groups, the last not filled, put one or two at a time from the end."""
+    numel, n = 300, 3
+    offsets = torch.randn(n, rows, numel, generator=torch.Generator().manual_seed(0))
+    held = allocate(rows, numel, n, dtype, lambda shape, kind: torch.empty(shape, dtype=kind))
+    for row in range(rows - rows % 2, -1, -2):
+        some = offsets[:, row : row + 2].flatten(1)
+        if some.numel():
+            held.put(row, some[0], some)
+    assert held.missing == 0
+    widened = torch.nn.functional.pad(offsets, (0, 384 - numel)).unflatten(-1, (3, 128))
+    packed, scales = pack(widened, dtype, torch.tensor([128.0, 128.0, 44.0]))
+    data = torch.cat([part.tiles.data.flatten(0, 1) for part in held.parts])
+    assert torch.equal(data, packed.flatten(1, 2).transpose(0, 1))
+    found = torch.cat([part.tiles.scales.flatten(0, 1) for part in held.parts])
+    assert torch.equal(found, scales.flatten(1).T)
 
 
 @pytest.mark.parametrize("dtype", ["float32", "int4", "int1"])

@@ -4,24 +4,26 @@ Sums are taken over pieces of a tile in float32 and over tiles in float64, alway
 
 There are two ways to do each: plain torch expressions under ``torch.compile``, which fuse the
 unpacking with the product, and an eager one for small stores, odd tiles and machines without a
-compiler. What the expressions look like is what compilers make the best of: sums over 16 lanes, in
-two chains, so that one addition need not wait for the other; bits taken where they stand in their
-byte, and their places made good by factors; offsets added up one by one rather than by ``sum``, so
-that centre and result are touched in the same loop.
+compiler. What the expressions look like is what compilers make the best of: sums over 16 lanes;
+bits taken where they stand in their word, and their places made good by factors; offsets taken one
+by one rather than by a dimension, so that gradient, centre and result are touched in the same loop
+and groups that lie side by side are read in order.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ..progress import Noted, Progress
-from .quantize import GROUP, PLAIN, PLANES, ZERO, unpack
+from .quantize import GROUP, LANES, PLAIN, PLANES, planes, unpack
 from .tiles import Tiles, tile_width
+
+_T = TypeVar("_T")
 
 # Numbers (of all offsets) in one eager step: their float32 copy stays in a core's cache.
 _EAGER_CPU = 1 << 18
@@ -33,13 +35,13 @@ _CALL_GPU = 1 << 28
 _FEWEST_TILES = 4
 # Offsets of one combination written out one by one: more make compilers slow.
 _WRITTEN_OUT = 64
-_LANES = 16
 # Numbers in a store from which evaluations pay for some ten seconds of compiling.
 COMPILE_FROM = 1 << 27
 
 # Products and sums may be fused, and intermediate results of many inputs need not be stored.
 _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
     "cpp.enable_floating_point_contract_flag": "fast",
+    "cpp.enable_tiling_heuristics": False,
     "realize_reads_threshold": 1000,
     "realize_opcount_threshold": 10_000,
     "realize_acc_reads_threshold": 1000,
@@ -61,19 +63,19 @@ class Kernels:
         self.dtype = dtype
         self.device = device
         self._progress = progress
-        self._project: Callable[..., Tensor] | None = None
+        self._project: Callable[..., list[list[Tensor]]] | None = None
         self._combine: Callable[..., Tensor] | None = None
-        self._traced: set[Callable[..., Tensor]] = set()
+        self._traced: set[Callable[..., Any]] = set()
         if compiled:
             known = set(torch._inductor.list_options())  # type: ignore[no-untyped-call]
             options = {name: value for name, value in _OPTIONS.items() if name in known}
             self._project = torch.compile(project_tiles, fullgraph=True, options=options)
             self._combine = torch.compile(combine_tiles, fullgraph=True, options=options)
-        # On a GPU the gradient comes out of a cache that all cores share, which by reckoning would
-        # limit the narrow widths: read it once for four offsets (not yet measured on a GPU). On a
-        # CPU one offset after the other is read fastest, but with single bits there is more to be
-        # made of the gradient than to be read.
-        self._together = 4 if device.type == "cuda" or dtype == "int1" else 1
+        # How many offsets to take for one reading of the gradient. A CPU reads best what lies in
+        # order: plain numbers of one offset, packed groups of all, or of as many as compilers take
+        # in a reasonable time. On a GPU the gradient comes out of a cache that all cores share,
+        # which by reckoning would limit narrow widths otherwise (not yet measured on one).
+        self._together = 4 if device.type == "cuda" else 1 if dtype in PLAIN else 16
         self._planes = planes(dtype, device)
 
     @property
@@ -83,9 +85,8 @@ class Kernels:
     def project(self, tiles: Tiles, gradient: Tensor) -> Tensor:
         """⟨Δ_i, g⟩ over the tiles: gradient (u, T) float32 → (n,) float64 on the device."""
         sums = self._fused(self._project, tiles, tiles.scales, gradient, self.dtype, self._together)
-        if sums is None:
-            sums = self._project_eagerly(tiles, gradient)
-        return sums.sum(0, dtype=torch.float64)
+        found = self._project_eagerly(tiles, gradient) if sums is None else in_order(sums)
+        return found.sum(0, dtype=torch.float64)
 
     def combine(
         self, tiles: Tiles, centre: Tensor, beta: Tensor, total: Tensor, out: Tensor
@@ -95,20 +96,18 @@ class Kernels:
         Args:
             centre, out: (u, T) float32; ``beta``: (n,) float32; ``total``: (1,) float32.
         """
-        numbers = tiles.data.shape[1] * tiles.width
+        numbers = tiles.data.shape[-2] * tiles.width
         step = max(1, (_CALL_GPU if self.device.type == "cuda" else _CALL_CPU) // numbers)
         for a in range(0, len(tiles), step):
             part = slice(a, a + step)
             here, c, o = tiles[part], centre[part], out[part]
-            weight, zero = weigh(here.scales, beta, self.dtype)
+            weight = beta if here.scales is None else here.scales * beta
             shape = grouped(self.dtype, tiles.width)
             views = c.unflatten(-1, shape), total, o.unflatten(-1, shape)
-            if self._fused(self._combine, here, weight, zero, self._planes, *views) is None:
+            if self._fused(self._combine, here, weight, self._planes, *views) is None:
                 self._combine_eagerly(here, c, beta, total, o)
 
-    def _fused(
-        self, function: Callable[..., Tensor] | None, tiles: Tiles, *args: object
-    ) -> Tensor | None:
+    def _fused(self, function: Callable[..., _T] | None, tiles: Tiles, *args: object) -> _T | None:
         """What the compiled function returns; None where the eager way has to be taken."""
         if function is None or tiles.width != tile_width(self.dtype) or len(tiles) < _FEWEST_TILES:
             return None
@@ -129,7 +128,7 @@ class Kernels:
             )
             return None
 
-    def _trace(self, function: Callable[..., Tensor], *args: object) -> Tensor:
+    def _trace(self, function: Callable[..., _T], *args: object) -> _T:
         for arg in args:
             # The number of tiles differs by tensor; one graph serves all of them.
             if isinstance(arg, Tensor) and arg.dim() > 1:
@@ -141,14 +140,17 @@ class Kernels:
         return result
 
     def _project_eagerly(self, tiles: Tiles, gradient: Tensor) -> Tensor:
-        sums = torch.empty(tiles.data.shape[:2], device=self.device)
+        sums = torch.empty(len(tiles), tiles.data.shape[-2], device=self.device)
         for part, numbers in self._unpacked(tiles):
+            g = gradient[part].view(len(numbers), -1)
             if self.device.type == "cuda":
                 # Not a matrix product: those may be rounded to TF32.
-                sums[part] = (numbers * gradient[part, None]).sum(-1)
+                products = (numbers * g[:, None]).sum(-1)
+            elif tiles.scales is None:
+                products = torch.stack([torch.mv(*pair) for pair in zip(numbers, g, strict=True)])
             else:
-                for row, tile, g in zip(sums[part], numbers, gradient[part], strict=True):
-                    torch.mv(tile, g, out=row)
+                products = torch.linalg.vecdot(numbers, g[:, None])
+            sums[part] = products.unflatten(0, (part.stop - part.start, -1)).sum(1)
         return sums
 
     def _combine_eagerly(
@@ -160,153 +162,129 @@ class Kernels:
             else:
                 rows = beta.expand(numbers.shape[0], 1, -1)
                 sums = torch.bmm(rows, numbers)[:, 0]
-            torch.addcmul(sums, centre[part], total, out=out[part])
+            torch.addcmul(sums.view_as(centre[part]), centre[part], total, out=out[part])
 
     def _unpacked(self, tiles: Tiles) -> Iterator[tuple[slice, Tensor]]:
-        """Runs of tiles that fit in a cache, and their numbers (k, n, T) in float32."""
+        """Runs of tiles that fit in a cache, and their numbers in float32.
+
+        Yields:
+            Which tiles, and (k, n, T), or where they are packed (k · T / 128, n, 128).
+        """
         if self.dtype == "float32":
             yield slice(0, len(tiles)), tiles.data
             return
         most = _CALL_GPU if self.device.type == "cuda" else _EAGER_CPU
-        n = tiles.data.shape[1]
+        n = tiles.data.shape[-2]
         step = min(len(tiles), max(1, most // (n * tiles.width)))
-        scratch = torch.empty(step, n, tiles.width, device=self.device)
+        scratch = torch.empty(step * n * tiles.width, device=self.device)
         for a in range(0, len(tiles), step):
             here = tiles[a : a + step]
-            numbers = scratch[: len(here)]
+            numbers = scratch[: len(here) * n * tiles.width]
             if here.scales is None:
-                numbers.copy_(here.data)
+                numbers = numbers.view_as(here.data).copy_(here.data)
             else:
-                packed = here.data.unflatten(-1, (here.scales.shape[-1], -1))
-                unpack(packed, here.scales, self.dtype, numbers.unflatten(-1, (-1, GROUP)))
-            yield slice(a, a + step), numbers
+                data, scales = here.data.flatten(0, 1), here.scales.flatten(0, 1)
+                numbers = unpack(data, scales, self.dtype, numbers.view(-1, n, GROUP))
+            yield slice(a, a + len(here)), numbers
 
 
 def project_tiles(
     data: Tensor, scales: Tensor | None, gradient: Tensor, dtype: str, together: int
-) -> Tensor:
-    """⟨Δ_i, g⟩ of every tile: (u, n, ·) and (u, T) → (u, n) float32.
+) -> list[list[Tensor]]:
+    """⟨Δ_i, g⟩ of every tile: ``Tiles.data`` and (u, T) → (u, n) float32, as ``in_order`` takes it.
 
     Args:
         together: how many offsets at most to take for one reading of the gradient.
     """
-    n = data.shape[1]
-    k = next(k for k in range(together, 0, -1) if n % k == 0)
-    data = data.unflatten(1, (n // k, k))
-    if scales is None:
-        sums = [(data[:, :, i].float() * gradient[:, None]).sum(-1) for i in range(k)]
-    else:
-        groups = data.unflatten(-1, (scales.shape[-1], -1, _LANES))
-        scales = scales.unflatten(1, (n // k, k))
-        times = {"int8": _times_bytes, "int4": _times_nibbles, "int1": _times_bits}[dtype]
-        g = gradient.unflatten(-1, (-1, GROUP // _LANES, _LANES))[:, None]
-        lanes = times([groups[:, :, i] for i in range(k)], [g[..., j, :] for j in range(8)])
-        sums = [(x * scales[:, :, i, :, None]).sum((-1, -2)) for i, x in enumerate(lanes)]
-    return torch.stack(sums, 2).flatten(1) if k > 1 else sums[0]
+    n = data.shape[-2]
+    k = n // -(-n // together)
+    blocks = []
+    # All but n % k offsets k at a time, then these.
+    for a, b in ((0, n // k * k), (n // k * k, n)):
+        if a == b:
+            continue
+        size = min(k, b - a)
+        some = data[..., a:b, :].unflatten(-2, (-1, size))
+        if scales is None:
+            sums = [(some[:, :, i].float() * gradient[:, None]).sum(-1) for i in range(size)]
+        else:
+            scale = scales[..., a:b, None].unflatten(-2, (-1, size))
+            lanes = _times(some, gradient.unflatten(-1, (-1, 1, 8, LANES)), dtype)
+            sums = [(x * scale[:, :, :, i]).sum((1, 3)) for i, x in enumerate(lanes)]
+        blocks.append(sums)
+    return blocks
 
 
-# Unscaled products of groups with the gradient, added up lane by lane: k times (u, m, G, ·, 16)
-# and 8 times (u, 1, G, 16) → k times (u, m, G, 16).
+def in_order(blocks: list[list[Tensor]]) -> Tensor:
+    """Sums of every k-th offset, (u, ·) each → (u, n). Apart: compilers take long over it."""
+    return torch.cat([torch.stack(sums, 2).flatten(1) for sums in blocks], 1)
 
 
-def _times_bytes(groups: list[Tensor], g: list[Tensor]) -> list[Tensor]:
-    return [_add([q[..., j, :].float() * g[j] for j in range(8)]) for q in groups]
+def _times(data: Tensor, gradient: Tensor, dtype: str) -> list[Tensor]:
+    """Unscaled products of groups with the gradient, added up lane by lane.
 
+    Args:
+        data: (u, G, m, k, ·); ``gradient``: (u, G, 1, 8, 16).
 
-def _times_nibbles(groups: list[Tensor], g: list[Tensor]) -> list[Tensor]:
-    zero = _add(g) * -ZERO["int4"]
-    lanes = []
-    for group in groups:
-        q = [group[..., j, :].int() for j in range(4)]
-        low = [(x & 15).float() * g[j] for j, x in enumerate(q)]
-        high = [(x >> 4).float() * g[j] for j, x in enumerate(q, 4)]
-        lanes.append(_add([zero, *(x for pair in zip(low, high, strict=True) for x in pair)]))
-    return lanes
-
-
-def _times_bits(groups: list[Tensor], g: list[Tensor]) -> list[Tensor]:
-    zero = _add(g) * -ZERO["int1"]
-    parts = [factor * x for (_, factor), x in zip(PLANES["int1"], g, strict=True)]
-    lanes = []
-    for group in groups:
-        q = group[..., 0, :].int()
-        bits = [(q & mask).float() for mask, _ in PLANES["int1"]]
-        lanes.append(_add([zero, *(x * part for x, part in zip(bits, parts, strict=True))]))
-    return lanes
+    Returns:
+        k times (u, G, m, 16).
+    """
+    g = list(gradient.unbind(-2))
+    if dtype not in PLANES:
+        bytes_ = [data[:, :, :, i].unflatten(-1, (8, LANES)) for i in range(data.shape[3])]
+        return [_add([q[..., j, :].float() * g[j] for j in range(8)]) for q in bytes_]
+    of = list(zip(PLANES[dtype], g, strict=True))
+    offset = _add([x * -zero for (_, _, zero), x in of if zero])
+    parts = [(mask, x * factor) for (mask, factor, _), x in of]
+    words = [data[:, :, :, i].int() for i in range(data.shape[3])]
+    return [_add([offset, *((q & mask).float() * x for mask, x in parts)]) for q in words]
 
 
 def combine_tiles(
     data: Tensor,
     weight: Tensor,
-    zero: Tensor | None,
-    masks_and_factors: tuple[Tensor, Tensor] | None,
+    places: tuple[Tensor, Tensor, Tensor] | None,
     centre: Tensor,
     total: Tensor,
     out: Tensor,
 ) -> Tensor:
-    """out = total·c + Σ_i weight_i q_i − zero, written in place; returns ``total``.
+    """out = total·c + Σ_i weight_i Δ_i, written in place; returns ``total``.
 
     Args:
-        data: (u, n, ·).
-        weight, zero: as ``weigh`` returns them; ``masks_and_factors``: as ``planes``.
+        data: ``Tiles.data``.
+        weight: of the offsets (n,), or of all groups, times their scales, (u, G, n).
+        places: as ``planes`` returns them.
         centre, out: (u, T), in the shape that ``grouped`` says.
     """
-    n = data.shape[1]
-    weight = weight.view(1, n, 1) if weight.dim() == 1 else weight[..., None]
-    if weight.dim() == 4:
-        data = data.unflatten(-1, (weight.shape[2], -1))
-    masks, factors = masks_and_factors or (None, None)
+    n = data.shape[-2]
+    # Offsets to the front, and numbers in the shape of the result.
+    numbers = data.movedim(-2, 0)
+    weights = weight.view(n, 1, 1) if weight.dim() == 1 else weight.movedim(-1, 0)[..., None]
+    if places is not None:
+        numbers, weights = numbers.unsqueeze(-2), weights[..., None]
 
     def products(some: slice | int) -> Tensor:
-        numbers, factor = data[:, some], weight[:, some]
-        if masks is None:
-            return numbers.float() * factor
-        return (numbers[..., None, :].int() & masks).float() * factor[..., None]
+        q = numbers[some] if places is None else numbers[some].int() & places[0]
+        return q.float() * weights[some]
 
     if n <= _WRITTEN_OUT:
         sums = _add([products(i) for i in range(n)], chains=4)
     else:
-        sums = products(slice(None)).sum(1)
+        sums = products(slice(None)).sum(0)
     base = centre * total
-    if zero is not None and factors is not None:
-        base = base - zero[..., None, None]
+    if places is not None:
+        _, factors, zeros = places
+        base = base - weight.sum(-1)[..., None, None] * zeros
         sums = sums * factors
     out.copy_(base + sums)
     return total
 
 
-def weigh(scales: Tensor | None, beta: Tensor, dtype: str) -> tuple[Tensor, Tensor | None]:
-    """What numbers as they are stored count, and what has to be taken off for the stored zero.
-
-    Args:
-        scales: (u, n, G) or None; ``beta``: (n,).
-
-    Returns:
-        (n,) and None, or (u, n, G) and (u, G), None where zero is stored as zero.
-    """
-    if scales is None:
-        return beta, None
-    weight = scales * beta[:, None]
-    return weight, ZERO[dtype] * weight.sum(1) if dtype in ZERO else None
-
-
-def planes(dtype: str, device: torch.device) -> tuple[Tensor, Tensor] | None:
-    """``PLANES`` of a width as two tensors (planes, 1); None where a byte is one number."""
-    if dtype not in PLANES:
-        return None
-    masks, factors = zip(*PLANES[dtype], strict=True)
-    return (
-        torch.tensor(masks, dtype=torch.int32, device=device)[:, None],
-        torch.tensor(factors, device=device)[:, None],
-    )
-
-
 def grouped(dtype: str, width: int) -> tuple[int, ...]:
-    """How a tile's numbers lie with respect to the bytes they are stored in."""
+    """How a tile's numbers lie with respect to the words they are stored in."""
     if dtype in PLAIN:
         return (width,)
-    k = len(PLANES.get(dtype, (0,)))
-    return (width // GROUP, k, GROUP // k) if k > 1 else (width // GROUP, GROUP)
+    return (width // GROUP, 8, LANES) if dtype in PLANES else (width // GROUP, GROUP)
 
 
 def _add(terms: list[Tensor], *, chains: int = 2) -> Tensor:

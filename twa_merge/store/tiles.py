@@ -1,11 +1,14 @@
 """How offsets lie in memory, and how slices of the streaming pass get there.
 
-A tile is T consecutive numbers of all n offsets, (n, T), one offset after the other. Offsets are
-kept tile by tile, so that
+A tile is T consecutive numbers of all n offsets. Offsets are kept tile by tile, so that
 
 - a tile's piece of the gradient or of the result stays in cache for all n offsets, and each stored
   byte is read once, in order;
 - any run of tiles is one contiguous copy from host to device.
+
+Within a tile, plain numbers lie one offset after the other. Packed groups lie place by place, the
+same group of all offsets side by side: a group is but a line or two of a cache, and reading
+n short runs at once is slower than reading one long one.
 
 A tensor's numbers on this rank are whole tiles and one narrower tile for what is left over. Where
 offsets are packed, every row of a tensor is filled up to whole groups, so that a group never holds
@@ -26,13 +29,13 @@ from .quantize import CONTAINER, GROUP, GROUP_BYTES, PLAIN, pack
 
 
 def tile_width(dtype: str) -> int:
-    """Numbers of one offset in a tile: an odd number of groups.
+    """Numbers of one offset in a tile.
 
-    Combining reads the same place of all offsets, and with a power of two all of these would want
-    the same few lines of a core's first cache: 4096 measured slower. Short tiles keep
-    the gradient in that cache; with int8 the processor's reading ahead needs longer runs.
+    An odd number of lines of a cache for plain numbers: combining reads the same place of all
+    offsets, and with a power of two all of these would want the same few lines of a core's first
+    cache: 4096 measured slower.
     """
-    return (33 if dtype == "int8" else 9) * GROUP
+    return 9 * GROUP if dtype in PLAIN else 8 * GROUP
 
 
 # Numbers quantised at a time: the few float32 copies that it takes stay in cache.
@@ -46,8 +49,8 @@ class Tiles:
     """u tiles of n offsets.
 
     Attributes:
-        data: float (u, n, T), or packed (u, n, bytes).
-        scales: (u, n, T / 128) float32 where the data is packed.
+        data: float (u, n, T), or packed (u, T / 128, n, ·).
+        scales: (u, T / 128, n) float32 where the data is packed.
         width: T.
     """
 
@@ -157,39 +160,33 @@ class Held:
             wide = self.rows.widened(some.float())
             groups = wide.unflatten(1, (-1, len(real), GROUP))
             packed, scales = pack(groups, self.dtype, real)
-            self._write(at // GROUP, packed.flatten(1, 2), scales.flatten(1))
+            self._write_groups(at // GROUP, packed.flatten(1, 2), scales.flatten(1))
             at += wide.shape[1]
 
-    def _write(self, at: int, values: Tensor, scales: Tensor | None = None) -> None:
-        """Puts numbers (n, k), or groups (n, k, bytes) with scales (n, k), where they belong.
-
-        Args:
-            at: of the first among the tensor's numbers, or groups.
-        """
-        unit = 1 if scales is None else GROUP
+    def _write_groups(self, at: int, packed: Tensor, scales: Tensor) -> None:
+        """Puts groups (n, k, ·) with scales (n, k), from the tensor's group ``at`` on."""
         for part in self.parts:
-            wide = part.tiles.width // unit
-            start = part.start // unit
-            a = max(at, start)
-            b = min(at + values.shape[1], start + len(part.tiles) * wide)
+            start, stop = part.start // GROUP, part.stop // GROUP
+            a, b = max(at, start), min(at + scales.shape[1], stop)
+            if a < b and part.tiles.scales is not None:
+                to, of = slice(a - start, b - start), slice(a - at, b - at)
+                part.tiles.data.flatten(0, 1)[to].copy_(packed[:, of].transpose(0, 1))
+                part.tiles.scales.flatten(0, 1)[to].copy_(scales[:, of].T)
+
+    def _write(self, at: int, values: Tensor) -> None:
+        """Puts numbers (n, k), from the tensor's number ``at`` on."""
+        for part in self.parts:
+            wide = part.tiles.width
+            a, b = max(at, part.start), min(at + values.shape[1], part.stop)
             while a < b:
-                tile, column = divmod(a - start, wide)
+                tile, column = divmod(a - part.start, wide)
                 whole = (b - a) // wide if column == 0 else 0
                 run = whole * wide if whole else min(wide - column, b - a)
-                tiles = slice(tile, tile + max(1, whole))
-                columns = slice(column, column + run // max(1, whole))
-                source = slice(a - at, a - at + run)
-                _place(part.tiles.data, wide, tiles, columns, values[:, source])
-                if scales is not None and part.tiles.scales is not None:
-                    _place(part.tiles.scales, wide, tiles, columns, scales[:, source])
+                target = part.tiles.data[tile : tile + max(1, whole)]
+                target = target[..., column : column + run // max(1, whole)]
+                source = values[:, a - at : a - at + run]
+                target.copy_(source.unflatten(1, (len(target), -1)).transpose(0, 1))
                 a += run
-
-
-def _place(store: Tensor, wide: int, tiles: slice, columns: slice, values: Tensor) -> None:
-    """Values (n, run, ·) into some columns of some tiles of ``store`` (u, n, wide · bytes)."""
-    target = store.unflatten(-1, (wide, -1))[tiles, :, columns]
-    k, n, run, size = target.shape
-    target.copy_(values.reshape(n, k, run, size).transpose(0, 1))
 
 
 def kept_as(dtype: str, count: int, numel: int) -> tuple[str, Rows]:
@@ -216,9 +213,9 @@ def allocate(count: int, numel: int, n: int, dtype: str, memory: Allocate) -> He
         if dtype in PLAIN:
             data = memory((u, n, width), PLAIN[dtype])
         else:
-            packed = width // GROUP * GROUP_BYTES[dtype]
-            data = memory((u, n, packed), CONTAINER[dtype])
-            scales = memory((u, n, width // GROUP), torch.float32)
+            groups, container = width // GROUP, CONTAINER[dtype]
+            data = memory((u, groups, n, GROUP_BYTES[dtype] // container.itemsize), container)
+            scales = memory((u, groups, n), torch.float32)
         centre = memory((u, width), torch.float32).zero_()
         parts.append(Part(start, stop, Tiles(data, scales, width), centre))
     return Held(dtype, n, rows, parts, missing=rows.given)
