@@ -373,6 +373,43 @@ def test_closed_streams_are_no_error(closed: str, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+FULL = Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("args", [["--help"], ["train", "--help"], [*TRAIN], [*TRAIN, "--json"]])
+def test_a_full_disk_behind_stdout_is_one_message(
+    args: list[str], unbuffered: str, tmp_path: Path
+) -> None:
+    act = f"return json.load(open({str(DOCUMENT)!r}))"
+    with pytest.MonkeyPatch.context() as patch, FULL.open("w") as full:
+        patch.setenv("PYTHONUNBUFFERED", unbuffered)
+        command = [sys.executable, "-m", "twa_merge_cli", *args]
+        python("-c", "", act=act, folder=tmp_path).communicate()
+        patch.setenv(
+            "PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+        )
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: The result cannot be printed.\n")
+    assert "No space left on device" in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_stderr_costs_no_work(tmp_path: Path) -> None:
+    save_file({"w": np.ones(3, np.float32)}, tmp_path / "a.safetensors")
+    command = [sys.executable, "-m", "twa_merge_cli"]
+    for args, code in ((["average", "a.safetensors", "-o", "out"], 0), (["inspect", "no"], 2)):
+        with FULL.open("w") as full:
+            done = subprocess.run(
+                [*command, *args], cwd=tmp_path, stdout=subprocess.PIPE, stderr=full
+            )
+        assert done.returncode == code
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 def test_a_report_with_nan_is_refused(tmp_path: Path) -> None:
     save_file({"w": np.ones(3, np.float32)}, tmp_path / "a.safetensors")
     (tmp_path / "r.json").write_text('{"coefficients": {"global": [NaN]}}')
