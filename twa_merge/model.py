@@ -7,7 +7,7 @@ that is all of them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,10 +19,11 @@ from .checkpoints import resolve_names
 from .checkpoints.base import Checkpoint
 from .distributed import World, ensure_group
 from .dtypes import Dtype
-from .errors import TaskError, TwaMergeError, listing
+from .errors import TaskError, listing
 from .layout import Layout
 from .task import Task
 from .tensors import tensor_rows, torch_dtype
+from .user_code import user_code
 
 
 class LiveModel:
@@ -156,25 +157,16 @@ def build(
 
 
 def _build_module(task: Task, meta: bool) -> nn.Module:
-    try:
-        if meta:
-            with parameters_on_meta():
-                module = task.build_model()
-        else:
-            module = task.build_model()
-    except TwaMergeError:
-        raise
-    except Exception as error:
-        raise TaskError(
-            "The task could not build its model.",
-            expected="build_model() returns a torch.nn.Module"
-            + (" (its parameters are on the meta device while it is built)" if meta else ""),
-            found=f"{type(error).__name__}: {error}",
-        ) from error
+    expected = "build_model() returns a torch.nn.Module"
+    if meta:
+        expected += " (its parameters are on the meta device while it is built)"
+    on_meta = parameters_on_meta() if meta else nullcontext()
+    with user_code("build its model", expected=expected), on_meta:
+        module = task.build_model()
     if not isinstance(module, nn.Module):
         raise TaskError(
             "The task did not build a model.",
-            expected="build_model() returns a torch.nn.Module",
+            expected=expected,
             found=type(module).__name__,
         )
     return module

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +14,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
 
 from .distributed import World
-from .errors import TaskError, TwaMergeError
+from .errors import TaskError
 from .layout import Blocks
 from .model import LiveModel
 from .store.base import Store, split_alphas
 from .subspace import Chart
 from .task import Task, collate_of, metrics_of, to_device
+from .user_code import user_code
 
 # Collated batches are kept between evaluations up to this size; beyond it they are made again.
 _CACHE_BYTES = 1 << 30
@@ -98,28 +98,6 @@ def _nbytes(batch: Any) -> int:
     if isinstance(batch, (list, tuple)):
         return sum(_nbytes(v) for v in batch)
     return 64
-
-
-@contextmanager
-def user_code(doing: str) -> Iterator[None]:
-    """Turns an exception of the user's task into an error that says where it came from."""
-    try:
-        yield
-    except (TwaMergeError, KeyboardInterrupt):
-        raise
-    except torch.OutOfMemoryError as error:
-        raise TaskError(
-            "The device ran out of memory.",
-            found=str(error).split("\n")[0],
-            remedy="a smaller --batch-size or --max-length, more processes, or another --store",
-        ) from error
-    except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise TaskError(
-            f"The task failed to {doing}.",
-            found=f"{type(error).__name__}: {error}",
-            remedy=f"see {frame.filename}, line {frame.lineno}, in {frame.name}",
-        ) from error
 
 
 def _require_gradient(losses: Tensor) -> None:
