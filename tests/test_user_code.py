@@ -5,10 +5,11 @@ from __future__ import annotations
 import sys
 
 import pytest
+import torch
 from runs import LinearTask, save_run
 
 from twa_merge import evaluate, merge
-from twa_merge.config import GuardConfig
+from twa_merge.config import DataConfig, GuardConfig
 from twa_merge.errors import TaskError
 
 METHODS = ["build_model", "dataset", "groups", "test_dataset", "split", "collate", "loss",
@@ -74,3 +75,41 @@ def test_the_line_is_the_tasks_own_not_the_librarys_that_it_called(tmp_path) -> 
     save_run(tmp_path / "run", LinearTask().states(2))
     with pytest.raises(TaskError, match=r"test_user_code\.py, line \d+, in loss"):
         merge([tmp_path / "run"], Torn(), tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("metrics", "found"),
+    [
+        (lambda size: {"accuracy": torch.tensor(0.5)}, "metric accuracy gave shape []"),
+        (lambda size: {"accuracy": torch.ones(size, 2)}, f"shape [{60}, 2]"),
+        (lambda size: {"accuracy": 0.5}, "metric accuracy gave float"),
+        (lambda size: torch.ones(size), "Tensor"),
+        (lambda size: {}, None),
+        (lambda size: {"accuracy": torch.ones(size, dtype=torch.bool)}, None),
+    ],
+)
+@pytest.mark.parametrize("together", [False, True])
+def test_a_metric_is_one_number_per_example(tmp_path, metrics, found, together) -> None:
+    task = LinearTask()
+    if together:
+        task.loss_and_metrics = lambda m, b: (task.loss(m, b), metrics(len(b[0])))
+    else:
+        task.metrics = lambda m, b: metrics(len(b[0]))
+    save_run(tmp_path, task.states(2))
+    if found is None:
+        assert evaluate([tmp_path], task, data_config=DataConfig(batch_size=60))
+        return
+    with pytest.raises(TaskError) as caught:
+        evaluate([tmp_path], task, data_config=DataConfig(batch_size=60))
+    said = str(caught.value)
+    assert found in said
+    assert "expected: " in said
+    assert "60" in said
+
+
+def test_a_loss_that_comes_with_metrics_is_one_number_per_example_too(tmp_path) -> None:
+    task = LinearTask()
+    task.loss_and_metrics = lambda m, b: (task.loss(m, b).mean(), {})
+    save_run(tmp_path, task.states(2))
+    with pytest.raises(TaskError, match=r"shape \[\]"):
+        evaluate([tmp_path], task)

@@ -100,6 +100,30 @@ def _nbytes(batch: Any) -> int:
     return 64
 
 
+def _require_per_example(what: str, values: Any, size: int) -> None:
+    if isinstance(values, Tensor) and values.shape == (size,):
+        return
+    got = f"shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+    raise TaskError(
+        f"The task's {what} is not one number per example.",
+        expected=f"a tensor of shape [{size}] for a batch of {size}",
+        found=f"{what} gave {got}",
+        remedy=f'return the {what} of each example, for instance with reduction="none"',
+    )
+
+
+def _checked_metrics(metrics: Any, size: int) -> Mapping[str, Tensor]:
+    if not isinstance(metrics, Mapping):
+        raise TaskError(
+            "The task's metrics have no names.",
+            expected=f"a dictionary: name → tensor of shape [{size}] for a batch of {size}",
+            found=type(metrics).__name__,
+        )
+    for name, values in metrics.items():
+        _require_per_example(f"metric {name}", values, size)
+    return metrics
+
+
 def _require_gradient(losses: Tensor) -> None:
     if not losses.requires_grad:
         raise TaskError(
@@ -135,14 +159,7 @@ class Engine:
         """One loss per example, (batch,) float."""
         with user_code("compute its loss"):
             losses = self.task.loss(self.live.module, batch)
-        if not isinstance(losses, Tensor) or losses.shape != (expected,):
-            found = f"shape {list(losses.shape)}" if isinstance(losses, Tensor) else type(losses)
-            raise TaskError(
-                "The task's loss is not one number per example.",
-                expected=f"shape [{expected}] for a batch of {expected}",
-                found=found,
-                remedy='return losses per example, for instance with reduction="none"',
-            )
+        _require_per_example("loss", losses, expected)
         return losses
 
     def loss_and_products(
@@ -243,12 +260,14 @@ class Engine:
         if with_metrics and together is not None:
             with user_code("compute its loss"):
                 losses, metrics = together(self.live.module, batch)
-            return {"": losses, **metrics}
+            _require_per_example("loss", losses, size)
+            return {"": losses, **_checked_metrics(metrics, size)}
         columns = {"": self.losses_of(batch, size)}
         metrics_alone = metrics_of(self.task)
         if with_metrics and metrics_alone is not None:
             with user_code("compute its metrics"):
-                columns |= metrics_alone(self.live.module, batch)
+                metrics = metrics_alone(self.live.module, batch)
+            columns |= _checked_metrics(metrics, size)
         return columns
 
 
