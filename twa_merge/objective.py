@@ -108,7 +108,7 @@ def _require_per_example(what: str, values: Any, size: int) -> None:
         f"The task's {what} is not one number per example.",
         expected=f"a tensor of shape [{size}] for a batch of {size}",
         found=f"{what} gave {got}",
-        remedy=f'return the {what} of each example, for instance with reduction="none"',
+        remedy='return one number per example: no mean over the batch, reduction="none"',
     )
 
 
