@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 
 from . import fit_report, report
@@ -43,6 +44,7 @@ from .run import (
     Run,
     fingerprint,
     require_compatible,
+    require_directions,
     set_up,
     several,
     task_and_splits,
@@ -113,6 +115,7 @@ def merge(
         require_compatible(choices.fit)
         found = open_checkpoints(checkpoints, choices.selection)
         layout = make_layout(several(found))
+        require_directions(choices.fit, len(found), layout)
         world = start(choices.engine.device)
         check_output(target, found, choices.out.overwrite, dtype=dtype_named(choices.out.dtype))
         chosen_task, splits = task_and_splits(
@@ -165,10 +168,12 @@ def _fit(run: Run) -> list[Fitted]:
     whole = _whole(run)
     if whole.rank == 0:
         run.progress(Noted("All checkpoints are identical: there is nothing to train."))
+    elif (parse_subspace(run.choices.fit.subspace)[1] or 0) > whole.rank:
+        run.progress(Noted(f"There are only {whole.rank} directions: all of them are trained."))
     start_alphas = pad(run.fitter.start(run.n), (0, whole.n - run.n))
     fitted = [run.fitter.stage("twa", Chart(start_alphas, [whole]))]
     if len(run.blocks) > 1:
-        subspaces = [make_subspace(gram) for gram in run.grams.by_block(run.blocks)]
+        subspaces = [_leading(run, gram) for gram in run.grams.by_block(run.blocks)]
         base = fitted[0].alphas.expand(len(run.blocks), -1).clone()
         fitted.append(run.fitter.stage(f"twa-{run.blocks.kind}", Chart(base, subspaces), fitted[0]))
     for stage in fitted:
@@ -187,13 +192,17 @@ def _whole(run: Run) -> Subspace:
     gram, fit = run.grams.exact.sum(0), run.choices.fit
     if run.directions_gram is not None:
         return random_subspace(run.n, run.directions_gram, root_mean_square(gram))
-    subspace = make_subspace(gram)
-    word, rank = parse_subspace(fit.subspace)
-    if word == "pca" and rank:
-        subspace = subspace.leading(rank)
+    subspace = _leading(run, gram)
     if fit.span == "linear":
         subspace = with_centre(subspace, run.grams.centre, run.grams.cross)
     return subspace
+
+
+def _leading(run: Run, gram: Tensor) -> Subspace:
+    """The span of the offsets with this Gram matrix, or as many of its axes as are wanted."""
+    subspace = make_subspace(gram)
+    word, rank = parse_subspace(run.choices.fit.subspace)
+    return subspace.leading(rank) if word == "pca" and rank else subspace
 
 
 def _orthogonality_error(run: Run, subspace: Subspace) -> float:
