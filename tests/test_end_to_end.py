@@ -255,6 +255,27 @@ def test_average_is_exact_and_weights_are_reported(tmp_path):
         average([run], tmp_path / "x", weights="0.5 0.5")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"format": 99, "coefficients": {"global": [0.5, 0.5]}}', r"format 1\n  found: format 99"),
+        ('{"format": "1", "coefficients": {"global": [0.5, 0.5]}}', "found: format '1'"),
+        ('{"coefficients": {"global": [0.5', "what to do: "),
+        (None, r"No such file[\s\S]*what to do: "),
+        ('{"format": 1, "models": []}', "what to do: "),
+        ("[1, 2]", "what to do: "),
+    ],
+)
+def test_a_report_that_is_not_understood_is_refused(tmp_path, text, said):
+    _, _, run, out = make(tmp_path, n=2)
+    if text is not None:
+        (tmp_path / "r.json").write_text(text)
+    with pytest.raises(ConfigError, match=said) as caught:
+        average([run], out, weights=f"@{tmp_path / 'r.json'}")
+    assert "r.json" in str(caught.value)
+    assert not out.exists()
+
+
 def test_evaluate_agrees_with_the_task_itself(tmp_path):
     task, states, run, _ = make(tmp_path, n=3)
     document = evaluate([run], task)
