@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -30,7 +30,7 @@ from .config import (
 )
 from .distributed import start
 from .dtypes import Array
-from .errors import NoImprovement
+from .errors import NoImprovement, TwaMergeError
 from .fit import Fitted
 from .guard import Scored, improvement, pick
 from .html_report import html_report
@@ -134,7 +134,7 @@ def merge(
     with clock.part("fit"):
         fitted = _fit(run)
     with clock.part("guard"):
-        verdict = judge(run, fitted)
+        verdict = _judge(run, fitted)
     document = _document(run, fitted, verdict)
     if choices.guard.require_improvement and not verdict.over_single.certain:
         log.remove()
@@ -177,7 +177,7 @@ def _fit(run: Run) -> list[Fitted]:
         base = fitted[0].alphas.expand(len(run.blocks), -1).clone()
         fitted.append(run.fitter.stage(f"twa-{run.blocks.kind}", Chart(base, subspaces), fitted[0]))
     for stage in fitted:
-        if not torch.isfinite(torch.tensor(stage.result.loss)):
+        if not math.isfinite(stage.result.loss):
             run.progress(
                 Noted(
                     f"The fit of {stage.name} met a loss that is not finite at its start and was "
@@ -185,6 +185,16 @@ def _fit(run: Run) -> list[Fitted]:
                 )
             )
     return fitted
+
+
+def _judge(run: Run, fitted: Sequence[Fitted]) -> Verdict:
+    try:
+        return judge(run, fitted)
+    except TwaMergeError:
+        # Nothing was learned that another try could continue from.
+        if not any(math.isfinite(stage.result.loss) for stage in fitted):
+            run.log.remove()
+        raise
 
 
 def _whole(run: Run) -> Subspace:
