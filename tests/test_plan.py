@@ -78,7 +78,8 @@ def test_a_model_that_is_gathered_whole_does_not_get_smaller_with_the_ranks():
 def test_only_files_that_are_read_again_and_again_are_copied_into_memory():
     row = 16 * N * 4096
     assert plan_for(gpus()).host == {"slices in flight": (16 << 20) + row}
-    assert plan_for(gpus(), StoreConfig("disk")).host == {"slices in flight": (64 << 20) + row}
+    for config in (StoreConfig("disk"), StoreConfig("device", "int8"), StoreConfig("host", "int1")):
+        assert plan_for(gpus(), config).host["slices in flight"] == (64 << 20) + row
 
 
 @pytest.mark.parametrize(
@@ -120,6 +121,14 @@ def test_disk_takes_no_memory_for_offsets_and_a_pass_for_every_operation():
     assert "offsets" not in plan.device | plan.host
     assert "centre" not in plan.device | plan.host
     assert plan.passes == 2 + 2 * 10 + 7
+
+
+def test_candidates_of_a_packed_store_are_compared_by_the_files():
+    work, rates = Work(evaluations=10, combinations=7), Rates(files=1e9, gpu=1e10)
+    plan = plan_for(gpus(), StoreConfig("device", "int8"), work=work, rates=rates)
+    assert plan.passes == 2 + 7
+    held = plan.device["offsets"] + plan.device["centre"]
+    assert plan.minutes == pytest.approx((9 * saved_of() / 1e9 + 20 * held / 1e10) / 60)
 
 
 def test_minutes_from_given_rates():

@@ -10,6 +10,7 @@ from ..config import StoreConfig
 from ..layout import Layout
 from .memory import STAGED
 from .needs import model_bytes, own_dtype, passing_bytes, store_bytes
+from .quantize import PLAIN
 
 # Shares of the memory that a plan may fill; the rest goes to fragments, workspaces and neighbours.
 DEVICE_SHARE = 0.92
@@ -170,7 +171,10 @@ class _Planner:
         held = {"offsets": 0, "centre": 0}
         if kind != "disk":
             held = store_bytes(self.layout, self.n, dtype, machine.size, self.shared)
-        passing = {"slices in flight": passing_bytes(self.layout, self.n, kind)}
+        # Candidates are compared exactly: where the store rounds, by the files.
+        again = kind == "disk" or dtype not in PLAIN
+        judging = self.work.combinations if again else 0
+        passing = {"slices in flight": passing_bytes(self.layout, self.n, again=again)}
         device: dict[str, int] = {}
         if machine.device_type == "cpu":
             host = memory | held | passing
@@ -182,9 +186,10 @@ class _Planner:
         fits = _fits(sum(device.values()), machine.device_memory, DEVICE_SHARE) and _fits(
             sum(host.values()) * machine.per_node, machine.host_memory, HOST_SHARE
         )
-        again = 2 * self.work.evaluations + self.work.combinations
-        passes = 2 + (again if kind == "disk" else 0)
-        minutes = self._minutes(machine, kind, passes, again * sum(held.values()))
+        fitting = 2 * self.work.evaluations
+        passes = 2 + judging + (fitting if kind == "disk" else 0)
+        touched = (fitting + self.work.combinations - judging) * sum(held.values())
+        minutes = self._minutes(machine, kind, passes, touched)
         device, host = _without_zeros(device), _without_zeros(host)
         return Plan(kind, dtype, machine, device, host, passes, minutes, fits)
 
