@@ -123,6 +123,22 @@ def test_the_report_has_the_documented_keys(tmp_path):
     assert sum(n.startswith("window:") for n in names) == 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype", "used"),
+    [
+        ("auto", "auto", {"kind": "device", "dtype": "float32"}),
+        ("host", "int8", {"kind": "device", "dtype": "int8"}),
+        ("disk", "auto", {"kind": "disk", "dtype": "as saved"}),
+    ],
+)
+def test_the_report_tells_the_store(tmp_path, kind, dtype, used):
+    task, _, run, out = make(tmp_path)
+    document = merge([run], task, out, store=StoreConfig(kind, dtype), **QUICK)
+    assert document["options"]["store"] == {"kind": kind, "dtype": dtype}
+    assert document["options"]["engine"]["precision"] == "fp32"
+    assert document["store"] == used
+
+
 def test_the_guard_loss_is_that_of_the_written_file(tmp_path):
     task, _, run, out = make(tmp_path)
     document = merge([run], task, out, out=OutputConfig(dtype="bfloat16"), **QUICK)
