@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from .distributed import is_lost_rank
 from .errors import TaskError, TwaMergeError
 
 # Frames of this library, of the import machinery, and of what is installed.
@@ -48,6 +49,8 @@ def blamed(message: str, *, expected: str | None = None) -> Iterator[None]:
         raise
     # SystemExit too: a script that calls sys.exit must not end the merge with a code of its own.
     except (Exception, SystemExit) as error:
+        if is_lost_rank(error):
+            raise
         raise TaskError(
             message,
             expected=expected,
