@@ -287,10 +287,19 @@ def _layer_of(name: str, layers: Sequence[str]) -> str | None:
     return next((layer for layer in layers if name.startswith(layer + ".")), None)
 
 
+def _outermost(module: nn.Module, classes: set[str]) -> Iterator[nn.Module]:
+    """Modules of these classes that lie in none of them: Mamba names a block and its mixer."""
+    for child in module.children():
+        if type(child).__name__ in classes:
+            yield child
+        else:
+            yield from _outermost(child, classes)
+
+
 def _shardable(module: nn.Module, task: Task) -> list[nn.Module]:
     classes = getattr(task, "no_split_modules", None) or getattr(module, "_no_split_modules", None)
     if classes:
-        found = [m for m in module.modules() if type(m).__name__ in set(classes)]
+        found = list(_outermost(module, set(classes)))
         if found:
             return found
     return list(repeated_layers(module).values())
