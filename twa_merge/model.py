@@ -138,7 +138,7 @@ def build(
     """
     meta = world.size > 1
     module = _build_module(task, meta)
-    names = match_names(module, layout)
+    names = match_names(module, layout, _renamed(task, module, layout))
     _require_cover(module, names, layout)
     for parameter in module.parameters():
         if parameter.is_floating_point():
@@ -194,11 +194,22 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def match_names(module: nn.Module, layout: Layout) -> dict[str, str]:
+def _renamed(task: Task, module: nn.Module, layout: Layout) -> Mapping[str, str]:
+    rename = getattr(task, "model_names", None)
+    if rename is None:
+        return {}
+    with user_code("name its model's tensors"):
+        return rename(module, list(layout.entries))
+
+
+def match_names(
+    module: nn.Module, layout: Layout, renamed: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Checkpoint tensor → name in the module.
 
-    Names match as they are, or all after one outer prefix is added or removed (``model.``,
-    ``transformer.``): a base model's checkpoint and the same model under a head.
+    Names match as they are, as the task has ``renamed`` them, or all after one outer prefix is
+    added or removed (``model.``, ``transformer.``): a base model's checkpoint and the same model
+    under a head.
     """
     names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
     names += [name for name, _ in module.named_buffers(remove_duplicate=False)]
@@ -208,6 +219,7 @@ def match_names(module: nn.Module, layout: Layout) -> dict[str, str]:
 
     def renamings() -> Iterator[dict[str, str]]:
         yield {name: name for name in layout.entries}
+        yield {name: renamed.get(name, name) for name in layout.entries} if renamed else {}
         for prefix in prefixes:
             yield {name: prefix + name for name in layout.entries}
         for prefix in sorted({name.partition(".")[0] + "." for name in layout.entries}):

@@ -29,6 +29,8 @@ class Task(Protocol):
       group stay on one side of the split (several crops of one image, sequences of one text);
     - ``split(guard_fraction, seed) -> (fit, guard)``: takes the splitting over altogether;
     - ``test_dataset()``: examples that are only ever reported on;
+    - ``model_names(model, names) -> {checkpoint's name: model's name}``, for those of the
+      checkpoints' tensors that the model calls otherwise;
     - ``no_split_modules``: class names of the modules that are sharded as one.
     """
 
