@@ -159,7 +159,8 @@ def _report_internal(error: BaseException, session: Session) -> None:
 
     details = "".join(traceback.format_exception(error))
     if "RANK" in os.environ:
-        time.sleep(_GRACE_SECONDS)
+        # Rank zero speaks before the others do.
+        time.sleep(_GRACE_SECONDS if is_rank_zero() else 2 * _GRACE_SECONDS)
     kind = "out of memory" if _is_out_of_memory(error) else "internal error"
     first = str(error).strip().partition("\n")[0]
     said = f"{type(error).__name__}: {first}" if first else type(error).__name__

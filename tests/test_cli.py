@@ -507,6 +507,15 @@ def test_nproc_passes_the_exit_code_on_and_one_process_speaks(tmp_path: Path) ->
     assert "0 of 2 5" in out
 
 
+def test_a_bug_on_all_processes_is_told_once(tmp_path: Path) -> None:
+    # Both in the same moment.
+    act = "time.sleep(4 - time.time() % 4)\nraise RuntimeError('it broke')"
+    process = python("-m", "twa_merge_cli", *TRAIN, "--nproc", "2", act=act, folder=tmp_path)
+    code, _, err = finish(process)
+    assert code == 1
+    assert err.count("internal error: RuntimeError: it broke") == 1
+
+
 def test_nproc_reports_a_killed_process(tmp_path: Path) -> None:
     act = "os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL)\ntime.sleep(60)"
     begun = time.monotonic()
