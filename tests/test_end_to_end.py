@@ -129,11 +129,16 @@ def test_the_report_has_the_documented_keys(tmp_path):
         ("auto", "auto", {"kind": "device", "dtype": "float32"}),
         ("host", "int8", {"kind": "device", "dtype": "int8"}),
         ("disk", "auto", {"kind": "disk", "dtype": "as saved"}),
+        ("disk", "int8", {"kind": "disk", "dtype": "as saved"}),
     ],
 )
 def test_the_report_tells_the_store(tmp_path, kind, dtype, used):
     task, _, run, out = make(tmp_path)
-    document = merge([run], task, out, store=StoreConfig(kind, dtype), **QUICK)
+    notes = []
+    store = StoreConfig(kind, dtype)
+    document = merge([run], task, out, store=store, progress=notes.append, **QUICK)
+    ignored = any("changes nothing on disk" in getattr(note, "text", "") for note in notes)
+    assert ignored == ((kind, dtype) == ("disk", "int8"))
     assert document["options"]["store"] == {"kind": kind, "dtype": dtype}
     assert document["options"]["engine"]["precision"] == "fp32"
     assert document["store"] == used

@@ -15,6 +15,7 @@ from twa_merge.dtypes import DTYPES
 from twa_merge.layout import Entry, Layout
 from twa_merge.store import Machine, Rates, Work, memory_plan, this_machine
 from twa_merge.store.limits import host_memory
+from twa_merge.store.plan import gigabytes
 
 GB = 10**9
 # 24 layers of 40 M numbers and 80 M outside: 1.04 G numbers, in rows of 4,096.
@@ -157,6 +158,24 @@ def test_what_does_not_fit_says_what_would():
     hopeless = plan_for(gpus(memory=1, host=1))
     assert not hopeless.fits
     assert hopeless.kind == "disk"
+
+
+def test_the_fewest_processes_and_gathering_by_layer_are_ways_out():
+    """1.065 G numbers over k processes: 8.52 GB / k on disk, 46.9 GB / k on the device, and 1.15 GB
+    of gathered layer; 3.68 of 4 GB may be filled."""
+    text = " ".join(plan_for(gpus(memory=4)).advice)
+    assert "32 processes with as much memory each would hold it" in text
+    assert "4 processes would do with the offsets left on disk" in text
+    whole = plan_for(gpus(8, memory=8), work=Work(whole_model=True))
+    assert not whole.fits
+    assert any("--gather layer fits" in line for line in whole.advice)
+    assert not any("--gather" in line for line in plan_for(gpus(8, memory=1)).advice)
+
+
+def test_large_figures_are_readable():
+    assert gigabytes(2.21e12) == "2.21 TB"
+    assert gigabytes(233e9) == "233 GB"
+    assert gigabytes(69.2e6) == "69.2 MB"
 
 
 def test_memory_that_is_not_known_is_said_to_be_needed():

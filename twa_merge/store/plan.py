@@ -16,6 +16,8 @@ from .quantize import PLAIN
 DEVICE_SHARE = 0.92
 HOST_SHARE = 0.85
 
+NO_DTYPE_ON_DISK = "--store-dtype changes nothing on disk: the files are read as they are."
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -196,7 +198,7 @@ class _Planner:
     def advice(self, plan: Plan, config: StoreConfig, wished: Plan) -> Iterator[str]:
         machine = plan.machine
         if config.kind == "disk" and config.dtype != "auto":
-            yield "--store-dtype changes nothing on disk: the files are read as they are."
+            yield NO_DTYPE_ON_DISK
         if plan.device and machine.device_memory is None:
             yield f"Each GPU needs {gigabytes(plan.device_total)}; its memory is not known here."
         if machine.host_memory is None:
@@ -215,9 +217,18 @@ class _Planner:
         if more:
             yield f"{more} processes with as much memory each would hold it."
         if not plan.fits:
-            yield from self._ways_out(plan, config)
+            yield from self._ways_out(plan, config, more)
 
-    def _ways_out(self, plan: Plan, config: StoreConfig) -> Iterator[str]:
+    def _ways_out(self, plan: Plan, config: StoreConfig, more: int | None) -> Iterator[str]:
+        fewest = self._processes_for(plan)
+        if plan.kind == "disk" and fewest and (more is None or fewest < more):
+            yield f"{fewest} processes would do with the offsets left on disk."
+        if self.work.whole_model:
+            by_layer = dataclasses.replace(
+                self, work=dataclasses.replace(self.work, whole_model=False)
+            )
+            if by_layer.plan(plan.machine, plan.kind, plan.dtype).fits:
+                yield "--gather layer fits."
         tried = choices(self.layout, config, plan.machine)
         for kind, dtype in choices(self.layout, StoreConfig(), plan.machine):
             if (kind, dtype) not in tried and self.plan(plan.machine, kind, dtype).fits:
@@ -245,6 +256,8 @@ class _Planner:
 
 def gigabytes(nbytes: float) -> str:
     """``12.3 GB``, in powers of ten as the makers of memory cards and disks count."""
+    if nbytes >= 1e12:
+        return f"{nbytes / 1e12:.3g} TB"
     return f"{nbytes / 1e9:.3g} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.3g} MB"
 
 
