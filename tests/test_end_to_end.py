@@ -14,6 +14,7 @@ from small_task import Small, train
 from twa_merge import average, evaluate, inspect, merge
 from twa_merge.config import (
     DataConfig,
+    EngineConfig,
     FitConfig,
     GuardConfig,
     OutputConfig,
@@ -142,6 +143,18 @@ def test_the_report_tells_the_store(tmp_path, kind, dtype, used):
     assert document["options"]["store"] == {"kind": kind, "dtype": dtype}
     assert document["options"]["engine"]["precision"] == "fp32"
     assert document["store"] == used
+
+
+def test_narrow_passes_follow_the_weights_however_the_model_is_gathered(tmp_path):
+    """On one process there is nothing to gather, and nothing gathered that could be left over."""
+    task, _, run, _ = make(tmp_path)
+    found = []
+    for gather in ("layer", "model"):
+        engine = EngineConfig(precision="bf16", gather=gather)
+        document = merge([run], task, tmp_path / gather, engine=engine, **QUICK)
+        found.append({c["name"]: c["guard_loss"] for c in document["candidates"]})
+    assert found[0] == found[1]
+    assert found[1]["twa"] < found[1]["last"]
 
 
 def test_the_guard_loss_is_that_of_the_written_file(tmp_path):

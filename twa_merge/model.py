@@ -137,6 +137,7 @@ def build(
         TaskError: the model cannot be built, or lacks or adds parameters.
     """
     meta = world.size > 1
+    once = meta and gather == "model"  # one process has all rows
     module = _build_module(task, meta)
     names = match_names(module, layout, _renamed(task, module, layout))
     _require_cover(module, names, layout)
@@ -146,12 +147,12 @@ def build(
     if activation_checkpointing:
         _checkpoint_activations(module, task)
     if meta or precision == "bf16":
-        _shard(module, task, world, precision, reshard=gather == "layer")
+        _shard(module, task, world, precision, reshard=not once)
     module._apply(
         lambda t: torch.empty_like(t, device=world.device) if t.is_meta else t.to(world.device)
     )
     module.eval()
-    live = LiveModel(module, names, layout, gathered_once=meta and gather == "model")
+    live = LiveModel(module, names, layout, gathered_once=once)
     _load_copied(live, layout, newest)
     return live
 
