@@ -126,6 +126,7 @@ def merge(
         fingerprint(found, task, data, splits, choices),
         world,
         choices.out.fresh,
+        progress,
     )
     if log.resumed:
         progress(Noted(f"Continuing: {log.resumed} evaluations are known from {log.folder}."))
