@@ -23,6 +23,7 @@ import click
 from twa_merge.errors import TwaMergeError
 
 from .console import is_rank_zero, make_console, plain
+from .streams import discard, guarded_streams
 
 INTERNAL, WRONG_INPUT, INTERRUPTED, BROKEN_PIPE = 1, 2, 130, 141
 
@@ -84,24 +85,20 @@ def debug_option(command: Any) -> Any:
 
 def run(command: click.Command, argv: list[str]) -> int:
     """Runs ``command`` and returns the exit code; nothing but that leaves here."""
-    _open_closed_streams()
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
     session = Session(list(argv))
-    try:
-        with _signals():
-            code = _invoke(command, session)
-            sys.stdout.flush()
-            if code == 0:
-                _leave_group()
-            return code
-    except KeyboardInterrupt as error:
-        _say_interrupted(session, error)
-        return INTERRUPTED
-    except BrokenPipeError:
-        _close_stdout()
-        return BROKEN_PIPE
+    with guarded_streams():
+        try:
+            with _signals():
+                code = _invoke(command, session)
+                if code == 0:
+                    _leave_group()
+                return code
+        except KeyboardInterrupt as error:
+            _say_interrupted(session, error)
+            return INTERRUPTED
+        except BrokenPipeError:
+            discard(sys.stdout)
+            return BROKEN_PIPE
 
 
 def _invoke(command: click.Command, session: Session) -> int:
@@ -111,6 +108,7 @@ def _invoke(command: click.Command, session: Session) -> int:
         # Not through Command.main, which takes an EOFError for Ctrl-C.
         with command.make_context("twa-merge", list(session.argv), obj=session) as ctx:
             command.invoke(ctx)
+        sys.stdout.flush()
         return 0
     except click.exceptions.Exit as exit_:
         return exit_.exit_code
@@ -161,7 +159,8 @@ def _report_internal(error: BaseException, session: Session) -> None:
 
     details = "".join(traceback.format_exception(error))
     if "RANK" in os.environ:
-        time.sleep(_GRACE_SECONDS)
+        # Rank zero speaks before the others do.
+        time.sleep(_GRACE_SECONDS if is_rank_zero() else 2 * _GRACE_SECONDS)
     kind = "out of memory" if _is_out_of_memory(error) else "internal error"
     first = str(error).strip().partition("\n")[0]
     said = f"{type(error).__name__}: {first}" if first else type(error).__name__
@@ -238,24 +237,3 @@ def _log(details: str) -> str:
 
 def _lines(text: str, indent: str) -> str:
     return f"\n{indent}".join(plain(line) for line in text.splitlines())
-
-
-def _open_closed_streams() -> None:
-    """Whoever starts a command with ``>&-`` wants to hear nothing; Python has no stream then.
-
-    The descriptors are taken too, so that no file of weights gets the number of one.
-    """
-    for number, name in ((1, "stdout"), (2, "stderr")):
-        if getattr(sys, name) is None:
-            silence = os.open(os.devnull, os.O_WRONLY)
-            if silence != number:
-                os.dup2(silence, number)
-                os.close(silence)
-            setattr(sys, name, os.fdopen(number, "w", closefd=False))
-
-
-def _close_stdout() -> None:
-    """Whatever is still buffered has no reader: the interpreter, which flushes it at exit, must
-    not stumble over that (the note on SIGPIPE in Python's documentation of ``signal``)."""
-    with contextlib.suppress(OSError, ValueError, AttributeError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

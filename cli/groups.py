@@ -34,12 +34,19 @@ def opt(name: str, flag: str, help: str, **attributes: Any) -> Opt:
     return Opt(name, flag, help, attributes)
 
 
-def group(into: str, build: Callable[..., Any], topics: dict[str, list[Opt]]) -> Decorator:
+def group(
+    into: str,
+    build: Callable[..., Any],
+    topics: dict[str, list[Opt]],
+    *,
+    make: Callable[..., Any] | None = None,
+) -> Decorator:
     """Adds options to a command and hands it ``build(**their values)`` as parameter ``into``.
 
     Args:
         build: a dataclass, whose defaults become the options', or a function.
         topics: heading in the help text → options below it.
+        make: called instead of ``build``, where more than the values must be looked at.
     """
     options = [(topic, option) for topic, listed in topics.items() for option in listed]
 
@@ -47,7 +54,7 @@ def group(into: str, build: Callable[..., Any], topics: dict[str, list[Opt]]) ->
         @functools.wraps(function)
         def wrapper(**values: Any) -> Any:
             own = {option.name: values.pop(f"{into}_{option.name}") for _, option in options}
-            return function(**values, **{into: build(**own)})
+            return function(**values, **{into: (make or build)(**own)})
 
         for topic, option in reversed(options):
             attributes = {**_from_default(build, option.name), **option.attributes}

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from .console import plain
 from .figures import amount, duration, number, size
-from .pictures import bars, distance_map, new_table
+from .pictures import bars, distance_map, fitted, new_table
 
 # Directions beyond this are noise to the eye; the document has them all.
 _MOST_DIRECTIONS = 16
@@ -23,7 +23,7 @@ def show_geometry(geometry: Mapping[str, Any], labels: list[str], console: Conso
     console.print(Text("Distance between checkpoints", "bold"))
     for line in distance_map(labels, geometry["distances"], width=width, ascii_only=ascii_only):
         console.print(line)
-    console.print(_table(geometry, labels))
+    console.print(fitted(_table(geometry, labels), width))
     shares = [share for share in geometry["spectrum"] if share is not None]
     rank = geometry["rank"]
     shown = shares[: max(1, min(rank, _MOST_DIRECTIONS))]

@@ -136,6 +136,17 @@ train_data_options = group(
 )  # fmt: skip
 eval_data_options = group("data_config", config.DataConfig, {"Task and data": [_SEED, _BATCH_SIZE]})
 
+
+def _fit_config(**values: Any) -> config.FitConfig:
+    """A default that was written out is a choice as well, and only click knows of it."""
+    source = click.get_current_context().get_parameter_source
+    default = click.core.ParameterSource.DEFAULT
+    config.require_used(
+        values["optimizer"], (name for name in values if source(f"fit_{name}") != default)
+    )
+    return config.FitConfig(**values)
+
+
 fit_options = group(
     "fit",
     config.FitConfig,
@@ -153,7 +164,6 @@ fit_options = group(
             opt("span", "--span", "affine (sums to 1) or the paper's linear.",
                 type=click.Choice(("affine", "linear"))),
             opt("label_smoothing", "--label-smoothing", "Mixed into the loss."),
-            opt("sharpness", "--sharpness", "Radius of sharpness-aware steps."),
         ],
         "Fit as in the paper (sgd, adamw)": [
             opt("optimizer", "--optimizer", "lbfgs needs no learning rate.",
@@ -164,8 +174,10 @@ fit_options = group(
             opt("epochs", "--epochs", "Passes over the fit split."),
             opt("schedule", "--schedule", "Of the learning rate.",
                 type=click.Choice(config.SCHEDULES)),
+            opt("sharpness", "--sharpness", "Radius of sharpness-aware steps."),
         ],
     },
+    make=_fit_config,
 )  # fmt: skip
 
 guard_options = group(

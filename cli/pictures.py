@@ -6,7 +6,8 @@ import math
 from collections.abc import Sequence
 
 from rich import box
-from rich.table import Table
+from rich.cells import cell_len
+from rich.table import Column, Table
 from rich.text import Text
 
 _SHADES = " ░▒▓█"
@@ -14,6 +15,8 @@ _ASCII_SHADES = " .:*#"
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _POSITIVE, _NEGATIVE = "blue", "red"
 _LABEL_WIDTH = 28
+# A longer name is folded into several lines of this width, rather than lose the figures beside it.
+_LEAST_NAME = 16
 _WIDEST = 100
 
 
@@ -24,6 +27,38 @@ def new_table(first: str, *others: str) -> Table:
     for name in others:
         table.add_column(name, justify="right", no_wrap=True)
     return table
+
+
+def fitted(table: Table, width: int, least: Sequence[str] = ()) -> Table:
+    """The table with as many columns as ``width`` has room for; the first one always stays.
+
+    Args:
+        least: headings of the columns that go first, in this order; after them goes the last one.
+    """
+    kept = list(table.columns)
+    going = [*least]
+    while len(kept) > 1 and _needed(kept) > width:
+        heading = going.pop(0) if going else kept[-1].header
+        named = [c for c in kept[1:] if str(c.header) == str(heading)]
+        if named:
+            kept.remove(named[-1])
+    if len(kept) == len(table.columns):
+        return table
+    narrow = new_table(str(kept[0].header), *(str(c.header) for c in kept[1:]))
+    cells = zip(*(list(c.cells) for c in kept), strict=True)
+    for row, found in zip(table.rows, cells, strict=True):
+        narrow.add_row(*found, style=row.style)
+    narrow.caption, narrow.caption_justify = table.caption, table.caption_justify
+    return narrow
+
+
+def _needed(columns: Sequence[Column]) -> int:
+    """Cells that columns take side by side; names may be folded, figures may not."""
+    widths = [
+        max(cell_len(str(cell)) for cell in [column.header, *column.cells]) for column in columns
+    ]
+    # An edge on each side and three cells between two columns, as the box of `new_table` has them.
+    return min(widths[0], _LEAST_NAME) + sum(widths[1:]) + 3 * len(columns) - 1
 
 
 def bars(

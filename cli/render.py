@@ -27,7 +27,7 @@ from twa_merge.document import (
 
 from .console import plain
 from .figures import NONE, amount, duration, number, size
-from .pictures import bars, new_table, signed_map
+from .pictures import bars, fitted, new_table, signed_map
 
 _LOSSES = ("fit_loss", "guard_loss", "test_loss")
 
@@ -40,7 +40,7 @@ _MOST_BLOCKS = 16
 def show_train(document: Document, console: Console, output: Path) -> None:
     """Candidates, the winner in a sentence, its coefficients, where it lies."""
     console.print()
-    console.print(candidates_table(document))
+    console.print(candidates_table(document, console.width))
     for sentence in verdict(document):
         uncertain = "within noise" in sentence or sentence.startswith("No candidate")
         console.print(Text(plain(sentence), "yellow" if uncertain else "green"))
@@ -69,14 +69,14 @@ def show_evaluation(document: Document, console: Console) -> None:
             _half_width(model, "loss", digits),
             *(_metric(model, column) for column in metrics),
         )
-    console.print(table)
+    console.print(fitted(table, console.width))
     if document.get("examples") is not None:
         console.print(Text(f"{document['examples']} examples", "dim"))
     _show_notes(document, console)
 
 
-def candidates_table(document: Document) -> Table:
-    """Candidates by what decided, the chosen one marked."""
+def candidates_table(document: Document, width: int) -> Table:
+    """Candidates by what decided, the chosen one marked; guard losses stay where room is short."""
     everything = document["candidates"]
     rows = leading_candidates(document, _MOST_CANDIDATES)
     keys = [key for key in _LOSSES if _any(everything, key)]
@@ -101,7 +101,8 @@ def candidates_table(document: Document) -> Table:
     if hidden:
         table.caption = f"and {hidden} more in twa_merge.json"
         table.caption_justify = "left"
-    return table
+    least = ["cost", *reversed(_headings(metrics)), "fit loss", "test loss"]
+    return fitted(table, width, least)
 
 
 def show_coefficients(document: Document, console: Console) -> None:
@@ -161,7 +162,7 @@ def show_inspection(document: Document, console: Console) -> None:
             size(checkpoint["bytes"]),
             str(checkpoint["tensors"]),
         )
-    console.print(table)
+    console.print(fitted(table, console.width))
     console.print(_tensor_summary(document))
     for difference in document.get("differences") or []:
         said = "; ".join(line.strip() for line in difference.splitlines())

@@ -15,9 +15,12 @@ from typing import Any
 import hf_run
 import pytest
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
+from torch.utils.data import default_collate
 
+from twa_merge import evaluate
 from twa_merge.errors import TaskError
 from twa_merge.model import parameters_on_meta
 from twa_merge.tasks import causal_lm
@@ -436,6 +439,30 @@ def test_neighbouring_pieces_are_joined_without_a_separator(make: Any, tokenizer
     breaks = [text_of(task, side).count(hf_run.END) for side in (fit, guard)]
     pieces = len(cut_few([" ".join(WORDS)]))
     assert 0 < breaks[0] < 0.5 * pieces
+
+
+def test_tensors_that_transformers_renames_as_it_loads_them(
+    make: Any, tokenizer: Any, tmp_path: Path
+) -> None:
+    """GPT-NeoX, and so Pythia, says `embed_out` in its files and `lm_head` in its model."""
+    from transformers import AutoModelForCausalLM, GPTNeoXConfig, GPTNeoXForCausalLM
+
+    config = GPTNeoXConfig(
+        vocab_size=len(tokenizer), hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    folder = tmp_path / "neox" / "checkpoint-1"
+    torch.manual_seed(0)
+    GPTNeoXForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert "embed_out.weight" in file.keys()  # noqa: SIM118
+    task = make(" ".join(WORDS[:300]), checkpoint=folder)
+    document = evaluate([folder], task)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
+    rows = task.dataset()
+    losses = task.loss(model, default_collate([rows[i] for i in range(len(rows))]))
+    assert document["models"][0]["loss"] == pytest.approx(losses.mean().item(), abs=1e-5)
 
 
 def test_one_text_again_and_again_cannot_be_split(make: Any) -> None:

@@ -22,7 +22,7 @@ from twa_merge_cli.main import COMMANDS, cli
 
 import twa_merge
 from twa_merge import config
-from twa_merge.errors import CheckpointError, NoImprovement
+from twa_merge.errors import CheckpointError, ConfigError, NoImprovement
 
 DOCUMENT = Path(__file__).parent / "documents" / "train.json"
 TRAIN = ["train", "run", "--task", "t", "-o", "out"]
@@ -168,7 +168,7 @@ def test_options_reach_the_library(library: Callable[..., list[dict[str, Any]]])
         "--fit-examples 99 --max-length 64 --model m --trust-remote-code --text-field body "
         "--blocks layers --ridge 0.5 --optimizer sgd --lr 0.3 --momentum 0.8 --weight-decay 0.1 "
         "--epochs 3 --schedule step --start last --span linear --subspace pca:4 "
-        "--label-smoothing 0.1 --sharpness 0.2 --max-evaluations 12 --tolerance 1e-5 "
+        "--label-smoothing 0.1 --sharpness 0.2 "
         "--candidates quick --select metric:accuracy --require-improvement --batch-norm newest "
         "--store disk --store-dtype int8 --device cpu --precision bf16 "
         "--activation-checkpointing --dtype float16 --overwrite --fresh --json"
@@ -183,8 +183,6 @@ def test_options_reach_the_library(library: Callable[..., list[dict[str, Any]]])
         blocks="layers",
         optimizer="sgd",
         ridge=0.5,
-        max_evaluations=12,
-        tolerance=1e-5,
         start="last",
         span="linear",
         subspace="pca:4",
@@ -206,6 +204,50 @@ def test_options_reach_the_library(library: Callable[..., list[dict[str, Any]]])
         "text_field": "body",
         "trust_remote_code": True,
     }
+
+
+@pytest.mark.parametrize(
+    ("given", "needed"),
+    [
+        ("--lr 0.1", "sgd or adamw"),
+        ("--lr 0.3", "sgd or adamw"),
+        ("--momentum 0.9", "sgd"),
+        ("--optimizer adamw --momentum 0.9", "sgd"),
+        ("--weight-decay 0", "sgd or adamw"),
+        ("--epochs 10", "sgd or adamw"),
+        ("--schedule cosine", "sgd or adamw"),
+        ("--sharpness 0.1", "sgd or adamw"),
+        ("--optimizer sgd --max-evaluations 40", "lbfgs"),
+        ("--optimizer adamw --tolerance 1e-5", "lbfgs"),
+    ],
+)
+def test_what_the_optimizer_would_ignore_is_refused(
+    given: str,
+    needed: str,
+    library: Callable[..., list[dict[str, Any]]],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    calls = library(document)
+    assert run(cli, [*TRAIN, *given.split()]) == 2
+    said = capsys.readouterr().err
+    assert f"with --optimizer {needed}\n" in said
+    assert f"add --optimizer {needed.replace(' or ', '|')}" in said
+    assert calls == []
+
+
+def test_the_library_refuses_them_too() -> None:
+    with pytest.raises(ConfigError, match="--epochs means nothing to --optimizer lbfgs"):
+        config.FitConfig(epochs=3)
+    assert config.FitConfig(optimizer="sgd", epochs=3).epochs == 3
+    assert config.FitConfig(max_evaluations=3, ridge=1.0).max_evaluations == 3
+
+
+def test_options_of_the_fit_reach_the_library(
+    library: Callable[..., list[dict[str, Any]]],
+) -> None:
+    calls = library(document)
+    assert run(cli, [*TRAIN, *["--max-evaluations", "12", "--tolerance", "1e-4"]]) == 0
+    assert calls[0]["fit"] == config.FitConfig(max_evaluations=12, tolerance=1e-4)
 
 
 def test_defaults_are_those_of_the_dataclasses(
@@ -373,6 +415,43 @@ def test_closed_streams_are_no_error(closed: str, tmp_path: Path) -> None:
     assert (tmp_path / "out" / "model.safetensors").is_file()
 
 
+FULL = Path("/dev/full")
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("args", [["--help"], ["train", "--help"], [*TRAIN], [*TRAIN, "--json"]])
+def test_a_full_disk_behind_stdout_is_one_message(
+    args: list[str], unbuffered: str, tmp_path: Path
+) -> None:
+    act = f"return json.load(open({str(DOCUMENT)!r}))"
+    with pytest.MonkeyPatch.context() as patch, FULL.open("w") as full:
+        patch.setenv("PYTHONUNBUFFERED", unbuffered)
+        command = [sys.executable, "-m", "twa_merge_cli", *args]
+        python("-c", "", act=act, folder=tmp_path).communicate()
+        patch.setenv(
+            "PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")])
+        )
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: The result cannot be printed.\n")
+    assert "No space left on device" in done.stderr
+    assert "Exception ignored" not in done.stderr
+
+
+@pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
+def test_a_full_disk_behind_stderr_costs_no_work(tmp_path: Path) -> None:
+    save_file({"w": np.ones(3, np.float32)}, tmp_path / "a.safetensors")
+    command = [sys.executable, "-m", "twa_merge_cli"]
+    for args, code in ((["average", "a.safetensors", "-o", "out"], 0), (["inspect", "no"], 2)):
+        with FULL.open("w") as full:
+            done = subprocess.run(
+                [*command, *args], cwd=tmp_path, stdout=subprocess.PIPE, stderr=full
+            )
+        assert done.returncode == code
+    assert (tmp_path / "out" / "model.safetensors").is_file()
+
+
 def test_a_report_with_nan_is_refused(tmp_path: Path) -> None:
     save_file({"w": np.ones(3, np.float32)}, tmp_path / "a.safetensors")
     (tmp_path / "r.json").write_text('{"coefficients": {"global": [NaN]}}')
@@ -426,6 +505,15 @@ def test_nproc_passes_the_exit_code_on_and_one_process_speaks(tmp_path: Path) ->
     assert code == 3
     assert err == "error: Nothing is better.\n"
     assert "0 of 2 5" in out
+
+
+def test_a_bug_on_all_processes_is_told_once(tmp_path: Path) -> None:
+    # Both in the same moment.
+    act = "time.sleep(4 - time.time() % 4)\nraise RuntimeError('it broke')"
+    process = python("-m", "twa_merge_cli", *TRAIN, "--nproc", "2", act=act, folder=tmp_path)
+    code, _, err = finish(process)
+    assert code == 1
+    assert err.count("internal error: RuntimeError: it broke") == 1
 
 
 def test_nproc_reports_a_killed_process(tmp_path: Path) -> None:

@@ -52,6 +52,57 @@ def test_2_and_4_processes_give_the_coefficients_of_one(tmp_path, store):
         assert_same_tensors(tmp_path / "merged1", tmp_path / f"merged{k}")
 
 
+NESTED = """
+from torch import nn
+from small_task import Small
+
+
+class Outer(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.mixer = Inner()
+
+    def forward(self, x):
+        return self.mixer(x).tanh()
+
+
+class Inner(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+class Task(Small):
+    no_split_modules = ("Outer", "Inner")
+
+    def build_model(self):
+        return nn.Sequential(Outer(), Outer(), nn.Linear(6, 3))
+
+
+task = Task
+"""
+
+
+def test_modules_that_are_not_to_be_split_may_lie_in_one_another(tmp_path):
+    """As those of Mamba do."""
+    shapes = {"0.mixer.linear": (6, 6), "1.mixer.linear": (6, 6), "2": (3, 6)}
+    weights = {f"{name}.weight": shape for name, shape in shapes.items()}
+    biases = {f"{name}.bias": shape[:1] for name, shape in shapes.items()}
+    save_run(tmp_path / "run", states_of(2, shapes=weights | biases))
+    (tmp_path / "nested.py").write_text(NESTED)
+    losses = []
+    for k, more in ((1, []), (2, []), (2, ["--activation-checkpointing"])):
+        options = ["--task", tmp_path / "nested.py", "--device", "cpu", "--json", *more]
+        done = run(k, "eval", tmp_path / "run", *options)
+        assert done.returncode == 0, done.stderr
+        losses.append([row["loss"] for row in json.loads(done.stdout)["models"]])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6)
+    assert losses[2] == pytest.approx(losses[0], abs=1e-6)
+
+
 def test_average_and_geometry_on_several_processes(tmp_path):
     save_run(tmp_path / "run", states_of(4))
     for k in (1, 2):

@@ -14,6 +14,7 @@ from small_task import Small, train
 from twa_merge import average, evaluate, inspect, merge
 from twa_merge.config import (
     DataConfig,
+    EngineConfig,
     FitConfig,
     GuardConfig,
     OutputConfig,
@@ -123,6 +124,39 @@ def test_the_report_has_the_documented_keys(tmp_path):
     assert sum(n.startswith("window:") for n in names) == 1
 
 
+@pytest.mark.parametrize(
+    ("kind", "dtype", "used"),
+    [
+        ("auto", "auto", {"kind": "device", "dtype": "float32"}),
+        ("host", "int8", {"kind": "device", "dtype": "int8"}),
+        ("disk", "auto", {"kind": "disk", "dtype": "as saved"}),
+        ("disk", "int8", {"kind": "disk", "dtype": "as saved"}),
+    ],
+)
+def test_the_report_tells_the_store(tmp_path, kind, dtype, used):
+    task, _, run, out = make(tmp_path)
+    notes = []
+    store = StoreConfig(kind, dtype)
+    document = merge([run], task, out, store=store, progress=notes.append, **QUICK)
+    ignored = any("changes nothing on disk" in getattr(note, "text", "") for note in notes)
+    assert ignored == ((kind, dtype) == ("disk", "int8"))
+    assert document["options"]["store"] == {"kind": kind, "dtype": dtype}
+    assert document["options"]["engine"]["precision"] == "fp32"
+    assert document["store"] == used
+
+
+def test_narrow_passes_follow_the_weights_however_the_model_is_gathered(tmp_path):
+    """On one process there is nothing to gather, and nothing gathered that could be left over."""
+    task, _, run, _ = make(tmp_path)
+    found = []
+    for gather in ("layer", "model"):
+        engine = EngineConfig(precision="bf16", gather=gather)
+        document = merge([run], task, tmp_path / gather, engine=engine, **QUICK)
+        found.append({c["name"]: c["guard_loss"] for c in document["candidates"]})
+    assert found[0] == found[1]
+    assert found[1]["twa"] < found[1]["last"]
+
+
 def test_the_guard_loss_is_that_of_the_written_file(tmp_path):
     task, _, run, out = make(tmp_path)
     document = merge([run], task, out, out=OutputConfig(dtype="bfloat16"), **QUICK)
@@ -178,7 +212,7 @@ def test_nothing_is_written_where_no_loss_is_finite(tmp_path):
     task.y = task.y * float("nan")
     with pytest.raises(TaskError, match="not finite for any candidate"):
         merge([run], task, out, **QUICK)
-    assert not out.exists()
+    assert list(tmp_path.iterdir()) == [run]
 
 
 def test_identical_checkpoints_merge_into_themselves(tmp_path):
@@ -253,6 +287,27 @@ def test_average_is_exact_and_weights_are_reported(tmp_path):
         assert torch.equal(tensor, expected[name])
     with pytest.raises(ConfigError, match="number of coefficients"):
         average([run], tmp_path / "x", weights="0.5 0.5")
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"format": 99, "coefficients": {"global": [0.5, 0.5]}}', r"format 1\n  found: format 99"),
+        ('{"format": "1", "coefficients": {"global": [0.5, 0.5]}}', "found: format '1'"),
+        ('{"coefficients": {"global": [0.5', "what to do: "),
+        (None, r"No such file[\s\S]*what to do: "),
+        ('{"format": 1, "models": []}', "what to do: "),
+        ("[1, 2]", "what to do: "),
+    ],
+)
+def test_a_report_that_is_not_understood_is_refused(tmp_path, text, said):
+    _, _, run, out = make(tmp_path, n=2)
+    if text is not None:
+        (tmp_path / "r.json").write_text(text)
+    with pytest.raises(ConfigError, match=said) as caught:
+        average([run], out, weights=f"@{tmp_path / 'r.json'}")
+    assert "r.json" in str(caught.value)
+    assert not out.exists()
 
 
 def test_evaluate_agrees_with_the_task_itself(tmp_path):

@@ -15,6 +15,7 @@ from twa_merge.dtypes import DTYPES
 from twa_merge.layout import Entry, Layout
 from twa_merge.store import Machine, Rates, Work, memory_plan, this_machine
 from twa_merge.store.limits import host_memory
+from twa_merge.store.plan import gigabytes
 
 GB = 10**9
 # 24 layers of 40 M numbers and 80 M outside: 1.04 G numbers, in rows of 4,096.
@@ -78,7 +79,8 @@ def test_a_model_that_is_gathered_whole_does_not_get_smaller_with_the_ranks():
 def test_only_files_that_are_read_again_and_again_are_copied_into_memory():
     row = 16 * N * 4096
     assert plan_for(gpus()).host == {"slices in flight": (16 << 20) + row}
-    assert plan_for(gpus(), StoreConfig("disk")).host == {"slices in flight": (64 << 20) + row}
+    for config in (StoreConfig("disk"), StoreConfig("device", "int8"), StoreConfig("host", "int1")):
+        assert plan_for(gpus(), config).host["slices in flight"] == (64 << 20) + row
 
 
 @pytest.mark.parametrize(
@@ -122,6 +124,14 @@ def test_disk_takes_no_memory_for_offsets_and_a_pass_for_every_operation():
     assert plan.passes == 2 + 2 * 10 + 7
 
 
+def test_candidates_of_a_packed_store_are_compared_by_the_files():
+    work, rates = Work(evaluations=10, combinations=7), Rates(files=1e9, gpu=1e10)
+    plan = plan_for(gpus(), StoreConfig("device", "int8"), work=work, rates=rates)
+    assert plan.passes == 2 + 7
+    held = plan.device["offsets"] + plan.device["centre"]
+    assert plan.minutes == pytest.approx((9 * saved_of() / 1e9 + 20 * held / 1e10) / 60)
+
+
 def test_minutes_from_given_rates():
     rates = Rates(files=1e9, gpu=1e10, link=1e9)
     work = Work(evaluations=10, combinations=0, seconds=3.0)
@@ -148,6 +158,24 @@ def test_what_does_not_fit_says_what_would():
     hopeless = plan_for(gpus(memory=1, host=1))
     assert not hopeless.fits
     assert hopeless.kind == "disk"
+
+
+def test_the_fewest_processes_and_gathering_by_layer_are_ways_out():
+    """1.065 G numbers over k processes: 8.52 GB / k on disk, 46.9 GB / k on the device, and 1.15 GB
+    of gathered layer; 3.68 of 4 GB may be filled."""
+    text = " ".join(plan_for(gpus(memory=4)).advice)
+    assert "32 processes with as much memory each would hold it" in text
+    assert "4 processes would do with the offsets left on disk" in text
+    whole = plan_for(gpus(8, memory=8), work=Work(whole_model=True))
+    assert not whole.fits
+    assert any("--gather layer fits" in line for line in whole.advice)
+    assert not any("--gather" in line for line in plan_for(gpus(8, memory=1)).advice)
+
+
+def test_large_figures_are_readable():
+    assert gigabytes(2.21e12) == "2.21 TB"
+    assert gigabytes(233e9) == "233 GB"
+    assert gigabytes(69.2e6) == "69.2 MB"
 
 
 def test_memory_that_is_not_known_is_said_to_be_needed():

@@ -65,6 +65,33 @@ def test_rows_are_ordered_by_guard_loss(train: dict[str, Any]) -> None:
     assert places == sorted(places)
 
 
+@pytest.mark.parametrize("width", range(20, 120))
+def test_names_stay_and_no_figure_is_cut_where_the_terminal_is_narrow(
+    train: dict[str, Any], width: int
+) -> None:
+    lines = train_text(train, width=width).splitlines()
+    table = lines[2 : lines.index(next(line for line in lines if not line.strip() and line), 2)]
+    names = {c["name"] for c in leading_candidates(train, 16)}
+    assert names <= {line.replace(">", " ").split()[0] for line in table}
+    assert not any("…" in line for line in table)
+    if width >= 30:
+        assert "guard loss" in table[0]
+
+
+def test_a_table_loses_no_column_that_there_is_room_for(train: dict[str, Any]) -> None:
+    whole = train_text(train, width=200).splitlines()[2].rstrip()
+    assert train_text(train, width=len(whole) + 1).splitlines()[2].rstrip() == whole
+    assert train_text(train, width=len(whole)).splitlines()[2].rstrip() != whole
+
+
+def test_long_names_are_folded_beside_their_figures() -> None:
+    models = [{"path": "run/" + 60 * "a", "loss": 1.25, "ci95": [1.2, 1.3], "metrics": {"m": 0.5}}]
+    document = {"examples": 12, "models": models}
+    text = shown(lambda c: render.show_evaluation(document, c), width=30)
+    assert "1.2500" in text
+    assert text.count("a") > 60
+
+
 def test_a_long_list_of_candidates_is_cut_but_keeps_the_named_ones(train: dict[str, Any]) -> None:
     for k in range(50):
         train["candidates"].append({"name": f"window:{k + 10}", "guard_loss": 0.5 + k / 100})

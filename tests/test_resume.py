@@ -10,6 +10,7 @@ import torch
 from twa_merge.distributed import World
 from twa_merge.errors import ConfigError
 from twa_merge.optimize import lbfgs
+from twa_merge.progress import silent
 from twa_merge.resume import EvaluationLog
 from twa_merge.subspace import Chart, make_subspace
 
@@ -34,8 +35,8 @@ def problem():
     return chart, function, calls
 
 
-def run(folder, chart, function, kill_after=None, fingerprint="a", fresh=False):
-    log = EvaluationLog(folder, {"run": fingerprint}, World(), fresh)
+def run(folder, chart, function, kill_after=None, fingerprint="a", fresh=False, progress=silent):
+    log = EvaluationLog(folder, {"run": fingerprint}, World(), fresh, progress)
     answered = log.answer("twa", chart, function)
     count = 0
 
@@ -61,10 +62,46 @@ def test_a_killed_fit_continues_and_ends_at_the_same_point(tmp_path):
     assert len(calls) == 5
     log, resumed = run(tmp_path / "killed", chart, function)
     assert log.resumed == 5
-    assert len(calls) == needed
+    assert len(calls) == needed + 1, "the first one is made again, to see that it is still true"
     assert torch.equal(resumed.z, whole.z)
     log.remove()
     assert not (tmp_path / "killed").exists()
+
+
+def test_a_task_that_has_changed_meanwhile_starts_over_and_says_so(tmp_path):
+    chart, function, calls = problem()
+    with pytest.raises(Killed):
+        run(tmp_path / "s", chart, function, kill_after=6)
+
+    def changed(z):
+        loss, gradient = function(z)
+        return 1.1 * loss, 1.1 * gradient
+
+    _, whole = run(tmp_path / "whole", chart, changed)
+    needed, notes = len(calls) - 5, []
+    calls.clear()
+    _, resumed = run(tmp_path / "s", chart, changed, progress=notes.append)
+    assert torch.equal(resumed.z, whole.z)
+    assert len(calls) == needed
+    assert len(notes) == 1
+    assert "starts over" in notes[0].text
+    calls.clear()
+    run(tmp_path / "s", chart, changed)
+    assert len(calls) == 1, "the state is that of the changed task"
+
+
+@pytest.mark.parametrize("lost", [float("nan"), float("inf")])
+def test_a_loss_that_was_not_finite_may_be_known(tmp_path, lost):
+    chart, _, _ = problem()
+    calls, notes = [], []
+
+    def function(z):
+        calls.append(z)
+        return lost, torch.zeros(4, dtype=torch.float64)
+
+    run(tmp_path / "s", chart, function)
+    run(tmp_path / "s", chart, function, progress=notes.append)
+    assert notes == []
 
 
 def test_a_line_cut_off_by_a_kill_is_forgotten(tmp_path):

@@ -129,6 +129,19 @@ def test_a_file_that_is_lost_in_mid_run_ends_all_ranks_with_one_message(tmp_path
     assert {path.name for path in tmp_path.iterdir()} == {"run", "m.partial"}
 
 
+def test_a_killed_rank_is_not_blamed_on_the_task(tmp_path):
+    """The other rank is in the middle of the task's loss, waiting for rows of the dead one."""
+    train(tmp_path / "run")
+    process = start(1, tmp_path / "m", "--nproc", 2)
+    wait_for_evaluations(process, tmp_path / "m", 3)
+    ranks_of(psutil.Process(process.pid))[1].send_signal(signal.SIGKILL)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "The task" not in said
+    assert said.count("was killed by SIGKILL") == 1
+    assert f"continues from {tmp_path / 'm.partial'}" in said
+
+
 def test_max_restarts_goes_on_after_a_killed_rank(tmp_path):
     train(tmp_path / "run")
     process = start(1, tmp_path / "m", "--nproc", 2, "--max-restarts", 1)

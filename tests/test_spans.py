@@ -35,7 +35,7 @@ from twa_merge.ingest import ingest
 from twa_merge.layout import global_block, make_layout, tensor_blocks
 from twa_merge.model import build
 from twa_merge.objective import Batches, Engine, Objective
-from twa_merge.progress import silent
+from twa_merge.progress import Noted, silent
 from twa_merge.random_directions import DirectionReader, RandomDirections, RandomStore, draw
 from twa_merge.store import make_store
 from twa_merge.subspace import (
@@ -215,6 +215,40 @@ def test_the_linear_span_of_leading_axes_and_of_identical_checkpoints(tmp_path):
     document = merge([tmp_path / "same"], task, tmp_path / "scaled", fit=LINEAR)
     assert document["subspace"]["rank"] == 1
     assert sum(document["coefficients"]["global"]) != 1
+
+
+@pytest.mark.parametrize("options", [{}, {"span": "linear"}])
+def test_leading_axes_are_all_that_blocks_train_in_as_well(tmp_path, options):
+    task = LinearTask(examples=80)
+    save_run(tmp_path / "run", task.states(5))
+    fit = FitConfig(subspace="pca:1", blocks="tensors", ridge=0.0, **options)
+    document = merge([tmp_path / "run"], task, tmp_path / "out", fit=fit)
+    whole, blocks = document["optimizer"]["stages"]
+    assert whole["coordinates"] == (2 if options else 1)
+    assert blocks["coordinates"] == 2, "one axis of each of two tensors"
+
+
+@pytest.mark.parametrize(
+    ("subspace", "most"),
+    [("pca:5", "5 checkpoints span 4"), ("pca:99", "pca:4"), ("random:29", "28 numbers")],
+)
+def test_more_directions_than_there_can_be_are_refused(tmp_path, subspace, most):
+    save_run(tmp_path / "run", LinearTask().states(5))
+    with pytest.raises(ConfigError, match=most):
+        merge([tmp_path / "run"], LinearTask(), tmp_path / "out", fit=FitConfig(subspace=subspace))
+    assert not (tmp_path / "out").exists()
+
+
+def test_fewer_directions_than_were_asked_for_are_said(tmp_path):
+    states = LinearTask().states(4)
+    save_run(tmp_path / "run", [*states, states[-1]])
+    for subspace, said in (("pca:4", True), ("pca:3", False), ("checkpoints", False)):
+        notes = []
+        fit = FitConfig(subspace=subspace, blocks="global", ridge=0.0)
+        out = tmp_path / f"out-{subspace.replace(':', '-')}"
+        merge([tmp_path / "run"], LinearTask(), out, fit=fit, progress=notes.append)
+        texts = [note.text for note in notes if isinstance(note, Noted)]
+        assert any("3 directions" in text for text in texts) == said
 
 
 # Random directions.

@@ -106,5 +106,9 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise ConfigError(
-            "The report cannot be read.", checkpoint=path, found=str(error)
+            "The report cannot be read.",
+            checkpoint=path,
+            expected="a twa_merge.json, as merges write it",
+            found=str(error),
+            remedy="check the path after the @, and that the file is complete",
         ) from error

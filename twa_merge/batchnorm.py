@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .objective import Batches, Engine, user_code
+from .objective import Batches, Engine
+from .user_code import user_code
 
 
 def has_batch_norm(module: nn.Module) -> bool:

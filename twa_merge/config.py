@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +18,18 @@ STORE_DTYPES = ("auto", "float32", "bfloat16", "int8", "int4", "int1")
 PRECISIONS = ("fp32", "bf16")
 GATHERS = ("layer", "model")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
+# Choices that mean something to some optimizers only.
+_FIRST_ORDER = ("sgd", "adamw")
+OF_OPTIMIZERS = {
+    "max_evaluations": ("lbfgs",),
+    "tolerance": ("lbfgs",),
+    "lr": _FIRST_ORDER,
+    "momentum": ("sgd",),
+    "weight_decay": _FIRST_ORDER,
+    "epochs": _FIRST_ORDER,
+    "schedule": _FIRST_ORDER,
+    "sharpness": _FIRST_ORDER,
+}
 
 
 def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -96,7 +109,11 @@ class FitConfig:
         subspace: ``checkpoints``, ``pca:R`` or ``random:R``.
         lr, momentum, weight_decay, epochs, schedule: of ``sgd`` and ``adamw``.
         label_smoothing: mixed into the loss by tasks that know it (``causal-lm``).
-        sharpness: radius of sharpness-aware steps in coordinates; 0 for none.
+        sharpness: radius of sharpness-aware steps in coordinates, of ``sgd`` and ``adamw``; 0 for
+            none.
+
+    Raises:
+        ConfigError: a value is out of range, or the optimizer makes no use of what was chosen.
     """
 
     blocks: str = "auto"
@@ -133,6 +150,11 @@ class FitConfig:
                 "--start is not known.", expected="auto, mean, last or a step", found=self.start
             )
         parse_subspace(self.subspace)
+        defaults = type(self)
+        require_used(
+            self.optimizer,
+            (name for name in OF_OPTIMIZERS if getattr(self, name) != getattr(defaults, name)),
+        )
 
 
 @dataclass(frozen=True)
@@ -212,6 +234,24 @@ class EngineConfig:
     def __post_init__(self) -> None:
         _one_of("--precision", self.precision, PRECISIONS)
         _one_of("--gather", self.gather, GATHERS)
+
+
+def require_used(optimizer: str, chosen: Iterable[str]) -> None:
+    """Checks that the optimizer makes use of the chosen fields of ``FitConfig``.
+
+    Raises:
+        ConfigError: it would ignore one.
+    """
+    for name in chosen:
+        optimizers = OF_OPTIMIZERS.get(name, OPTIMIZERS)
+        if optimizer not in optimizers:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(
+                f"{option} means nothing to --optimizer {optimizer}.",
+                expected=f"{option} with --optimizer {' or '.join(optimizers)}",
+                found=f"--optimizer {optimizer}",
+                remedy=f"add --optimizer {'|'.join(optimizers)}, or leave {option} out",
+            )
 
 
 def parse_subspace(text: str) -> tuple[str, int | None]:

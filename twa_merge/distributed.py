@@ -130,6 +130,18 @@ def _backend(device: torch.device) -> str:
     return "nccl" if device.type == "cuda" else "gloo"
 
 
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a collective failed, which any pass of a sharded model may hold, as another rank did.
+
+    Gloo raises plain runtime errors.
+    """
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and "gloo" in str(error)
+    )
+
+
 def stop() -> None:
     """Leaves the process group."""
     if dist.is_available() and dist.is_initialized():

@@ -20,7 +20,7 @@ from .objective import Batches, Engine
 from .progress import Advanced, Progress, Started, silent
 from .run import note_strangers
 from .store import make_store
-from .task import Task, check_task
+from .task import Task, check_task, dataset_of
 from .tasks import load_task
 
 Paths = Sequence[str | PathLike[str]]
@@ -65,7 +65,7 @@ def evaluate(
         shared = {name: live.is_shared(name) for name in layout.averaged}
         store = make_store([checkpoint], layout, blocks, world, StoreConfig("disk"), shared=shared)
         ingest([checkpoint], layout, world, store=store, shared=shared)
-        batches = Batches(named.dataset(), named, data_config.batch_size, data_config.seed, world)
+        batches = Batches(dataset_of(named), named, data_config.batch_size, data_config.seed, world)
         examples = batches.size
         runner = Engine(live, store, blocks, named, world)
         runner.set_weights(torch.ones(1, 1, dtype=torch.float64))

@@ -56,6 +56,10 @@ class Layout:
     def in_subspace(self) -> list[str]:
         return [e.name for e in self.entries.values() if e.in_subspace]
 
+    @property
+    def trained_numbers(self) -> int:
+        return sum(self[name].info.numel for name in self.in_subspace)
+
 
 @dataclass(frozen=True)
 class Blocks:

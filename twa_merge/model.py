@@ -7,7 +7,7 @@ that is all of them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,10 +19,11 @@ from .checkpoints import resolve_names
 from .checkpoints.base import Checkpoint
 from .distributed import World, ensure_group
 from .dtypes import Dtype
-from .errors import TaskError, TwaMergeError, listing
+from .errors import TaskError, listing
 from .layout import Layout
 from .task import Task
 from .tensors import tensor_rows, torch_dtype
+from .user_code import user_code
 
 
 class LiveModel:
@@ -136,8 +137,9 @@ def build(
         TaskError: the model cannot be built, or lacks or adds parameters.
     """
     meta = world.size > 1
+    once = meta and gather == "model"  # one process has all rows
     module = _build_module(task, meta)
-    names = match_names(module, layout)
+    names = match_names(module, layout, _renamed(task, module, layout))
     _require_cover(module, names, layout)
     for parameter in module.parameters():
         if parameter.is_floating_point():
@@ -145,36 +147,27 @@ def build(
     if activation_checkpointing:
         _checkpoint_activations(module, task)
     if meta or precision == "bf16":
-        _shard(module, task, world, precision, reshard=gather == "layer")
+        _shard(module, task, world, precision, reshard=not once)
     module._apply(
         lambda t: torch.empty_like(t, device=world.device) if t.is_meta else t.to(world.device)
     )
     module.eval()
-    live = LiveModel(module, names, layout, gathered_once=meta and gather == "model")
+    live = LiveModel(module, names, layout, gathered_once=once)
     _load_copied(live, layout, newest)
     return live
 
 
 def _build_module(task: Task, meta: bool) -> nn.Module:
-    try:
-        if meta:
-            with parameters_on_meta():
-                module = task.build_model()
-        else:
-            module = task.build_model()
-    except TwaMergeError:
-        raise
-    except Exception as error:
-        raise TaskError(
-            "The task could not build its model.",
-            expected="build_model() returns a torch.nn.Module"
-            + (" (its parameters are on the meta device while it is built)" if meta else ""),
-            found=f"{type(error).__name__}: {error}",
-        ) from error
+    expected = "build_model() returns a torch.nn.Module"
+    if meta:
+        expected += " (its parameters are on the meta device while it is built)"
+    on_meta = parameters_on_meta() if meta else nullcontext()
+    with user_code("build its model", expected=expected), on_meta:
+        module = task.build_model()
     if not isinstance(module, nn.Module):
         raise TaskError(
             "The task did not build a model.",
-            expected="build_model() returns a torch.nn.Module",
+            expected=expected,
             found=type(module).__name__,
         )
     return module
@@ -202,11 +195,22 @@ def parameters_on_meta() -> Iterator[None]:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
 
 
-def match_names(module: nn.Module, layout: Layout) -> dict[str, str]:
+def _renamed(task: Task, module: nn.Module, layout: Layout) -> Mapping[str, str]:
+    rename = getattr(task, "model_names", None)
+    if rename is None:
+        return {}
+    with user_code("name its model's tensors"):
+        return rename(module, list(layout.entries))
+
+
+def match_names(
+    module: nn.Module, layout: Layout, renamed: Mapping[str, str] | None = None
+) -> dict[str, str]:
     """Checkpoint tensor → name in the module.
 
-    Names match as they are, or all after one outer prefix is added or removed (``model.``,
-    ``transformer.``): a base model's checkpoint and the same model under a head.
+    Names match as they are, as the task has ``renamed`` them, or all after one outer prefix is
+    added or removed (``model.``, ``transformer.``): a base model's checkpoint and the same model
+    under a head.
     """
     names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
     names += [name for name, _ in module.named_buffers(remove_duplicate=False)]
@@ -216,6 +220,7 @@ def match_names(module: nn.Module, layout: Layout) -> dict[str, str]:
 
     def renamings() -> Iterator[dict[str, str]]:
         yield {name: name for name in layout.entries}
+        yield {name: renamed.get(name, name) for name in layout.entries} if renamed else {}
         for prefix in prefixes:
             yield {name: prefix + name for name in layout.entries}
         for prefix in sorted({name.partition(".")[0] + "." for name in layout.entries}):
@@ -295,10 +300,19 @@ def _layer_of(name: str, layers: Sequence[str]) -> str | None:
     return next((layer for layer in layers if name.startswith(layer + ".")), None)
 
 
+def _outermost(module: nn.Module, classes: set[str]) -> Iterator[nn.Module]:
+    """Modules of these classes that lie in none of them: Mamba names a block and its mixer."""
+    for child in module.children():
+        if type(child).__name__ in classes:
+            yield child
+        else:
+            yield from _outermost(child, classes)
+
+
 def _shardable(module: nn.Module, task: Task) -> list[nn.Module]:
     classes = getattr(task, "no_split_modules", None) or getattr(module, "_no_split_modules", None)
     if classes:
-        found = [m for m in module.modules() if type(m).__name__ in set(classes)]
+        found = list(_outermost(module, set(classes)))
         if found:
             return found
     return list(repeated_layers(module).values())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -15,12 +14,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import Dataset
 
 from .distributed import World
-from .errors import TaskError, TwaMergeError
+from .errors import TaskError
 from .layout import Blocks
 from .model import LiveModel
 from .store.base import Store, split_alphas
 from .subspace import Chart
 from .task import Task, collate_of, metrics_of, to_device
+from .user_code import user_code
 
 # Collated batches are kept between evaluations up to this size; beyond it they are made again.
 _CACHE_BYTES = 1 << 30
@@ -100,26 +100,28 @@ def _nbytes(batch: Any) -> int:
     return 64
 
 
-@contextmanager
-def user_code(doing: str) -> Iterator[None]:
-    """Turns an exception of the user's task into an error that says where it came from."""
-    try:
-        yield
-    except (TwaMergeError, KeyboardInterrupt):
-        raise
-    except torch.OutOfMemoryError as error:
+def _require_per_example(what: str, values: Any, size: int) -> None:
+    if isinstance(values, Tensor) and values.shape == (size,):
+        return
+    got = f"shape {list(values.shape)}" if isinstance(values, Tensor) else type(values).__name__
+    raise TaskError(
+        f"The task's {what} is not one number per example.",
+        expected=f"a tensor of shape [{size}] for a batch of {size}",
+        found=f"{what} gave {got}",
+        remedy='return one number per example: no mean over the batch, reduction="none"',
+    )
+
+
+def _checked_metrics(metrics: Any, size: int) -> Mapping[str, Tensor]:
+    if not isinstance(metrics, Mapping):
         raise TaskError(
-            "The device ran out of memory.",
-            found=str(error).split("\n")[0],
-            remedy="a smaller --batch-size or --max-length, more processes, or another --store",
-        ) from error
-    except Exception as error:
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        raise TaskError(
-            f"The task failed to {doing}.",
-            found=f"{type(error).__name__}: {error}",
-            remedy=f"see {frame.filename}, line {frame.lineno}, in {frame.name}",
-        ) from error
+            "The task's metrics have no names.",
+            expected=f"a dictionary: name → tensor of shape [{size}] for a batch of {size}",
+            found=type(metrics).__name__,
+        )
+    for name, values in metrics.items():
+        _require_per_example(f"metric {name}", values, size)
+    return metrics
 
 
 def _require_gradient(losses: Tensor) -> None:
@@ -157,14 +159,7 @@ class Engine:
         """One loss per example, (batch,) float."""
         with user_code("compute its loss"):
             losses = self.task.loss(self.live.module, batch)
-        if not isinstance(losses, Tensor) or losses.shape != (expected,):
-            found = f"shape {list(losses.shape)}" if isinstance(losses, Tensor) else type(losses)
-            raise TaskError(
-                "The task's loss is not one number per example.",
-                expected=f"shape [{expected}] for a batch of {expected}",
-                found=found,
-                remedy='return losses per example, for instance with reduction="none"',
-            )
+        _require_per_example("loss", losses, expected)
         return losses
 
     def loss_and_products(
@@ -265,12 +260,14 @@ class Engine:
         if with_metrics and together is not None:
             with user_code("compute its loss"):
                 losses, metrics = together(self.live.module, batch)
-            return {"": losses, **metrics}
+            _require_per_example("loss", losses, size)
+            return {"": losses, **_checked_metrics(metrics, size)}
         columns = {"": self.losses_of(batch, size)}
         metrics_alone = metrics_of(self.task)
         if with_metrics and metrics_alone is not None:
             with user_code("compute its metrics"):
-                columns |= metrics_alone(self.live.module, batch)
+                metrics = metrics_alone(self.live.module, batch)
+            columns |= _checked_metrics(metrics, size)
         return columns
 
 

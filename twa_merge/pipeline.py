@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
+from torch import Tensor
 from torch.nn.functional import pad
 
 from . import fit_report, report
@@ -29,7 +30,7 @@ from .config import (
 )
 from .distributed import start
 from .dtypes import Array
-from .errors import NoImprovement
+from .errors import NoImprovement, TwaMergeError
 from .fit import Fitted
 from .guard import Scored, improvement, pick
 from .html_report import html_report
@@ -43,6 +44,7 @@ from .run import (
     Run,
     fingerprint,
     require_compatible,
+    require_directions,
     set_up,
     several,
     task_and_splits,
@@ -113,6 +115,7 @@ def merge(
         require_compatible(choices.fit)
         found = open_checkpoints(checkpoints, choices.selection)
         layout = make_layout(several(found))
+        require_directions(choices.fit, len(found), layout)
         world = start(choices.engine.device)
         check_output(target, found, choices.out.overwrite, dtype=dtype_named(choices.out.dtype))
         chosen_task, splits = task_and_splits(
@@ -123,6 +126,7 @@ def merge(
         fingerprint(found, task, data, splits, choices),
         world,
         choices.out.fresh,
+        progress,
     )
     if log.resumed:
         progress(Noted(f"Continuing: {log.resumed} evaluations are known from {log.folder}."))
@@ -131,7 +135,7 @@ def merge(
     with clock.part("fit"):
         fitted = _fit(run)
     with clock.part("guard"):
-        verdict = judge(run, fitted)
+        verdict = _judge(run, fitted)
     document = _document(run, fitted, verdict)
     if choices.guard.require_improvement and not verdict.over_single.certain:
         log.remove()
@@ -165,14 +169,16 @@ def _fit(run: Run) -> list[Fitted]:
     whole = _whole(run)
     if whole.rank == 0:
         run.progress(Noted("All checkpoints are identical: there is nothing to train."))
+    elif (parse_subspace(run.choices.fit.subspace)[1] or 0) > whole.rank:
+        run.progress(Noted(f"There are only {whole.rank} directions: all of them are trained."))
     start_alphas = pad(run.fitter.start(run.n), (0, whole.n - run.n))
     fitted = [run.fitter.stage("twa", Chart(start_alphas, [whole]))]
     if len(run.blocks) > 1:
-        subspaces = [make_subspace(gram) for gram in run.grams.by_block(run.blocks)]
+        subspaces = [_leading(run, gram) for gram in run.grams.by_block(run.blocks)]
         base = fitted[0].alphas.expand(len(run.blocks), -1).clone()
         fitted.append(run.fitter.stage(f"twa-{run.blocks.kind}", Chart(base, subspaces), fitted[0]))
     for stage in fitted:
-        if not torch.isfinite(torch.tensor(stage.result.loss)):
+        if not math.isfinite(stage.result.loss):
             run.progress(
                 Noted(
                     f"The fit of {stage.name} met a loss that is not finite at its start and was "
@@ -182,18 +188,32 @@ def _fit(run: Run) -> list[Fitted]:
     return fitted
 
 
+def _judge(run: Run, fitted: Sequence[Fitted]) -> Verdict:
+    try:
+        return judge(run, fitted)
+    except TwaMergeError:
+        # Nothing was learned that another try could continue from.
+        if not any(math.isfinite(stage.result.loss) for stage in fitted):
+            run.log.remove()
+        raise
+
+
 def _whole(run: Run) -> Subspace:
     """What the first stage trains in."""
     gram, fit = run.grams.exact.sum(0), run.choices.fit
     if run.directions_gram is not None:
         return random_subspace(run.n, run.directions_gram, root_mean_square(gram))
-    subspace = make_subspace(gram)
-    word, rank = parse_subspace(fit.subspace)
-    if word == "pca" and rank:
-        subspace = subspace.leading(rank)
+    subspace = _leading(run, gram)
     if fit.span == "linear":
         subspace = with_centre(subspace, run.grams.centre, run.grams.cross)
     return subspace
+
+
+def _leading(run: Run, gram: Tensor) -> Subspace:
+    """The span of the offsets with this Gram matrix, or as many of its axes as are wanted."""
+    subspace = make_subspace(gram)
+    word, rank = parse_subspace(run.choices.fit.subspace)
+    return subspace.leading(rank) if word == "pca" and rank else subspace
 
 
 def _orthogonality_error(run: Run, subspace: Subspace) -> float:
@@ -264,9 +284,12 @@ def _document(run: Run, fitted: Sequence[Fitted], verdict: Verdict) -> dict[str,
             "fit": as_dict(run.choices.fit),
             "data": as_dict(run.choices.data),
             "guard": as_dict(run.choices.guard),
+            "store": as_dict(run.choices.store),
+            "engine": as_dict(run.choices.engine),
             "dtype": run.choices.out.dtype,
             "selection": as_dict(run.choices.selection),
         },
+        "store": dict(zip(("kind", "dtype"), run.engine.store.place, strict=True)),
         "timings": run.clock.rounded(),
         "peak_memory_bytes": int(run.world.max(fit_report.peak_memory_bytes(run.world.device))),
         "world_size": run.world.size,

@@ -226,6 +226,10 @@ class RandomStore:
     def nbytes(self) -> int:
         return self._store.nbytes
 
+    @property
+    def place(self) -> tuple[str, str]:
+        return self._store.place
+
     def put(self, cut: RowSlice, centre: Tensor, offsets: Tensor) -> None:
         self._store.put(cut, centre, offsets)
 

@@ -83,10 +83,11 @@ def coefficients_from_report(
     """Blocks and coefficients (B, n) of an earlier report's winner.
 
     Raises:
-        ConfigError: it is no report of this tool, one of another number of checkpoints, or one
-            with a coefficient that is not finite.
+        ConfigError: it is no report of this tool, one of another format or of another number of
+            checkpoints, or one with a coefficient that is not finite.
     """
     try:
+        version = document.get("format", FORMAT)
         found = document["coefficients"]
         values = found.get("blocks") or {"global": found["global"]}
         rows = np.array([list(row) for row in values.values()], dtype=np.float64)
@@ -95,7 +96,16 @@ def coefficients_from_report(
             "The file is no report of twa-merge.",
             checkpoint=path,
             expected="a twa_merge.json with coefficients",
+            remedy="name the twa_merge.json of an earlier merge",
         ) from error
+    if version != FORMAT:
+        raise ConfigError(
+            "The report's format is not known.",
+            checkpoint=path,
+            expected=f"format {FORMAT}",
+            found=f"format {version!r}",
+            remedy="use the version of twa-merge that wrote it, or give the coefficients",
+        )
     if rows.ndim != 2 or rows.shape[1] != n:
         raise ConfigError(
             "The report is of another number of checkpoints.",

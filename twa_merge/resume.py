@@ -1,13 +1,15 @@
 """The state of an interrupted run: a log of evaluations, from which the fit is replayed.
 
 The optimizer is deterministic, so a run that answers its first k evaluations from the log is at
-the very point where the earlier one was stopped, whatever stopped it.
+the very point where the earlier one was stopped, whatever stopped it. The first of them is made
+once more all the same: a task whose code or data has changed gives another loss.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -20,9 +22,15 @@ from torch import Tensor
 from .distributed import World
 from .errors import ConfigError, OutputError
 from .optimize import Function
+from .progress import Noted, Progress, silent
 from .subspace import Chart
 
 _STATE = "state.jsonl"
+_ALIKE = 1e-3
+_CHANGED = (
+    "The first known evaluation has another loss now: the task or its data has changed, and the "
+    "run starts over."
+)
 
 
 class EvaluationLog:
@@ -32,6 +40,7 @@ class EvaluationLog:
         folder: where the state is kept.
         fingerprint: what the run depends on; a state of another run is not continued.
         fresh: start over.
+        progress: is told when the state turns out to be of no use.
 
     Raises:
         ConfigError: the folder holds the state of a run with other inputs or options.
@@ -39,9 +48,16 @@ class EvaluationLog:
     """
 
     def __init__(
-        self, folder: Path, fingerprint: Mapping[str, Any], world: World, fresh: bool = False
+        self,
+        folder: Path,
+        fingerprint: Mapping[str, Any],
+        world: World,
+        fresh: bool = False,
+        progress: Progress = silent,
     ) -> None:
         self.folder = folder
+        self._progress = progress
+        self._checked = False
         self._world = world
         # Through JSON and back, so that tuples and lists compare equal.
         wanted = json.loads(json.dumps(fingerprint))
@@ -78,7 +94,7 @@ class EvaluationLog:
         """``function``, with the evaluations that the log knows answered from it."""
 
         def logged(z: Tensor) -> tuple[float, Tensor]:
-            mark = _mark(chart.alphas(z))
+            mark, found = _mark(chart.alphas(z)), None
             if self._known:
                 record = self._known.pop(0)
                 if (
@@ -86,11 +102,15 @@ class EvaluationLog:
                     and record["z"] == z.tolist()
                     and abs(record["mark"] - mark) < 1e-9
                 ):
-                    self._kept.append(record)
-                    return record["loss"], torch.tensor(record["gradient"], dtype=torch.float64)
+                    found = None if self._checked else function(z)
+                    if found is None or _alike(found[0], record["loss"]):
+                        self._checked = True
+                        self._kept.append(record)
+                        return record["loss"], torch.tensor(record["gradient"], dtype=torch.float64)
+                    self._progress(Noted(_CHANGED))
                 # From here on the run takes another way, say on another machine.
                 self._known.clear()
-            loss, gradient = function(z)
+            loss, gradient = found or function(z)
             self._append(
                 {
                     "stage": stage,
@@ -136,6 +156,13 @@ class EvaluationLog:
         if self._world.is_zero:
             with contextlib.suppress(OSError):
                 shutil.rmtree(self.folder)
+
+
+def _alike(loss: float, known: float) -> bool:
+    """The same evaluation on other processes or another machine, or another one altogether."""
+    if not (math.isfinite(loss) and math.isfinite(known)):
+        return math.isfinite(loss) == math.isfinite(known)
+    return math.isclose(loss, known, rel_tol=_ALIKE, abs_tol=1e-9)
 
 
 def _mark(alphas: Tensor) -> float:

@@ -241,6 +241,25 @@ def require_compatible(fit: FitConfig) -> None:
         )
 
 
+def require_directions(fit: FitConfig, n: int, layout: Layout) -> None:
+    """Checks that there can be as many directions as --subspace names.
+
+    Raises:
+        ConfigError: n checkpoints span fewer, or the model has fewer numbers.
+    """
+    word, wanted = parse_subspace(fit.subspace)
+    most, found = {
+        "pca": (n - 1, f"{n} checkpoints span {n - 1} directions at most"),
+        "random": (layout.trained_numbers, f"a model of {layout.trained_numbers} numbers"),
+    }.get(word, (0, ""))
+    if wanted is not None and wanted > most:
+        raise ConfigError(
+            "--subspace names more directions than there are.",
+            expected=f"at most {word}:{most}",
+            found=f"{fit.subspace}, but {found}",
+        )
+
+
 def _directions(
     live: LiveModel, layout: Layout, grams: Grams, choices: Choices
 ) -> RandomDirections | None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset, Subset, default_collate
 
 from .errors import TaskError, listing
+from .user_code import user_code
 
 
 @runtime_checkable
@@ -28,6 +29,8 @@ class Task(Protocol):
       group stay on one side of the split (several crops of one image, sequences of one text);
     - ``split(guard_fraction, seed) -> (fit, guard)``: takes the splitting over altogether;
     - ``test_dataset()``: examples that are only ever reported on;
+    - ``model_names(model, names) -> {checkpoint's name: model's name}``, for those of the
+      checkpoints' tensors that the model calls otherwise;
     - ``no_split_modules``: class names of the modules that are sharded as one.
     """
 
@@ -119,11 +122,13 @@ def split(task: Task, guard_fraction: float, seed: int, test: Task | None = None
     Raises:
         TaskError: there are too few examples for two parts.
     """
-    test_data = test.dataset() if test is not None else _call(task, "test_dataset")
+    with user_code("give its test data"):
+        test_data = test.dataset() if test is not None else _call(task, "test_dataset")
     if callable(getattr(task, "split", None)):
-        fit, guard = task.split(guard_fraction, seed)  # type: ignore[attr-defined]
+        with user_code("split its data"):
+            fit, guard = task.split(guard_fraction, seed)  # type: ignore[attr-defined]
     else:
-        data = task.dataset()
+        data = dataset_of(task)
         fit_index, guard_index = split_groups(_labels(task, data), guard_fraction, seed)
         fit, guard = Subset(data, fit_index), Subset(data, guard_index)
     if len(fit) < 1 or len(guard) < 1:  # type: ignore[arg-type]
@@ -172,6 +177,16 @@ def split_groups(
     return [i for i in range(len(groups)) if i not in taken], chosen
 
 
+def dataset_of(task: Task) -> Dataset[Any]:
+    """All of the task's examples.
+
+    Raises:
+        TaskError: the task's own code fails.
+    """
+    with user_code("give its dataset"):
+        return task.dataset()
+
+
 def collate_of(task: Task) -> Callable[[list[Any]], Any]:
     return getattr(task, "collate", None) or default_collate
 
@@ -203,7 +218,8 @@ def _labels(task: Task, data: Dataset[Any]) -> list[Any]:
             found=type(data).__name__,
             remedy="return a list or a torch.utils.data.Dataset with __len__",
         )
-    groups = _call(task, "groups")
+    with user_code("group its examples"):
+        groups = _call(task, "groups")
     if groups is None:
         return list(range(len(data)))
     # Tensors are hashed by identity: every example would be a group of its own.

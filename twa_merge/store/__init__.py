@@ -17,7 +17,7 @@ from .base import Store
 from .disk import DiskStore
 from .limits import device_memory, host_memory
 from .memory import MemoryStore
-from .plan import Machine, Plan, Rates, Work, memory_plan
+from .plan import NO_DTYPE_ON_DISK, Machine, Plan, Rates, Work, memory_plan
 
 __all__ = [
     "Machine",
@@ -69,6 +69,8 @@ def make_store(
         return (0, rows) if whole.get(name) else world.share(rows)
 
     if kind == "disk":
+        if config.kind == "disk" and config.dtype != "auto":
+            progress(Noted(NO_DTYPE_ON_DISK))
         return DiskStore(checkpoints, layout, blocks, share=share)
     return MemoryStore(
         dtype,

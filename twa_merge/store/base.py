@@ -21,6 +21,7 @@ class Store(Protocol):
         blocks: tensor → which of the B sets of coefficients it follows.
         names: the tensors held.
         nbytes: memory of this rank that the store takes, centre included.
+        place: ``device`` (also a CPU's own memory), ``host`` or ``disk``, and the dtype there.
     """
 
     blocks: Blocks
@@ -30,6 +31,9 @@ class Store(Protocol):
 
     @property
     def nbytes(self) -> int: ...
+
+    @property
+    def place(self) -> tuple[str, str]: ...
 
     def put(self, cut: RowSlice, centre: Tensor, offsets: Tensor) -> None:
         """Takes one slice in, during the streaming pass.

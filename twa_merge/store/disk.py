@@ -60,6 +60,10 @@ class DiskStore:
     def nbytes(self) -> int:
         return 0
 
+    @property
+    def place(self) -> tuple[str, str]:
+        return "disk", "as saved"
+
     def put(self, cut: RowSlice, centre: Tensor, offsets: Tensor) -> None:
         self._held[cut.name] = None
 

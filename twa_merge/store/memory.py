@@ -64,6 +64,10 @@ class MemoryStore:
         weakref.finalize(self, _unpin, self._pinned).atexit = False
 
     @property
+    def place(self) -> tuple[str, str]:
+        return "host" if self._home != self._device else "device", self._dtype
+
+    @property
     def packs(self) -> bool:
         """Whether offsets are rounded to 8 bits or less."""
         return self._dtype not in PLAIN

@@ -66,15 +66,18 @@ def store_bytes(
     return {"offsets": sum(o for o, _ in sizes), "centre": sum(c for _, c in sizes)}
 
 
-def passing_bytes(layout: Layout, n: int, kind: str) -> int:
+def passing_bytes(layout: Layout, n: int, *, again: bool) -> int:
     """Slices of all checkpoints on their way through a pass, and what is computed from them.
 
-    Reading for a store in memory takes a few buffers, one piece of one checkpoint at a time.
-    Reading for every evaluation, on disk, takes slices of all checkpoints that are read ahead.
+    Reading once, for a store in memory, takes a few buffers, one piece of one checkpoint at a time.
+
+    Args:
+        again: the files are read for evaluations or candidates too, which takes slices of all
+            checkpoints that are read ahead.
     """
     longest = max((entry.info.row_numel for entry in layout.entries.values()), default=0)
     least = 16 * n * longest  # no slice is shorter than a row
-    return (READ_AHEAD if kind == "disk" else BUFFERS) + least
+    return (READ_AHEAD if again else BUFFERS) + least
 
 
 def _local(entry: Entry, size: int, shared: Mapping[str, bool]) -> int:

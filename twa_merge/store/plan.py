@@ -10,10 +10,13 @@ from ..config import StoreConfig
 from ..layout import Layout
 from .memory import STAGED
 from .needs import model_bytes, own_dtype, passing_bytes, store_bytes
+from .quantize import PLAIN
 
 # Shares of the memory that a plan may fill; the rest goes to fragments, workspaces and neighbours.
 DEVICE_SHARE = 0.92
 HOST_SHARE = 0.85
+
+NO_DTYPE_ON_DISK = "--store-dtype changes nothing on disk: the files are read as they are."
 
 
 @dataclass(frozen=True)
@@ -170,7 +173,10 @@ class _Planner:
         held = {"offsets": 0, "centre": 0}
         if kind != "disk":
             held = store_bytes(self.layout, self.n, dtype, machine.size, self.shared)
-        passing = {"slices in flight": passing_bytes(self.layout, self.n, kind)}
+        # Candidates are compared exactly: where the store rounds, by the files.
+        again = kind == "disk" or dtype not in PLAIN
+        judging = self.work.combinations if again else 0
+        passing = {"slices in flight": passing_bytes(self.layout, self.n, again=again)}
         device: dict[str, int] = {}
         if machine.device_type == "cpu":
             host = memory | held | passing
@@ -182,16 +188,17 @@ class _Planner:
         fits = _fits(sum(device.values()), machine.device_memory, DEVICE_SHARE) and _fits(
             sum(host.values()) * machine.per_node, machine.host_memory, HOST_SHARE
         )
-        again = 2 * self.work.evaluations + self.work.combinations
-        passes = 2 + (again if kind == "disk" else 0)
-        minutes = self._minutes(machine, kind, passes, again * sum(held.values()))
+        fitting = 2 * self.work.evaluations
+        passes = 2 + judging + (fitting if kind == "disk" else 0)
+        touched = (fitting + self.work.combinations - judging) * sum(held.values())
+        minutes = self._minutes(machine, kind, passes, touched)
         device, host = _without_zeros(device), _without_zeros(host)
         return Plan(kind, dtype, machine, device, host, passes, minutes, fits)
 
     def advice(self, plan: Plan, config: StoreConfig, wished: Plan) -> Iterator[str]:
         machine = plan.machine
         if config.kind == "disk" and config.dtype != "auto":
-            yield "--store-dtype changes nothing on disk: the files are read as they are."
+            yield NO_DTYPE_ON_DISK
         if plan.device and machine.device_memory is None:
             yield f"Each GPU needs {gigabytes(plan.device_total)}; its memory is not known here."
         if machine.host_memory is None:
@@ -210,9 +217,18 @@ class _Planner:
         if more:
             yield f"{more} processes with as much memory each would hold it."
         if not plan.fits:
-            yield from self._ways_out(plan, config)
+            yield from self._ways_out(plan, config, more)
 
-    def _ways_out(self, plan: Plan, config: StoreConfig) -> Iterator[str]:
+    def _ways_out(self, plan: Plan, config: StoreConfig, more: int | None) -> Iterator[str]:
+        fewest = self._processes_for(plan)
+        if plan.kind == "disk" and fewest and (more is None or fewest < more):
+            yield f"{fewest} processes would do with the offsets left on disk."
+        if self.work.whole_model:
+            by_layer = dataclasses.replace(
+                self, work=dataclasses.replace(self.work, whole_model=False)
+            )
+            if by_layer.plan(plan.machine, plan.kind, plan.dtype).fits:
+                yield "--gather layer fits."
         tried = choices(self.layout, config, plan.machine)
         for kind, dtype in choices(self.layout, StoreConfig(), plan.machine):
             if (kind, dtype) not in tried and self.plan(plan.machine, kind, dtype).fits:
@@ -240,6 +256,8 @@ class _Planner:
 
 def gigabytes(nbytes: float) -> str:
     """``12.3 GB``, in powers of ten as the makers of memory cards and disks count."""
+    if nbytes >= 1e12:
+        return f"{nbytes / 1e12:.3g} TB"
     return f"{nbytes / 1e9:.3g} GB" if nbytes >= 1e8 else f"{nbytes / 1e6:.3g} MB"
 
 

@@ -7,28 +7,19 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
-import os
 import sys
-import sysconfig
-import traceback
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ..errors import TaskError, TwaMergeError, listing
+from ..errors import TaskError, listing
 from ..task import Task, call_factory
+from ..user_code import blamed
 from .causal_lm import CausalLM
 
 BUILT_IN = {"causal-lm": CausalLM}
 _DEFAULT_FUNCTION = "task"
-# Frames of this library, of the import machinery, and of what is installed.
-_NOT_THE_USERS = (
-    str(Path(__file__).parent.parent) + os.sep,
-    "<frozen",
-    *{sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib")},
-)
 
 
 def load_task(
@@ -60,7 +51,7 @@ def load_task(
             remedy="leave it out, or set it inside the task",
         )
     # An error of the user's code is told with the user's line, not with a traceback of ours.
-    with _blamed(spec):
+    with blamed(f"The task {spec} cannot be loaded."):
         module = _load_file(Path(target)) if target.endswith(".py") else _load_module(target)
         return call_factory(_function(module, function or _DEFAULT_FUNCTION, spec), spec, data)
 
@@ -139,31 +130,6 @@ def _function(module: ModuleType, name: str, spec: str) -> Callable[..., Any]:
             remedy="name the function after a colon: --task FILE.py:FUNCTION",
         )
     return found
-
-
-@contextmanager
-def _blamed(spec: str) -> Iterator[None]:
-    """Turns what the user's code raises into an error that says where."""
-    try:
-        yield
-    except TwaMergeError:
-        raise
-    # SystemExit too: a script that calls sys.exit must not end the merge with a code of its own.
-    except (Exception, SystemExit) as error:
-        raise TaskError(
-            f"The task {spec} cannot be loaded.",
-            found=f"{type(error).__name__}: {error}",
-            remedy=_where(error),
-        ) from error
-
-
-def _where(error: BaseException) -> str | None:
-    """The last line of the user's own code that the error came through."""
-    if isinstance(error, SyntaxError) and error.filename:
-        return f"see {error.filename}, line {error.lineno}"
-    frames = traceback.extract_tb(error.__traceback__)
-    own = [f for f in frames if not f.filename.startswith(_NOT_THE_USERS)]
-    return f"see {own[-1].filename}, line {own[-1].lineno}, in {own[-1].name}" if own else None
 
 
 def _unknown(spec: str) -> TaskError:

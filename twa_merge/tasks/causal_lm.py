@@ -14,7 +14,7 @@ from ..errors import TaskError
 from ..task import split_groups
 from .documents import read_documents
 from .packing import Packed, Piece, cut_few, join
-from .pretrained import build, load_config, load_tokenizer, places
+from .pretrained import build, load_config, load_tokenizer, places, renamings
 
 _DEFAULT_LENGTH = 1024
 # Logits that are widened to float32 at a time: 256 MiB of them.
@@ -93,6 +93,10 @@ class CausalLM:
         model = build(self.config, self.trust_remote_code)
         self.no_split_modules = tuple(sorted(getattr(model, "_no_split_modules", None) or ()))
         return model
+
+    def model_names(self, model: nn.Module, names: Sequence[str]) -> dict[str, str]:
+        """Checkpoint tensor → what transformers renames it to as it loads it, where it does."""
+        return renamings(model, names)
 
     def dataset(self) -> Packed:
         """All of the text.

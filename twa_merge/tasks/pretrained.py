@@ -116,6 +116,22 @@ def build(config: Any, trust_remote_code: bool) -> Any:
     return model.eval()
 
 
+def renamings(model: Any, names: Sequence[str]) -> dict[str, str]:
+    """Names in files → names in the model, for the tensors that transformers only renames.
+
+    What it also reshapes or fuses as it loads it keeps its name here.
+    """
+    mapping = import_extra("transformers.conversion_mapping").get_model_conversion_mapping(model)
+    loading = import_extra("transformers.core_model_loading")
+    renames = [t for t in mapping if isinstance(t, loading.WeightRenaming)]
+    # In the order of transformers' own loading, on which some renamings depend.
+    found = {
+        name: loading.apply_renamings(name, renames)
+        for name in sorted(names, key=loading.dot_natural_key)
+    }
+    return {name: own for name, own in found.items() if own != name}
+
+
 def _tie(model: Any) -> None:
     """Ties what the model says is tied, also where a context re-creates every parameter set."""
     model.tie_weights()

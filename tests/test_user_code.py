@@ -1,0 +1,115 @@
+"""What a user's task raises, and where it is said to come from."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from runs import LinearTask, save_run
+
+from twa_merge import evaluate, merge
+from twa_merge.config import DataConfig, GuardConfig
+from twa_merge.errors import TaskError
+
+METHODS = ["build_model", "dataset", "groups", "test_dataset", "split", "collate", "loss",
+           "metrics", "__getitem__"]  # fmt: skip
+
+
+def gives_up(*_: object) -> object:
+    sys.exit(4)
+
+
+def raises(*_: object) -> object:
+    raise KeyError("labels")
+
+
+class Examples(list):
+    """A dataset that fails as it is read."""
+
+    act = staticmethod(raises)
+
+    def __getitem__(self, _: object) -> object:
+        return self.act()
+
+
+def broken(method: str, act) -> LinearTask:
+    task = LinearTask()
+    if method == "__getitem__":
+        examples = Examples(range(60))
+        examples.act = act  # type: ignore[method-assign]
+        task.dataset = lambda: examples  # type: ignore[method-assign, assignment, return-value]
+    else:
+        setattr(task, method, act)
+    return task
+
+
+@pytest.mark.parametrize("act", [gives_up, raises])
+@pytest.mark.parametrize("method", METHODS)
+def test_whatever_a_task_raises_is_told_with_its_line(tmp_path, method, act) -> None:
+    run, out = tmp_path / "run", tmp_path / "merged"
+    save_run(run, LinearTask().states(3))
+    guard = GuardConfig(select="metric:any" if method == "metrics" else "loss")
+    with pytest.raises(TaskError) as caught:
+        merge([run], broken(method, act), out, guard=guard)
+    said = str(caught.value)
+    assert ("SystemExit: 4" if act is gives_up else "KeyError: 'labels'") in said
+    assert f"{__file__}, line" in said
+    assert f"in {act.__name__}" in said
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("method", ["build_model", "dataset", "loss"])
+def test_eval_tells_it_too(tmp_path, method) -> None:
+    save_run(tmp_path, LinearTask().states(2))
+    with pytest.raises(TaskError, match=r"SystemExit: 4[\s\S]*in gives_up"):
+        evaluate([tmp_path], broken(method, gives_up))
+
+
+def test_the_line_is_the_tasks_own_not_the_librarys_that_it_called(tmp_path) -> None:
+    class Torn(LinearTask):
+        def loss(self, model, batch):
+            x, y = batch
+            return model(x[:, :2]) - y
+
+    save_run(tmp_path / "run", LinearTask().states(2))
+    with pytest.raises(TaskError, match=r"test_user_code\.py, line \d+, in loss"):
+        merge([tmp_path / "run"], Torn(), tmp_path / "merged")
+
+
+@pytest.mark.parametrize(
+    ("metrics", "found"),
+    [
+        (lambda size: {"accuracy": torch.tensor(0.5)}, "metric accuracy gave shape []"),
+        (lambda size: {"accuracy": torch.ones(size, 2)}, f"shape [{60}, 2]"),
+        (lambda size: {"accuracy": 0.5}, "metric accuracy gave float"),
+        (lambda size: torch.ones(size), "Tensor"),
+        (lambda size: {}, None),
+        (lambda size: {"accuracy": torch.ones(size, dtype=torch.bool)}, None),
+    ],
+)
+@pytest.mark.parametrize("together", [False, True])
+def test_a_metric_is_one_number_per_example(tmp_path, metrics, found, together) -> None:
+    task = LinearTask()
+    if together:
+        task.loss_and_metrics = lambda m, b: (task.loss(m, b), metrics(len(b[0])))
+    else:
+        task.metrics = lambda m, b: metrics(len(b[0]))
+    save_run(tmp_path, task.states(2))
+    if found is None:
+        assert evaluate([tmp_path], task, data_config=DataConfig(batch_size=60))
+        return
+    with pytest.raises(TaskError) as caught:
+        evaluate([tmp_path], task, data_config=DataConfig(batch_size=60))
+    said = str(caught.value)
+    assert found in said
+    assert "expected: " in said
+    assert "60" in said
+
+
+def test_a_loss_that_comes_with_metrics_is_one_number_per_example_too(tmp_path) -> None:
+    task = LinearTask()
+    task.loss_and_metrics = lambda m, b: (task.loss(m, b).mean(), {})
+    save_run(tmp_path, task.states(2))
+    with pytest.raises(TaskError, match=r"shape \[\]"):
+        evaluate([tmp_path], task)

@@ -1,0 +1,68 @@
+"""What the code of a task raises → an error that says which line of the task it came from."""
+
+from __future__ import annotations
+
+import os
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from .distributed import is_lost_rank
+from .errors import TaskError, TwaMergeError
+
+# Frames of this library, of the import machinery, and of what is installed.
+_NOT_THE_USERS = (
+    str(Path(__file__).parent) + os.sep,
+    "<frozen",
+    *{sysconfig.get_path(name) + os.sep for name in ("stdlib", "purelib", "platlib")},
+)
+
+
+@contextmanager
+def user_code(doing: str, *, expected: str | None = None) -> Iterator[None]:
+    """Turns an exception of the user's task into an error that says where it came from.
+
+    Args:
+        doing: what the task was asked for, as the end of a sentence.
+    """
+    with blamed(f"The task failed to {doing}.", expected=expected):
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            raise TaskError(
+                "The device ran out of memory.",
+                found=str(error).split("\n")[0],
+                remedy="a smaller --batch-size or --max-length, more processes, or another --store",
+            ) from error
+
+
+@contextmanager
+def blamed(message: str, *, expected: str | None = None) -> Iterator[None]:
+    """Turns what the user's code raises into a ``TaskError`` that starts with ``message``."""
+    try:
+        yield
+    except TwaMergeError:
+        raise
+    # SystemExit too: a script that calls sys.exit must not end the merge with a code of its own.
+    except (Exception, SystemExit) as error:
+        if is_lost_rank(error):
+            raise
+        raise TaskError(
+            message,
+            expected=expected,
+            found=f"{type(error).__name__}: {error}",
+            remedy=_where(error),
+        ) from error
+
+
+def _where(error: BaseException) -> str | None:
+    """The last line of the user's own code that the error came through, or else the last of all."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"see {error.filename}, line {error.lineno}"
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [f for f in frames if not f.filename.startswith(_NOT_THE_USERS)] or frames[-1:]
+    return f"see {own[-1].filename}, line {own[-1].lineno}, in {own[-1].name}" if own else None
