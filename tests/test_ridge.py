@@ -36,6 +36,12 @@ def test_without_noise_the_best_ridge_is_chosen():
     assert path.settled()
 
 
+def test_rounding_errors_do_not_choose_between_ridges():
+    for little in (1e-7, -1e-7):
+        path = path_of({math.inf: 2.0, 0.1: 1.5, 0.01: 1.0 + little, 0.003: 1.0}, noise=0.1)
+        assert path.choice() == 0.01
+
+
 def test_where_nothing_beats_the_base_the_strongest_ridge_stays_closest_to_it():
     path = path_of({math.inf: 1.0, 0.1: 1.2, 0.01: 1.3})
     assert path.choice() == RIDGES[0]

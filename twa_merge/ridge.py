@@ -18,6 +18,8 @@ _HARDLY = 0.005
 # Standard errors: the choice among several ridges looks better on the examples it was made on
 # than it is, so two are not enough.
 _CERTAIN = 3.0
+# Standard errors that count as a tie: rounding errors must not choose between ridges.
+_TIE = 0.1
 
 
 @dataclass
@@ -55,13 +57,21 @@ class RidgePath:
         return min(scores, key=lambda r: (scores[r], -r), default=math.inf)
 
     def choice(self) -> float:
-        """The best ridge, or the one that stays closest to the base where that is best.
+        """The best ridge; of those that tie with it, the one that stays closest to the base.
 
-        Not the one-standard-error rule: the folds train on three quarters of the examples and
-        lean towards a strong ridge already (bench/quality).
+        Where nothing beats the base that is the strongest. Not the one-standard-error rule: the
+        folds train on three quarters of the examples and lean towards a strong ridge already
+        (bench/quality).
         """
-        best = self.best()
-        return RIDGES[0] if best == math.inf else best
+        losses, best = self.complete(), self.best()
+        if best == math.inf:
+            return RIDGES[0]
+
+        def tied(ridge: float) -> bool:
+            mean, error = paired(losses[ridge], losses[best])
+            return mean <= _TIE * error
+
+        return max(ridge for ridge in losses if ridge < math.inf and tied(ridge))
 
     def settled(self) -> bool:
         """Whether further folds would say little more.

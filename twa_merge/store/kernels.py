@@ -35,8 +35,8 @@ _CALL_GPU = 1 << 28
 _FEWEST_TILES = 4
 # Offsets of one combination written out one by one: more make compilers slow.
 _WRITTEN_OUT = 64
-# Numbers in a store from which evaluations pay for some ten seconds of compiling.
-COMPILE_FROM = 1 << 27
+# Numbers in a store from which evaluations pay for some twenty seconds of compiling.
+COMPILE_FROM = 1 << 28
 
 # Products and sums may be fused, and intermediate results of many inputs need not be stored.
 _OPTIONS: dict[str, str | int | bool | Callable[..., Any]] = {
