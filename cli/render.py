@@ -21,6 +21,7 @@ from twa_merge.document import (
     decimals,
     interval,
     leading_candidates,
+    loss_columns,
     verdict,
     written_coefficients,
 )
@@ -28,8 +29,6 @@ from twa_merge.document import (
 from .console import plain
 from .figures import NONE, amount, duration, number, size
 from .pictures import bars, fitted, new_table, signed_map
-
-_LOSSES = ("fit_loss", "guard_loss", "test_loss")
 
 # More rows than this are a list to search, not a table to read; the document has them all.
 _MOST_CANDIDATES = 16
@@ -79,7 +78,7 @@ def candidates_table(document: Document, width: int) -> Table:
     """Candidates by what decided, the chosen one marked; guard losses stay where room is short."""
     everything = document["candidates"]
     rows = leading_candidates(document, _MOST_CANDIDATES)
-    keys = [key for key in _LOSSES if _any(everything, key)]
+    keys = loss_columns(document)
     digits = max((decimals([row.get(key) for row in rows]) for key in keys), default=4)
     with_interval = {key for key in keys if _any(everything, _interval_key(key))}
     metrics = _metrics(rows, "guard_metrics") + _metrics(rows, "test_metrics")

@@ -65,6 +65,17 @@ def test_rows_are_ordered_by_guard_loss(train: dict[str, Any]) -> None:
     assert places == sorted(places)
 
 
+def test_what_decided_is_shown_and_orders_the_rows(train: dict[str, Any]) -> None:
+    assert "selection loss" not in train_text(train)
+    for k, row in enumerate(train["candidates"]):
+        row["selection_loss"], row["selection_examples"] = 1.0 + k / 8, 99
+    lines = train_text(train, width=120).splitlines()
+    assert "selection loss" in lines[2]
+    shown = [line for line in lines if any(f" {1.0 + k / 8:.4f} " in line for k in range(9))]
+    names = [line.replace(">", " ").split()[0] for line in shown]
+    assert names == [row["name"] for row in train["candidates"]]
+
+
 @pytest.mark.parametrize("width", range(20, 120))
 def test_names_stay_and_no_figure_is_cut_where_the_terminal_is_narrow(
     train: dict[str, Any], width: int

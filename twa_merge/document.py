@@ -87,6 +87,18 @@ def leading_candidates(document: Document, most: int) -> list[Document]:
     return [c for c in ordered if important(c["name"]) or c["name"] in others]
 
 
+def loss_columns(document: Document) -> list[str]:
+    """Keys of the losses that a table of candidates shows, what decided among them.
+
+    That is ``selection_loss``, where fit examples that were held out in turn counted as well.
+    """
+    rows = document.get("candidates") or []
+    keys = ["fit_loss", "guard_loss", "selection_loss", "test_loss"]
+    if all(row.get("selection_loss") == row.get("guard_loss") for row in rows):
+        keys.remove("selection_loss")
+    return [key for key in keys if any(is_finite(row.get(key)) for row in rows)]
+
+
 def metric(document: Document) -> str | None:
     """The metric that the winner was picked by; None for the loss."""
     select = str(((document.get("options") or {}).get("guard") or {}).get("select") or "loss")
@@ -99,9 +111,9 @@ def guard_metric(candidate: Document, selected: str) -> Any:
 
 
 def _cost(candidate: Document, selected: str | None) -> float:
-    """What the winner has least of on the guard split."""
+    """What the winner has least of."""
     if selected is None:
-        return sortable(candidate.get("guard_loss"))
+        return sortable(candidate.get("selection_loss", candidate.get("guard_loss")))
     value = guard_metric(candidate, selected)
     return math.inf if value is None or not is_finite(value) else -float(value)
 

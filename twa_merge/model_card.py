@@ -18,6 +18,7 @@ from .document import (
     interval,
     is_finite,
     leading_candidates,
+    loss_columns,
     metric,
     statistics_source,
     verdict,
@@ -76,11 +77,12 @@ def _candidates(document: Document) -> str:
     rows = leading_candidates(document, _MOST_CANDIDATES)
     if not rows:
         return ""
-    keys = [
-        k for k in ("fit_loss", "guard_loss", "test_loss") if any(is_finite(r.get(k)) for r in rows)
-    ]
+    keys = loss_columns(document)
     places = decimals([row.get(key) for row in rows for key in keys])
     selected = metric(document)
+    decided = f"{_text(selected or 'loss')} on the guard data"
+    if "selection_loss" in keys and not selected:
+        decided = "its loss on the guard data and on held-out fit examples: the selection loss"
     table = [
         [
             "candidate",
@@ -103,8 +105,8 @@ def _candidates(document: Document) -> str:
             ]
         )
     return (
-        "## Candidates\n\nLoss, lower is better; the winner was picked "
-        f"{'by ' + _text(selected) + ' ' if selected else ''}on the guard data.\n\n" + _table(table)
+        f"## Candidates\n\nLoss, lower is better; the winner was picked by {decided}.\n\n"
+        + _table(table)
     )
 
 
