@@ -374,3 +374,11 @@ def test_an_earlier_merge_in_the_run_folder_is_no_checkpoint(tmp_path):
     assert len(inspect([run, run / "merged"])["checkpoints"]) == len(states) + 1
     shutil.move(run / "merged", tmp_path / "merges" / "a")
     assert len(inspect([tmp_path / "merges"])["checkpoints"]) == 1
+
+
+def test_what_a_task_object_would_ignore_is_refused(tmp_path):
+    task, _, run, out = make(tmp_path)
+    for more in ({"data": "text.txt"}, {"fit": FitConfig(label_smoothing=0.1)}):
+        with pytest.raises(ConfigError, match="A task object brings its own"):
+            merge([run], task, out, **more)
+    assert not out.exists()

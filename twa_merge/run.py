@@ -174,6 +174,11 @@ def task_and_splits(
             raise ConfigError(
                 "A task object brings its own data.", remedy="leave data and test_data out"
             )
+        if choices.fit.label_smoothing:
+            raise ConfigError(
+                "A task object brings its own loss, which label smoothing is a part of.",
+                remedy="smooth inside the task's loss, and leave label_smoothing out",
+            )
         task = check_task(task, type(task).__name__)
         return task, split(task, fraction, seed)
     if choices.fit.label_smoothing:
