@@ -18,8 +18,8 @@ _HARDLY = 0.005
 # Standard errors: the choice among several ridges looks better on the examples it was made on
 # than it is, so two are not enough.
 _CERTAIN = 3.0
-# Standard errors that count as a tie: rounding errors must not choose between ridges.
-_TIE = 0.1
+# A difference of this share of the loss is a tie: rounding errors must not choose between ridges.
+_TIE = 1e-4
 
 
 @dataclass
@@ -63,15 +63,11 @@ class RidgePath:
         folds train on three quarters of the examples and lean towards a strong ridge already
         (bench/quality).
         """
-        losses, best = self.complete(), self.best()
+        scores, best = self.scores(), self.best()
         if best == math.inf:
             return RIDGES[0]
-
-        def tied(ridge: float) -> bool:
-            mean, error = paired(losses[ridge], losses[best])
-            return mean <= _TIE * error
-
-        return max(ridge for ridge in losses if ridge < math.inf and tied(ridge))
+        most = scores[best] + _TIE * abs(scores[best])
+        return max(ridge for ridge in scores if ridge < math.inf and scores[ridge] <= most)
 
     def settled(self) -> bool:
         """Whether further folds would say little more.
