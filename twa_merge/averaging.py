@@ -19,7 +19,7 @@ from .fixed_weights import parse_weights
 from .layout import dtype_named, global_block, make_layout
 from .model_card import model_card
 from .progress import Progress, silent
-from .ranks import join
+from .ranks import Alone, Ranks, world_size
 from .writer import check_output, write_merge
 
 Paths = Sequence[str | PathLike[str]]
@@ -53,7 +53,7 @@ def average(
         layout = make_layout(found)
         dtype = dtype_named(out.dtype)
         check_output(target, found, out.overwrite, dtype=dtype)
-        world = join()
+        world = _join()
         directions = None
         if weights.startswith("@"):
             path = Path(weights[1:])
@@ -112,3 +112,12 @@ def _read_json(path: Path) -> Any:
             found=str(error),
             remedy="check the path after the @, and that the file is complete",
         ) from error
+
+
+def _join() -> Ranks:
+    """Joins the process group on CPUs, if there is one: only that needs torch."""
+    if world_size() == 1:
+        return Alone()
+    from .distributed import start
+
+    return start("cpu")

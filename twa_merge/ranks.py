@@ -42,12 +42,3 @@ class Alone:
 def world_size() -> int:
     """How many processes torchrun has started, by the environment; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def join() -> Ranks:
-    """Joins the process group on CPUs, if there is one."""
-    if world_size() == 1:
-        return Alone()
-    from .distributed import start
-
-    return start("cpu")
