@@ -243,6 +243,24 @@ def test_compiled_kernels_agree_with_eager_ones(offsets, dtype):
     assert notes == []
 
 
+def test_a_second_width_in_one_process_makes_no_size_but_the_first_dynamic(offsets, monkeypatch):
+    compiler, dynamic = torch.compile, []
+
+    def recording(module, inputs):
+        dynamic.append(sum(isinstance(x, (int, torch.SymInt)) for x in inputs))
+        return module.forward
+
+    def compiled(function, **options):
+        return compiler(function, backend=recording, fullgraph=True)
+
+    monkeypatch.setattr(kernels.torch, "compile", compiled)
+    torch._dynamo.reset()
+    for dtype in ("float32", "int8"):
+        offsets.store(dtype=dtype, compiled=True).project(offsets.gradients())
+    torch._dynamo.reset()
+    assert dynamic == [1, 1]
+
+
 def test_without_a_compiler_says_so_once_and_goes_on(offsets, monkeypatch):
     def broken(*args, **kwargs):
         def call(*args):

@@ -133,7 +133,10 @@ class Kernels:
             # The number of tiles differs by tensor; one graph serves all of them.
             if isinstance(arg, Tensor) and arg.dim() > 1:
                 torch._dynamo.mark_dynamic(arg, 0)
-        with warnings.catch_warnings():
+        # Another width before this one in the same process must not make any other size dynamic:
+        # that takes compilers minutes.
+        static = torch._dynamo.config.patch(automatic_dynamic_shapes=False)
+        with warnings.catch_warnings(), static:
             warnings.simplefilter("ignore")
             result = function(*args)
         self._traced.add(function)
