@@ -20,7 +20,7 @@ GATHERS = ("layer", "model")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Choices that mean something to some optimizers only.
 _FIRST_ORDER = ("sgd", "adamw")
-OF_OPTIMIZERS = {
+_OF_OPTIMIZERS = {
     "max_evaluations": ("lbfgs",),
     "tolerance": ("lbfgs",),
     "lr": _FIRST_ORDER,
@@ -153,7 +153,7 @@ class FitConfig:
         defaults = type(self)
         require_used(
             self.optimizer,
-            (name for name in OF_OPTIMIZERS if getattr(self, name) != getattr(defaults, name)),
+            (name for name in _OF_OPTIMIZERS if getattr(self, name) != getattr(defaults, name)),
         )
 
 
@@ -243,7 +243,7 @@ def require_used(optimizer: str, chosen: Iterable[str]) -> None:
         ConfigError: it would ignore one.
     """
     for name in chosen:
-        optimizers = OF_OPTIMIZERS.get(name, OPTIMIZERS)
+        optimizers = _OF_OPTIMIZERS.get(name, OPTIMIZERS)
         if optimizer not in optimizers:
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(

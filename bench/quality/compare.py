@@ -6,8 +6,9 @@
 
 The training runs and every result are kept in CACHE, so that what was interrupted goes on and only
 what is missing is made. ``written`` is the model that ``merge`` writes with default settings; all
-other rows but the last two are the candidates of the same merge. All losses are taken on test data
-that nothing was chosen on. A result is made anew after its file in CACHE/results is deleted.
+other rows but the authors' algorithm and ``TWA by layer`` are the candidates of the same merge. All
+losses are taken on test data that nothing was chosen on. A result is made anew after its file in
+CACHE/results is deleted.
 """
 
 from __future__ import annotations

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Mapping, Sequence
-
-import torch
+from collections.abc import Callable, Mapping, Sequence
 
 from ..checkpoints.base import Checkpoint
 from ..config import StoreConfig
 from ..distributed import World
 from ..layout import Blocks, Layout
 from ..progress import Noted, Progress, silent
-from ..stream import RowSlice
 from .base import Store
 from .disk import DiskStore
 from .limits import device_memory, host_memory
@@ -64,10 +61,7 @@ def make_store(
             place = "on disk" if kind == "disk" else f"in {kind} memory as {dtype}"
             progress(Noted(" ".join([f"The offsets stay {place}.", *plan.advice])))
 
-    def share(name: str) -> tuple[int, int]:
-        rows = layout[name].info.rows
-        return (0, rows) if whole.get(name) else world.share(rows)
-
+    share = _share(layout, world, whole)
     if kind == "disk":
         if config.kind == "disk" and config.dtype != "auto":
             progress(Noted(NO_DTYPE_ON_DISK))
@@ -99,10 +93,20 @@ def exact_store(
     """
     if not (isinstance(store, MemoryStore) and store.packs):
         return store
-    files = make_store(checkpoints, layout, store.blocks, world, StoreConfig("disk"), shared=shared)
-    for name in store.names:
-        files.put(RowSlice(name, 0, 0), torch.empty(0), torch.empty(0))
-    return files
+    share = _share(layout, world, shared or {})
+    return DiskStore(checkpoints, layout, store.blocks, share=share, held=store.names)
+
+
+def _share(
+    layout: Layout, world: World, whole: Mapping[str, bool]
+) -> Callable[[str], tuple[int, int]]:
+    """Tensor → this rank's rows [start, stop) of it, all of them where it is ``whole``."""
+
+    def share(name: str) -> tuple[int, int]:
+        rows = layout[name].info.rows
+        return (0, rows) if whole.get(name) else world.share(rows)
+
+    return share
 
 
 def this_machine(world: World) -> Machine:

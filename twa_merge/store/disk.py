@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -34,6 +34,7 @@ class DiskStore:
 
     Args:
         share: tensor → this rank's rows [start, stop) of it.
+        held: tensors that need not be put first: what is put stays in the files anyway.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class DiskStore:
         blocks: Blocks,
         *,
         share: Callable[[str], tuple[int, int]],
+        held: Iterable[str] = (),
     ) -> None:
         self.blocks = blocks
         self._checkpoints = [
@@ -50,7 +52,7 @@ class DiskStore:
         ]
         self._layout = layout
         self._share = share
-        self._held: dict[str, None] = {}
+        self._held = dict.fromkeys(held)
 
     @property
     def names(self) -> list[str]:

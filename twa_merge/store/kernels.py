@@ -98,11 +98,11 @@ class Kernels:
         """
         numbers = tiles.data.shape[-2] * tiles.width
         step = max(1, (_CALL_GPU if self.device.type == "cuda" else _CALL_CPU) // numbers)
+        shape = grouped(self.dtype, tiles.width)
         for a in range(0, len(tiles), step):
             part = slice(a, a + step)
             here, c, o = tiles[part], centre[part], out[part]
             weight = beta if here.scales is None else here.scales * beta
-            shape = grouped(self.dtype, tiles.width)
             views = c.unflatten(-1, shape), total, o.unflatten(-1, shape)
             if self._fused(self._combine, here, weight, self._planes, *views) is None:
                 self._combine_eagerly(here, c, beta, total, o)
