@@ -13,7 +13,7 @@ from twa_merge.guard import (
     paired,
     pick,
 )
-from twa_merge.verdict import best_of
+from twa_merge.verdict import best_of, winner_of
 
 
 def scored(name: str, losses: torch.Tensor, rank: int, **more) -> Scored:
@@ -30,6 +30,28 @@ def test_ties_go_to_the_simpler():
     a = scored("twa", torch.tensor([1.0, 2.0]), 7)
     b = scored("last", torch.tensor([1.0, 2.0]), 0)
     assert pick([a, b], "loss") is b
+
+
+def test_the_blend_stands_until_it_is_beaten_by_a_standard_error():
+    noise = torch.tensor([-1.0, 1.0, -1.0, 1.0])  # of their mean: 1 / sqrt(3) = 0.58
+    blend = scored("blend", torch.full((4,), 2.0), 9)
+    for lead, winner in ((0.5, "blend"), (0.7, "twa")):
+        assert winner_of([scored("twa", 2.0 - lead + noise, 7), blend], "loss").name == winner
+    tie = scored("twa", 2.0 + noise, 7)
+    assert winner_of([tie, blend], "loss") is tie
+    other = scored("uniform", 1.5 + noise, 2)
+    assert winner_of([other, tie], "loss") is other  # no other candidate has that right
+    broken = scored("blend", torch.full((4,), torch.nan), 9)
+    assert winner_of([tie, broken], "loss") is tie
+
+
+def test_a_metric_is_taken_at_its_word():
+    right = {"twa": [1.0, 1.0, 1.0, 0.0], "blend": [1.0, 1.0, 0.0, 0.0]}
+    shown = [
+        scored(name, torch.ones(4), rank, metrics={"accuracy": torch.tensor(values).double()})
+        for rank, (name, values) in enumerate(right.items())
+    ]
+    assert winner_of(shown, "metric:accuracy").name == "twa"
 
 
 def test_examples_that_a_cross_validation_held_out_count_as_much_as_guard_examples():

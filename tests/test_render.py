@@ -174,6 +174,11 @@ def test_a_blend_says_what_it_is_made_of(train: dict[str, Any]) -> None:
     train["chosen"] = "blend"
     text = " ".join(train_text(train).split())
     assert "blend is a mean of candidates: 66% twa, 34% the uniform mean." in text
+    assert "ahead of it" not in text
+    uniform = next(row for row in train["candidates"] if row["name"] == "uniform")
+    uniform["selection_loss"] = uniform["guard_loss"] = chosen["guard_loss"] - 0.001
+    text = " ".join(train_text(train).split())
+    assert "The uniform mean alone is ahead of it by less than one standard error" in text
 
 
 def test_many_blocks_are_cut_to_those_that_moved_most(train: dict[str, Any]) -> None:

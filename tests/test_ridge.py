@@ -59,6 +59,12 @@ def test_a_gain_of_two_standard_errors_asks_for_more_folds():
     assert not path.settled()
 
 
+def test_a_gain_on_a_handful_of_examples_asks_for_more_folds():
+    means = {math.inf: 2.0, 0.1: 1.0}
+    assert path_of(means, noise=0.01, size=120).settled()
+    assert not path_of(means, noise=0.01, size=64).settled()
+
+
 def test_a_gain_that_can_only_be_tiny_asks_for_no_more_folds():
     assert path_of({math.inf: 1.001, 0.1: 1.0}, noise=0.01).settled()
 

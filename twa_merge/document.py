@@ -187,7 +187,16 @@ def _what_it_is_made_of(document: Document, chosen: str) -> list[str]:
     blended = winner(document).get("blend_of") or {}
     parts = [(weight, name) for name, weight in blended.items() if weight >= _WORTH_NAMING]
     named = [f"{weight:.0%} {spoken(name)}" for weight, name in sorted(parts, reverse=True)]
-    return [f"{chosen} is a mean of candidates: {', '.join(named)}."] if named else []
+    if not named:
+        return []
+    said = [f"{chosen} is a mean of candidates: {', '.join(named)}."]
+    ahead = min(document["candidates"], key=lambda c: _cost(c, None))
+    if metric(document) is None and _cost(ahead, None) < _cost(winner(document), None):
+        said.append(
+            f"{spoken(ahead['name'])} alone is ahead of it by less than one standard error, which "
+            "is not enough to prefer it."
+        )
+    return said
 
 
 def statistics_source(document: Document) -> str | None:

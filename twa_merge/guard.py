@@ -114,12 +114,26 @@ def pick(scored: Sequence[Scored], select: str) -> Scored:
     """
 
     def key(item: Scored) -> tuple[bool, float, int]:
-        mean = float(item.evidence(select).mean())
+        mean = _mean_cost(item, select)
         finite = bool(item.guard.isfinite().all()) and mean == mean
-        # Equal up to the rounding of a mean over float32 losses counts as a tie.
-        return not finite, float(f"{mean:.7g}"), item.candidate.rank
+        return not finite, mean, item.candidate.rank
 
     return min(scored, key=key)
+
+
+def stands(cautious: Scored, best: Scored) -> bool:
+    """Whether a cautious choice stays although another has less loss: by less than one error.
+
+    The least of several noisy means flatters itself, and on few examples a bold candidate can be
+    ahead because they hold no outlier. Equal losses are a tie, which nothing needs to withstand.
+    """
+    gain, error = paired(cautious.evidence("loss"), best.evidence("loss"))
+    return gain <= error and _mean_cost(best, "loss") < _mean_cost(cautious, "loss")
+
+
+def _mean_cost(item: Scored, select: str) -> float:
+    """Means that are equal up to the rounding of a mean over float32 losses are a tie."""
+    return float(f"{float(item.evidence(select).mean()):.7g}")
 
 
 def improvement(winner: Scored, other: Scored, select: str, seed: int) -> Improvement:

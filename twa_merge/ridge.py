@@ -18,6 +18,8 @@ _HARDLY = 0.005
 # Standard errors: the choice among several ridges looks better on the examples it was made on
 # than it is, so two are not enough.
 _CERTAIN = 3.0
+# Examples: of fewer than these, a standard error is itself a guess.
+_FEWEST = 30
 # A difference of this share of the loss is a tie: rounding errors must not choose between ridges.
 _TIE = 1e-4
 
@@ -76,6 +78,8 @@ class RidgePath:
         more than what was found would hardly change the loss.
         """
         losses = self.complete()
+        if len(losses[math.inf]) < _FEWEST:
+            return False
         gain, error = paired(losses[math.inf], losses[self.choice()])
         return gain > _CERTAIN * error or gain + 2.0 * error < _HARDLY * self.scores()[math.inf]
 

@@ -14,7 +14,7 @@ from .blend import blended, distinct, likelihoods
 from .candidates import Candidate, fixed, greedy, parse_families, single
 from .errors import ConfigError, TaskError
 from .fit import Fitted
-from .guard import Improvement, Scored, finite_mean, improvement, pick
+from .guard import Improvement, Scored, finite_mean, improvement, pick, stands
 from .progress import Advanced, Started
 from .ridge import fold_of
 from .run import Run
@@ -209,11 +209,21 @@ def best_of(family: Sequence[Scored], select: str) -> Scored:
     return dataclasses.replace(best, crossed=torch.cat([on_guard, on_unseen]))
 
 
+def winner_of(shown: Sequence[Scored], select: str) -> Scored:
+    """The candidate of least mean cost, or the blend where that is not ahead of it for certain.
+
+    A metric is what was asked for, so it is taken at its word.
+    """
+    best = pick(shown, select)
+    blend = next((s for s in shown if s.name == "blend"), None)
+    return blend if select == "loss" and blend and stands(blend, best) else best
+
+
 def _verdict(
     run: Run, scored: Sequence[Scored], shown: list[Scored], best_single: Scored
 ) -> Verdict:
     select, seed = run.choices.guard.select, run.choices.data.seed
-    winner = pick(shown, select)
+    winner = winner_of(shown, select)
     if not bool(winner.guard.isfinite().all()):
         raise TaskError(
             "The loss is not finite for any candidate, the checkpoints themselves included.",
