@@ -5,9 +5,11 @@ from __future__ import annotations
 import math
 
 import torch
+from runs import LinearTask, save_run
 
+from twa_merge import merge
 from twa_merge.guard import paired
-from twa_merge.ridge import FOLDS, RIDGES, RidgePath, fold_of
+from twa_merge.ridge import FOLDS, RIDGES, RidgePath, fold_of, scale_of
 
 
 def path_of(means: dict[float, float], noise: float = 0.0, size: int = 400) -> RidgePath:
@@ -89,3 +91,30 @@ def test_a_ridge_that_one_fold_gave_up_is_out():
         path.add(ridge, torch.zeros(1, dtype=torch.float64), losses)
     assert path.folds == 2
     assert path.choice() == 0.1
+
+
+def test_ridges_follow_the_unit_of_the_loss():
+    generator = torch.Generator().manual_seed(0)
+    losses = 1.4 + 0.35 * torch.randn(256, generator=generator, dtype=torch.float64)
+    assert scale_of(losses) == 1.0
+    for unit in (1e-4, 1e4):
+        assert scale_of(unit * losses) == unit
+    for odd in (losses[:1], torch.ones(4), torch.tensor([1.0, math.nan])):
+        assert scale_of(odd) == 1.0
+
+
+def test_another_unit_of_the_loss_gives_the_same_merge(tmp_path):
+    """One power of ten cancels in the ridge, in the optimizer and in the choice of the winner."""
+    found = {}
+    for unit in (1.0, 1e-4, 1e4):
+        task = LinearTask(examples=60)
+        task.y = task.y + torch.randn(60, 4, generator=torch.Generator().manual_seed(7))
+        plain = task.loss
+        task.loss = lambda model, batch, plain=plain, unit=unit: unit * plain(model, batch)
+        save_run(tmp_path / f"{unit}" / "run", task.states(5))
+        document = merge([tmp_path / f"{unit}" / "run"], task, tmp_path / f"{unit}" / "merged")
+        found[unit] = document["coefficients"]["global"], document["chosen"]
+    for unit in (1e-4, 1e4):
+        alphas, chosen = (torch.tensor(found[unit][0]), found[unit][1])
+        torch.testing.assert_close(alphas, torch.tensor(found[1.0][0]), rtol=0, atol=1e-4)
+        assert chosen == found[1.0][1]

@@ -18,7 +18,7 @@ from .objective import Batches, Engine, Objective
 from .optimize import FitResult, lbfgs
 from .progress import Advanced, Evaluated, Progress, Started
 from .resume import EvaluationLog
-from .ridge import FOLDS, RIDGES, RidgePath, fold_of
+from .ridge import FOLDS, RidgePath, fold_of, scale_of
 from .subspace import Chart
 
 # On the path a fit needs to be good enough to compare ridges, no more; each begins where the one
@@ -186,8 +186,11 @@ class Fitter:
 
     def _path(self, name: str, chart: Chart, before: Fitted | None) -> RidgePath:
         """Cross-validates the ridge, fold by fold until its gain on unseen examples is settled."""
-        path = RidgePath(min(self.limit, _RIDGE_SAMPLE))
-        fewest = before.path.folds if before and before.path else 1
+        path, fewest = RidgePath(min(self.limit, _RIDGE_SAMPLE)), 1
+        if before and before.path:
+            path.scale, fewest = before.path.scale, before.path.folds
+        elif chart.size:
+            path.scale = scale_of(self.losses(chart.base, range(path.size)))
         for fold in range(FOLDS if path.size >= FOLDS and chart.size else 0):
             self._extend(path, name, self._without(chart, before, path, fold), fold)
             if path.folds >= fewest and path.settled():
@@ -214,7 +217,7 @@ class Fitter:
         train, unseen = fold_of(path.size, fold)
         z = torch.zeros(chart.size, dtype=torch.float64)
         path.add(math.inf, z, self.losses(chart.alphas(z), unseen))
-        for ridge in RIDGES:
+        for ridge in path.ridges:
             if path.hopeless(ridge):
                 break
             stage = f"{name}/fold{fold}"

@@ -10,8 +10,10 @@ from torch import Tensor
 
 from .guard import paired
 
-# Weights of ‖z‖²/2 that `auto` tries, strongest first, so that each fit starts near the next.
+# Weights of ‖z‖²/2 that `auto` tries, strongest first, so that each fit starts near the next; for
+# losses whose standard deviation over the examples is about this, as that of likelihoods in nats.
 RIDGES = (0.1, 0.01, 0.003, 0.001, 0.0003)
+_USUAL_SPREAD = 0.4
 FOLDS = 4
 # A gain of a smaller share of the loss than this is not worth a further fold.
 _HARDLY = 0.005
@@ -30,13 +32,19 @@ class RidgePath:
 
     Attributes:
         size: the first so many examples take part.
+        scale: of the ridges that are tried.
         ends: ridge → where the fit of each fold ended.
         losses: ridge → one loss an unseen example, fold after fold.
     """
 
     size: int
+    scale: float = 1.0
     ends: dict[float, list[Tensor]] = field(default_factory=dict)
     losses: dict[float, list[Tensor]] = field(default_factory=dict)
+
+    @property
+    def ridges(self) -> tuple[float, ...]:
+        return tuple(float(f"{self.scale * ridge:.3g}") for ridge in RIDGES)
 
     @property
     def folds(self) -> int:
@@ -67,7 +75,7 @@ class RidgePath:
         """
         scores, best = self.scores(), self.best()
         if best == math.inf:
-            return RIDGES[0]
+            return self.ridges[0]
         most = scores[best] + _TIE * abs(scores[best])
         return max(ridge for ridge in scores if ridge < math.inf and scores[ridge] <= most)
 
@@ -88,12 +96,24 @@ class RidgePath:
         losses = self.complete()
         weakest = min(losses)
         mean, error = paired(losses[weakest], losses[self.best()])
-        return ridge < weakest < RIDGES[0] and mean > error
+        return ridge < weakest < self.ridges[0] and mean > error
 
     def start(self, ridge: float, size: int) -> Tensor:
         """Mean of where the folds ended, (size,): a warm start for all examples together."""
         ends = self.ends.get(ridge)
         return torch.stack(ends).mean(0) if ends else torch.zeros(size, dtype=torch.float64)
+
+
+def scale_of(losses: Tensor) -> float:
+    """The power of ten that suits the ridges to the unit of the loss, from losses (N,).
+
+    A squared error of pixels may be 1e-4, a sum over tokens 1e3; what a ridge of 0.01 means depends
+    on that. The order of magnitude is enough, the path does the rest.
+    """
+    spread = float(losses.std()) if len(losses) > 1 else 0.0
+    if not (math.isfinite(spread) and spread > 0.0):
+        return 1.0
+    return 10.0 ** min(30, max(-30, round(math.log10(spread / _USUAL_SPREAD))))
 
 
 def fold_of(size: int, fold: int) -> tuple[list[int], list[int]]:
