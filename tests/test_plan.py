@@ -166,6 +166,10 @@ def test_the_fewest_processes_and_gathering_by_layer_are_ways_out():
     text = " ".join(plan_for(gpus(memory=4)).advice)
     assert "32 processes with as much memory each would hold it" in text
     assert "4 processes would do with the offsets left on disk" in text
+    assert "No number of processes" not in text
+    # What is gathered by layer stays.
+    text = " ".join(plan_for(gpus(8, memory=1)).advice)
+    assert "No number of processes would do: each needs 1.15 GB at least" in text
     whole = plan_for(gpus(8, memory=8), work=Work(whole_model=True))
     assert not whole.fits
     assert any("--gather layer fits" in line for line in whole.advice)

@@ -83,7 +83,7 @@ def _plan(layout: Layout, n: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
         "device bytes per process": {**found.device, "total": found.device_total},
         "host bytes per process": {**found.host, "total": found.host_total},
         "passes over the files": found.passes,
-        "minutes": round(found.minutes, 1),
+        "minutes": round(found.minutes, 3),
         "fits": found.fits,
         "advice": list(found.advice),
     }
