@@ -48,6 +48,7 @@ class Work:
     Attributes:
         evaluations: of loss and gradient: a projection and a combination each.
         combinations: further ones, for candidates.
+        pictures: further ones, of the fit's own offsets, for the report.
         seconds: forward and backward passes of one evaluation.
         activations: bytes they take at most, per process.
         whole_model: a process gathers all of the model at once, not a layer.
@@ -55,6 +56,7 @@ class Work:
 
     evaluations: int = 15
     combinations: int = 50
+    pictures: int = 0
     seconds: float = 0.0
     activations: int = 0
     whole_model: bool = False
@@ -191,7 +193,7 @@ class _Planner:
         fits = _fits(sum(device.values()), machine.device_memory, DEVICE_SHARE) and _fits(
             sum(host.values()) * machine.per_node, machine.host_memory, HOST_SHARE
         )
-        fitting = 2 * self.work.evaluations
+        fitting = 2 * self.work.evaluations + self.work.pictures
         passes = 2 + judging + (fitting if kind == "disk" else 0)
         touched = (fitting + self.work.combinations - judging) * sum(held.values())
         minutes = self._minutes(machine, kind, passes, touched)
