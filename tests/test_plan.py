@@ -122,6 +122,9 @@ def test_disk_takes_no_memory_for_offsets_and_a_pass_for_every_operation():
     assert "offsets" not in plan.device | plan.host
     assert "centre" not in plan.device | plan.host
     assert plan.passes == 2 + 2 * 10 + 7
+    work = Work(evaluations=10, combinations=7, pictures=81)
+    assert plan_for(gpus(), StoreConfig("disk"), work=work).passes == 2 + 2 * 10 + 7 + 81
+    assert plan_for(gpus(), work=work).passes == 2
 
 
 def test_candidates_of_a_packed_store_are_compared_by_the_files():
@@ -166,6 +169,10 @@ def test_the_fewest_processes_and_gathering_by_layer_are_ways_out():
     text = " ".join(plan_for(gpus(memory=4)).advice)
     assert "32 processes with as much memory each would hold it" in text
     assert "4 processes would do with the offsets left on disk" in text
+    assert "No number of processes" not in text
+    # What is gathered by layer stays.
+    text = " ".join(plan_for(gpus(8, memory=1)).advice)
+    assert "No number of processes would do: each needs 1.15 GB at least" in text
     whole = plan_for(gpus(8, memory=8), work=Work(whole_model=True))
     assert not whole.fits
     assert any("--gather layer fits" in line for line in whole.advice)
@@ -251,6 +258,9 @@ def test_inspect_plans_for_gpus_for_this_cpu_and_for_a_gathered_model(tmp_path):
         plan = inspect([tmp_path / "run"], plan=wanted)["plan"]
         return {place: plan[f"{place} bytes per process"] for place in ("device", "host")}
 
+    # Evaluations, candidates, and the report's picture of the loss.
+    little = inspect([tmp_path / "run"], plan={"gpus": 1, "gpu_memory": 1})["plan"]
+    assert little["passes over the files"] == 2 + 2 * 15 + 50 + 81
     numbers = sum(t.numel() for t in LinearTask().states(1)[0].values())
     assert set(bytes_of(gpus=0)["device"]) == {"total"}
     assert bytes_of(gpus=0)["host"]["parameters"] == 4 * numbers

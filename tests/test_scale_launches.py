@@ -20,7 +20,8 @@ from launches import (
 )
 from small_task import train
 
-# Rows of 200 and 150 numbers: no whole groups of a packed store, and no rank's are either.
+# Rows of 200 and 150 numbers: no whole groups of a packed store, and no rank's are either. A
+# scalar, which FSDP2 refuses, and a loss that does without the model's own forward.
 WIDE = """
 import sys
 from pathlib import Path
@@ -30,6 +31,12 @@ from runs import Pairs, save_run
 from torch import nn
 
 
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(200, 150), nn.Tanh(), nn.Linear(150, 3))
+        self.temperature = nn.Parameter(torch.tensor(1.0))
+
+
 class Wide:
     def __init__(self):
         generator = torch.Generator().manual_seed(0)
@@ -37,14 +44,16 @@ class Wide:
         self.y = (self.x[:, :3] + self.x[:, 3:6]).argmax(1)
 
     def build_model(self):
-        return nn.Sequential(nn.Linear(200, 150), nn.Tanh(), nn.Linear(150, 3))
+        return Net()
 
     def dataset(self):
         return Pairs(self.x, self.y)
 
     def loss(self, model, batch):
         x, y = batch
-        return nn.functional.cross_entropy(model(x), y, reduction="none")
+        hidden = model[1](model[0](x))
+        scores = model[2](hidden) * model.temperature
+        return nn.functional.cross_entropy(scores, y, reduction="none")
 
 
 def task():

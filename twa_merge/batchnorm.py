@@ -9,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .objective import Batches, Engine
-from .user_code import user_code
 
 
 def has_batch_norm(module: nn.Module) -> bool:
@@ -31,13 +30,12 @@ def reestimate(engine: Engine, batches: Batches, chosen: Sequence[int]) -> None:
         for m in norms:
             m.reset_running_stats()
             m.training = True
-        for _, batch, counts in batches.rounds(chosen):
+        for positions, batch, counts in batches.rounds(chosen):
             rounds += counts
             for m in norms:
                 # A cumulative mean; a batch that does not count moves nothing.
                 m.momentum = 1.0 / rounds if counts else 0.0
-            with user_code("run its model"):
-                engine.task.loss(engine.live.module, batch)
+            engine.losses_of(batch, len(positions))
     finally:
         for m, momentum, training in saved:
             m.momentum, m.training = momentum, training

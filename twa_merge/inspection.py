@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -62,6 +63,7 @@ def inspect(
 def _plan(layout: Layout, n: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
     """The memory plan of ``train`` for these checkpoints, on other machines than this one too."""
     from .distributed import World
+    from .landscape import GRID
     from .store import Machine, Work, memory_plan, this_machine
 
     gpus = wanted.get("gpus") or 0
@@ -74,7 +76,8 @@ def _plan(layout: Layout, n: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
         )
     else:
         machine = this_machine(World())
-    work = Work(whole_model=wanted.get("gather") == "model")
+    pictures = GRID**2 if importlib.util.find_spec("matplotlib") else 0
+    work = Work(whole_model=wanted.get("gather") == "model", pictures=pictures)
     found = memory_plan(layout, n, machine, StoreConfig(), work=work)
     return {
         "processes": machine.size,
@@ -83,7 +86,7 @@ def _plan(layout: Layout, n: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
         "device bytes per process": {**found.device, "total": found.device_total},
         "host bytes per process": {**found.host, "total": found.host_total},
         "passes over the files": found.passes,
-        "minutes": round(found.minutes, 1),
+        "minutes": round(found.minutes, 3),
         "fits": found.fits,
         "advice": list(found.advice),
     }

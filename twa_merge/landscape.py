@@ -12,7 +12,7 @@ from .fit import Fitted, Fitter
 from .guard import Scored
 from .progress import Advanced, Progress, Started
 
-_GRID = 9
+GRID = 9
 _EXAMPLES = 16
 
 
@@ -45,13 +45,13 @@ def landscape(
     low, high = everything.min(0).values, everything.max(0).values
     margin = 0.15 * (high - low)
     axes = [
-        torch.linspace(float(a), float(b), _GRID, dtype=torch.float64)
+        torch.linspace(float(a), float(b), GRID, dtype=torch.float64)
         for a, b in zip(low - margin, high + margin, strict=True)
     ]
     centre = whole.alphas[0]
     here = place(centre)
     sample = range(min(fitter.batches.size, _EXAMPLES))
-    progress(Started("Drawing the landscape", _GRID**2, "points"))
+    progress(Started("Drawing the landscape", GRID**2, "points"))
     rows = []
     for y in axes[1]:
         row = []

@@ -6,14 +6,16 @@ that is all of them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
 
 from .checkpoints import resolve_names
 from .checkpoints.base import Checkpoint
@@ -24,6 +26,8 @@ from .layout import Layout
 from .task import Task
 from .tensors import tensor_rows, torch_dtype
 from .user_code import user_code
+
+T = TypeVar("T")
 
 
 class LiveModel:
@@ -40,14 +44,20 @@ class LiveModel:
         names: Mapping[str, str],
         layout: Layout,
         *,
+        whole: _Whole | None = None,
         gathered_once: bool = False,
     ) -> None:
         self.module = module
+        self._whole = whole
         self._gathered_once = gathered_once
         self.names = dict(names)
         self._layout = layout
         self._parameters = dict(module.named_parameters(remove_duplicate=False))
         self._buffers = dict(module.named_buffers(remove_duplicate=False))
+
+    def run(self, use: Callable[[nn.Module], T]) -> T:
+        """What ``use`` makes of the module: any use of its weights goes through here."""
+        return use(self.module) if self._whole is None else self._whole(use)
 
     def targets(self) -> dict[str, Tensor]:
         """This rank's rows of every averaged tensor: name → tensor, written to in place.
@@ -55,8 +65,8 @@ class LiveModel:
         Parameters that the module ties come once. What has been gathered of the other ranks' rows
         is given up: it would not follow what is written.
         """
-        if self._gathered_once:
-            for part in self.module.modules():
+        if self._gathered_once and self._whole is not None:
+            for part in self._whole.modules():
                 if hasattr(part, "reshard"):
                     part.reshard()  # type: ignore[operator]
         seen: set[int] = set()
@@ -86,9 +96,9 @@ class LiveModel:
         Where the model is gathered once, gradients stay on their ranks until then, and are summed
         over the ranks in that pass.
         """
-        if self._gathered_once:
-            self.module.set_requires_gradient_sync(last)  # type: ignore[operator]
-            self.module.set_reshard_after_backward(last)  # type: ignore[operator]
+        if self._gathered_once and self._whole is not None:
+            self._whole.set_requires_gradient_sync(last)  # type: ignore[operator]
+            self._whole.set_reshard_after_backward(last)  # type: ignore[operator]
 
     def zero_gradients(self) -> None:
         self.module.zero_grad(set_to_none=False)
@@ -97,9 +107,16 @@ class LiveModel:
         """Whether the tensor is a running statistic of batch norm."""
         return self._layout[name].statistic
 
-    def is_shared(self, name: str) -> bool:
-        """Whether every rank holds all rows of this tensor: buffers are not sharded."""
+    def is_buffer(self, name: str) -> bool:
         return self.names.get(name) in self._buffers
+
+    def is_shared(self, name: str) -> bool:
+        """Whether every rank holds all rows of this tensor: buffers and scalars are not sharded.
+
+        The gradient of such a parameter is of the rank's own batches; only sums over the ranks of
+        what is projected from it mean anything.
+        """
+        return self.is_buffer(name) or (name in self.names and not self._layout[name].info.shape)
 
     def tied_groups(self) -> dict[str, str]:
         """Checkpoint tensor → the first one that the module keeps in the same parameter."""
@@ -116,6 +133,17 @@ class LiveModel:
             saved = dtype or self._layout[name].info.dtype
             if saved.itemsize < target.element_size():
                 target.copy_(target.to(torch_dtype(saved)))
+
+
+class _Whole(nn.Module):
+    """What is sharded as the root: a loss may call any part of its model, not its forward alone."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, use: Callable[[nn.Module], T]) -> T:
+        return use(self.module)
 
 
 def build(
@@ -146,13 +174,14 @@ def build(
             parameter.data = parameter.data.float()
     if activation_checkpointing:
         _checkpoint_activations(module, task)
+    whole = None
     if meta or precision == "bf16":
-        _shard(module, task, world, precision, reshard=not once)
+        whole = _shard(module, task, world, precision, reshard=not once)
     module._apply(
         lambda t: torch.empty_like(t, device=world.device) if t.is_meta else t.to(world.device)
     )
     module.eval()
-    live = LiveModel(module, names, layout, gathered_once=once)
+    live = LiveModel(module, names, layout, whole=whole, gathered_once=once)
     _load_copied(live, layout, newest)
     return live
 
@@ -259,20 +288,23 @@ def _require_cover(module: nn.Module, names: Mapping[str, str], layout: Layout) 
             )
 
 
+_LISTS = (nn.ModuleList, nn.Sequential)
+
+
 def repeated_layers(module: nn.Module) -> dict[str, nn.Module]:
     """The layers of the longest ``ModuleList`` or ``Sequential``: name → module, in order."""
     best: tuple[str, Sequence[tuple[str, nn.Module]]] = ("", [])
     for name, child in module.named_modules():
-        if isinstance(child, (nn.ModuleList, nn.Sequential)):
-            layers = [
-                (k, layer)
-                for k, layer in child.named_children()
-                if any(True for _ in layer.parameters())
-            ]
+        if isinstance(child, _LISTS):
+            layers = [(k, layer) for k, layer in child.named_children() if _has_weights(layer)]
             if len(layers) > len(best[1]):
                 best = (name, layers)
     prefix = best[0] + "." if best[0] else ""
     return {prefix + k: layer for k, layer in best[1]}
+
+
+def _has_weights(module: nn.Module) -> bool:
+    return any(True for _ in module.parameters())
 
 
 def layer_groups(module: nn.Module, names: Mapping[str, str], layout: Layout) -> dict[str, str]:
@@ -300,25 +332,35 @@ def _layer_of(name: str, layers: Sequence[str]) -> str | None:
     return next((layer for layer in layers if name.startswith(layer + ".")), None)
 
 
-def _outermost(module: nn.Module, classes: set[str]) -> Iterator[nn.Module]:
-    """Modules of these classes that lie in none of them: Mamba names a block and its mixer."""
+def _outermost(module: nn.Module, wanted: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
+    """Modules that are wanted and lie in none that is: Mamba names a block and its mixer."""
     for child in module.children():
-        if type(child).__name__ in classes:
+        if wanted(child):
             yield child
         else:
-            yield from _outermost(child, classes)
+            yield from _outermost(child, wanted)
+
+
+def _repeated(module: nn.Module) -> set[nn.Module]:
+    """Layers that stand beside another of their class, in any list: of encoder and decoder."""
+    found: set[nn.Module] = set()
+    for part in module.modules():
+        if isinstance(part, _LISTS):
+            layers = [x for x in part.children() if not isinstance(x, _LISTS) and _has_weights(x)]
+            classes = Counter(map(type, layers))
+            found.update(layer for layer in layers if classes[type(layer)] > 1)
+    return found
 
 
 def _shardable(module: nn.Module, task: Task) -> list[nn.Module]:
     classes = getattr(task, "no_split_modules", None) or getattr(module, "_no_split_modules", None)
-    if classes:
-        found = list(_outermost(module, set(classes)))
-        if found:
-            return found
-    return list(repeated_layers(module).values())
+    repeated = _repeated(module)
+    found = list(_outermost(module, lambda part: type(part).__name__ in (classes or ())))
+    found = found or list(_outermost(module, lambda part: part in repeated))
+    return list(dict.fromkeys(found or repeated_layers(module).values()))
 
 
-def _shard(module: nn.Module, task: Task, world: World, precision: str, *, reshard: bool) -> None:
+def _shard(module: nn.Module, task: Task, world: World, precision: str, *, reshard: bool) -> _Whole:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -328,21 +370,55 @@ def _shard(module: nn.Module, task: Task, world: World, precision: str, *, resha
         param_dtype=torch.bfloat16 if precision == "bf16" else None,
         reduce_dtype=torch.float32 if precision == "bf16" else None,
     )
-    options: dict[str, Any] = {"mesh": mesh, "mp_policy": policy, "reshard_after_forward": reshard}
+    # Temperatures and gates: FSDP2 refuses scalars.
+    scalars = {parameter for parameter in module.parameters() if parameter.ndim == 0}
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": policy,
+        "reshard_after_forward": reshard,
+        "ignored_params": scalars,
+    }
     norms: list[nn.Module] = []
     if precision == "bf16":
         # Running statistics stay in float32, and batch norm wants its weights as wide.
-        norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m is not module]
+        norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+        module.register_forward_pre_hook(_narrowed, with_kwargs=True)
     for norm in norms:
         fully_shard(norm, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    layers = [m for m in _shardable(module, task) if m is not module and m not in norms]
+    owners = _owners(module)
+    layers = [
+        layer
+        for layer in _shardable(module, task)
+        # FSDP2 wants what shares a parameter in one group: here, in the root's.
+        if layer not in norms and all(owners[p] == n for p, n in _owners(layer).items())
+    ]
     for layer in layers:
         fully_shard(layer, **options)
-    fully_shard(module, **options)
+    whole = _Whole(module)
+    fully_shard(whole, **options)
     # Batches carry their own weights, so gradients add up over the ranks instead of averaging.
-    for part in [*norms, *layers, module]:
+    for part in [*norms, *layers, whole]:
         part.set_gradient_divide_factor(1.0)  # type: ignore[operator]
         part.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
+    return whole
+
+
+def _owners(module: nn.Module) -> Counter[nn.Parameter]:
+    """Parameter → how many modules hold it."""
+    return Counter(p for part in module.modules() for p in part.parameters(recurse=False))
+
+
+def _narrowed(
+    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A model's inputs in bfloat16, as FSDP2 narrows those of what it shards."""
+
+    def narrow(value: Any) -> Any:
+        floats = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(torch.bfloat16) if floats else value
+
+    found: tuple[tuple[Any, ...], dict[str, Any]] = tree_map(narrow, (args, kwargs))
+    return found
 
 
 def _checkpoint_activations(module: nn.Module, task: Task) -> None:

@@ -158,7 +158,7 @@ class Engine:
     def losses_of(self, batch: Any, expected: int) -> Tensor:
         """One loss per example, (batch,) float."""
         with user_code("compute its loss"):
-            losses = self.task.loss(self.live.module, batch)
+            losses = self.live.run(lambda model: self.task.loss(model, batch))
         _require_per_example("loss", losses, expected)
         return losses
 
@@ -259,14 +259,14 @@ class Engine:
         together = getattr(self.task, "loss_and_metrics", None)
         if with_metrics and together is not None:
             with user_code("compute its loss"):
-                losses, metrics = together(self.live.module, batch)
+                losses, metrics = self.live.run(lambda model: together(model, batch))
             _require_per_example("loss", losses, size)
             return {"": losses, **_checked_metrics(metrics, size)}
         columns = {"": self.losses_of(batch, size)}
         metrics_alone = metrics_of(self.task)
         if with_metrics and metrics_alone is not None:
             with user_code("compute its metrics"):
-                metrics = metrics_alone(self.live.module, batch)
+                metrics = self.live.run(lambda model: metrics_alone(model, batch))
             columns |= _checked_metrics(metrics, size)
         return columns
 

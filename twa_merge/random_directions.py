@@ -198,7 +198,7 @@ def _exceptions(layout: Layout, live: LiveModel) -> dict[str, str | None]:
         families.setdefault(root, []).append(name)
     found: dict[str, str | None] = {}
     for root, members in families.items():
-        inside = [m for m in members if m in live.names and not live.is_shared(m)]
+        inside = [m for m in members if m in live.names and not live.is_buffer(m)]
         source = known.get(groups[inside[0]]) if inside else None
         if source != root:
             found |= dict.fromkeys(members, source)
@@ -259,7 +259,9 @@ class RandomStore:
             source = self._directions.sources.get(name)
             if source is None or not tensor.numel():
                 continue
-            start, stop = _span(self._directions.layout[name].info, self._world.share)
+            info = self._directions.layout[name].info
+            # Every rank holds a scalar, for the sake of FSDP2.
+            start, stop = _span(info, self._world.share) if info.shape else (0, 1)
             assert tensor.numel() == stop - start
             flat = tensor.detach().reshape(-1)
             yield flat, self._directions.pieces(source, start, stop, tensor.device)

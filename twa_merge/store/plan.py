@@ -16,6 +16,9 @@ from .quantize import PLAIN
 DEVICE_SHARE = 0.92
 HOST_SHARE = 0.85
 
+# More processes than that are not thought of.
+_DOUBLINGS = 12
+
 NO_DTYPE_ON_DISK = "--store-dtype changes nothing on disk: the files are read as they are."
 
 
@@ -45,6 +48,7 @@ class Work:
     Attributes:
         evaluations: of loss and gradient: a projection and a combination each.
         combinations: further ones, for candidates.
+        pictures: further ones, of the fit's own offsets, for the report.
         seconds: forward and backward passes of one evaluation.
         activations: bytes they take at most, per process.
         whole_model: a process gathers all of the model at once, not a layer.
@@ -52,6 +56,7 @@ class Work:
 
     evaluations: int = 15
     combinations: int = 50
+    pictures: int = 0
     seconds: float = 0.0
     activations: int = 0
     whole_model: bool = False
@@ -188,7 +193,7 @@ class _Planner:
         fits = _fits(sum(device.values()), machine.device_memory, DEVICE_SHARE) and _fits(
             sum(host.values()) * machine.per_node, machine.host_memory, HOST_SHARE
         )
-        fitting = 2 * self.work.evaluations
+        fitting = 2 * self.work.evaluations + self.work.pictures
         passes = 2 + judging + (fitting if kind == "disk" else 0)
         touched = (fitting + self.work.combinations - judging) * sum(held.values())
         minutes = self._minutes(machine, kind, passes, touched)
@@ -221,6 +226,11 @@ class _Planner:
 
     def _ways_out(self, plan: Plan, config: StoreConfig, more: int | None) -> Iterator[str]:
         fewest = self._processes_for(plan)
+        if fewest is None:
+            many = dataclasses.replace(plan.machine, size=plan.machine.size << _DOUBLINGS)
+            least = self.plan(many, plan.kind, plan.dtype)
+            needed = gigabytes(least.device_total or least.host_total)
+            yield f"No number of processes would do: each needs {needed} at least."
         if plan.kind == "disk" and fewest and (more is None or fewest < more):
             yield f"{fewest} processes would do with the offsets left on disk."
         if self.work.whole_model:
@@ -239,7 +249,7 @@ class _Planner:
     def _processes_for(self, wished: Plan) -> int | None:
         """The least doubling of the processes, on more nodes alike, with which ``wished`` fits."""
         machine = wished.machine
-        for doubling in range(1, 13):
+        for doubling in range(1, _DOUBLINGS + 1):
             more = dataclasses.replace(machine, size=machine.size << doubling)
             if self.plan(more, wished.kind, wished.dtype).fits:
                 return more.size

@@ -1,0 +1,107 @@
+"""How the live model is sharded: one process shards too where its passes are in bfloat16."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from runs import LinearTask, Pairs, save_run
+from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
+
+from twa_merge import merge
+from twa_merge.checkpoints import open_checkpoints
+from twa_merge.config import EngineConfig, FitConfig, GuardConfig
+from twa_merge.distributed import World
+from twa_merge.layout import make_layout
+from twa_merge.model import LiveModel, build
+
+N, WIDTH = 3, 6
+
+
+class Encoder(nn.Linear):
+    """Another class of layers than the decoder's."""
+
+
+class Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+        self.gate = nn.Parameter(torch.tensor(0.5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.gate * self.linear(x).tanh()
+
+
+class Odd(nn.Module):
+    """Two stacks, scalars inside and outside of them, layers that share a weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleList(Encoder(WIDTH, WIDTH) for _ in range(3))
+        self.decoder = nn.Sequential(Scaled(), Scaled())
+        self.tied = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+        self.tied[1].weight = self.tied[0].weight
+        self.head = nn.Linear(WIDTH, 4)
+        self.temperature = nn.Parameter(torch.tensor(2.0))
+
+    def features(self, x: Tensor) -> Tensor:
+        for layer in [*self.encoder, self.decoder, *self.tied]:
+            x = layer(x).tanh()
+        return x
+
+
+class OddTask(LinearTask):
+    """Its loss calls parts of its model, and never the model itself."""
+
+    def build_model(self) -> nn.Module:
+        return Odd()
+
+    def dataset(self) -> Pairs:
+        return Pairs(self.x, self.y)
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        features = model.features(x.to(model.head.weight.dtype))
+        scores = model.head(features).float() / model.temperature.exp()
+        assert y.dtype == torch.float32
+        return (scores - y).square().sum(1)
+
+
+def save_odd(folder) -> None:
+    states = []
+    for seed in range(N):
+        torch.manual_seed(seed)
+        states.append({k: v.clone() for k, v in Odd().state_dict().items()})
+    save_run(folder, states)
+
+
+def live_of(folder, precision: str) -> LiveModel:
+    found = open_checkpoints([folder])
+    return build(OddTask(), make_layout(found), found[-1], World(), precision=precision)
+
+
+def test_every_stack_is_sharded_layer_by_layer_but_for_what_shares_a_weight(tmp_path):
+    save_odd(tmp_path / "run")
+    live = live_of(tmp_path / "run", "bf16")
+    sharded = {k for k, m in live.module.named_modules() if isinstance(m, FSDPModule)}
+    encoder, decoder = (
+        {f"{name}.{i}" for i in range(k)} for name, k in (("encoder", 3), ("decoder", 2))
+    )
+    assert sharded == encoder | decoder
+
+
+def test_scalars_and_parts_of_a_model_that_a_loss_calls_by_itself(tmp_path):
+    save_odd(tmp_path / "run")
+    losses = []
+    for precision in ("fp32", "bf16"):
+        done = merge(
+            [tmp_path / "run"],
+            OddTask(),
+            tmp_path / precision,
+            fit=FitConfig(blocks="tensors", ridge=0.1, max_evaluations=2),
+            guard=GuardConfig(candidates="quick"),
+            engine=EngineConfig("cpu", precision),
+        )
+        losses.append({row["name"]: row["guard_loss"] for row in done["candidates"]})
+    assert losses[1]["last"] == pytest.approx(losses[0]["last"], rel=0.02)
+    assert losses[1].keys() == losses[0].keys()
