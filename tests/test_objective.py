@@ -242,3 +242,29 @@ def test_sharpness_aware_steps_and_label_free_losses_run(tmp_path):
     fitter = fitter_for(engine, batches, tmp_path, optimizer="sgd", lr=0.02, sharpness=0.05)
     before = fitter.score(chart.base, range(batches.size))
     assert fitter.score(fitter.stage("twa", chart).alphas, range(batches.size)) < before
+
+
+class Normed(LinearTask):
+    """Batch norm over single features, which needs two examples at least."""
+
+    def build_model(self):
+        return nn.Sequential(nn.Linear(self.inputs, self.outputs), nn.BatchNorm1d(self.outputs))
+
+    def states(self, n: int, spread: float = 0.5, seed: int = 1):
+        norm = {f"1.{k}": v for k, v in nn.BatchNorm1d(self.outputs).state_dict().items()}
+        return [s | {k: v.clone() for k, v in norm.items()} for s in super().states(n, spread, seed)]
+
+
+@pytest.mark.parametrize("optimizer", ["lbfgs", "sgd"])
+@pytest.mark.parametrize("examples", [44, 230])
+def test_no_example_is_left_alone_with_batch_norm(tmp_path, optimizer, examples):
+    # 33 fit examples are a batch of 32 and one more; 173 make a greedy soup of 129 without a fold.
+    task = Normed(examples=examples)
+    save_run(tmp_path / "run", task.states(4))
+    fit = FitConfig(optimizer=optimizer, **({"epochs": 2} if optimizer == "sgd" else {}))
+    document = merge([tmp_path / "run"], task, tmp_path / "out", fit=fit)
+    assert all(math.isfinite(row["guard_loss"]) for row in document["candidates"])
+    batches = Batches(task.dataset(), task, 32, 0, World())
+    assert [len(part) for part in batches.parts(range(97))] == [32, 32, 33]
+    assert [len(part) for part in batches.parts(range(98))] == [32, 32, 32, 2]
+    assert [len(part) for part in batches.parts(range(1))] == [1]
