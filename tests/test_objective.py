@@ -252,7 +252,7 @@ class Normed(LinearTask):
 
     def states(self, n: int, spread: float = 0.5, seed: int = 1):
         norm = {f"1.{k}": v for k, v in nn.BatchNorm1d(self.outputs).state_dict().items()}
-        return [s | {k: v.clone() for k, v in norm.items()} for s in super().states(n, spread, seed)]
+        return [s | {k: v.clone() for k, v in norm.items()} for s in super().states(n, seed=seed)]
 
 
 @pytest.mark.parametrize("optimizer", ["lbfgs", "sgd"])

@@ -13,6 +13,7 @@ GLOBAL = "global"
 
 # Always worth a row, and whatever was trained; of the others only the best.
 _NAMED = ("last", "best_single", "uniform", "greedy")
+_EXPLODED = 1e6
 # A smaller share of a blend is not worth naming.
 _WORTH_NAMING = 0.01
 
@@ -148,6 +149,11 @@ def decimals(values: Sequence[Any]) -> int:
     return min(7, max(4, 2 - math.floor(math.log10(spread)))) if spread > 0 else 4
 
 
+def figure(value: float, places: int) -> str:
+    """``value`` with so many decimals; as a power of ten where a loss has exploded."""
+    return f"{value:.{places}f}" if abs(value) < _EXPLODED else f"{value:.3g}"
+
+
 def verdict(document: Document) -> list[str]:
     """Who won and by how much, in sentences; plainly, where the difference is within noise."""
     chosen = written_name(document)
@@ -214,11 +220,12 @@ def _sentence(chosen: str, improvement: Document, selected: str | None) -> str:
     low, high = (v if is_finite(v) else None for v in interval)
     places = decimals([0.0, mean, low, high])
     how = "better" if mean >= 0 else "worse"
-    text = f"{spoken(chosen)} is {how} than {spoken(improvement['over'])} by {abs(mean):.{places}f}"
+    text = f"{spoken(chosen)} is {how} than {spoken(improvement['over'])}"
+    text += f" by {figure(abs(mean), places)}"
     text += f" in {selected}" if selected else ""
     if low is None or high is None:
         return f"{text}."
-    text += f" (95 % interval {low:.{places}f} to {high:.{places}f})"
+    text += f" (95 % interval {figure(low, places)} to {figure(high, places)})"
     if low > 0 and improvement.get("certain") is False:
         return f"{text}, of {improvement['examples']} examples: too few, within noise."
     return f"{text}." if low > 0 or high < 0 else f"{text}: within noise."

@@ -12,6 +12,7 @@ from .document import (
     checkpoint_labels,
     coefficient_note,
     decimals,
+    figure,
     folder_name,
     interval,
     is_finite,
@@ -212,7 +213,7 @@ def _tables(document: Document) -> str:
     for row in leading_candidates(document, len(rows)):
         span = interval(row, "guard_ci95")
         cells = [str(row["name"]), *(_number(row.get(key), places) for key in keys)]
-        cells += [f"{span[0]:.{places}f} to {span[1]:.{places}f}" if span else ""]
+        cells += [f"{figure(span[0], places)} to {figure(span[1], places)}" if span else ""]
         cells += [f"{row['cost']:g}" if is_finite(row.get("cost")) else ""]
         body.append((row["name"] == chosen, cells))
     head = ["candidate", *(k.replace("_", " ") for k in keys), "guard, 95 %", "cost, evaluations"]
@@ -252,7 +253,7 @@ def _table(head: Sequence[str], body: Sequence[tuple[bool, Sequence[str]]]) -> s
 
 
 def _number(value: Any, places: int) -> str:
-    return f"{value:.{places}f}" if is_finite(value) else ""
+    return figure(value, places) if is_finite(value) else ""
 
 
 def _shortened(row: Document) -> Document:

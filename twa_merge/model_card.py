@@ -13,6 +13,7 @@ from .document import (
     checkpoint_labels,
     coefficient_note,
     decimals,
+    figure,
     folder_name,
     guard_metric,
     interval,
@@ -95,7 +96,7 @@ def _candidates(document: Document) -> str:
         chosen = row["name"] == document.get("chosen")
         name = _text(row["name"])
         found = interval(row, "guard_ci95")
-        span = f"{found[0]:.{places}f} to {found[1]:.{places}f}" if found else ""
+        span = f"{figure(found[0], places)} to {figure(found[1], places)}" if found else ""
         table.append(
             [
                 f"**{name}**" if chosen else name,
@@ -166,7 +167,7 @@ def _without_folders(weights: str) -> str:
 
 
 def _number(value: Any, places: int) -> str:
-    return f"{value:.{places}f}" if is_finite(value) else ""
+    return figure(value, places) if is_finite(value) else ""
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
