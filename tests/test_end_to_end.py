@@ -407,3 +407,14 @@ def test_a_checkpoint_that_exploded_spoils_no_other(tmp_path, which, size):
     # The last few checkpoints are sound, unless it is the last, and their mean beats each of them.
     assert document["improvement"]["mean"] > 0 or which == 4
     assert chosen["guard_loss"] < 20
+
+
+@pytest.mark.parametrize(("candidates", "stages"), [("last,uniform", []), ("twa,uniform", ["twa"])])
+def test_what_is_no_candidate_is_not_fitted(tmp_path, candidates, stages):
+    task, _, run, target = make(tmp_path)
+    guard = GuardConfig(candidates=candidates)
+    document = merge([run], task, target, guard=guard)
+    assert [stage["name"] for stage in document["optimizer"]["stages"]] == stages
+    assert (document["optimizer"]["evaluations"] == 0) == (not stages)
+    assert document["chosen"] in ("uniform", *stages)
+    assert "The plane of the checkpoints" in (target / "report.html").read_text()

@@ -14,6 +14,7 @@ import pytest
 
 from twa_merge.errors import OutputError
 from twa_merge.html_report import html_report
+from twa_merge.model_card import model_card
 
 DOCUMENT = json.loads((Path(__file__).parent / "documents" / "train.json").read_text())
 LANDSCAPE = {
@@ -209,3 +210,11 @@ def test_without_matplotlib_the_remedy_is_named(
     with pytest.raises(OutputError) as error:
         html_report(train)
     assert 'pip install "twa-merge[report]"' in str(error.value)
+
+
+def test_the_page_says_how_much_of_large_data_was_used() -> None:
+    document = copy.deepcopy(DOCUMENT)
+    document["data"] |= {"fit_examples": 30000, "fit_examples_used": 1024}
+    document["data"]["guard_examples_used"] = document["data"]["guard_examples"]
+    assert "1024 of 30000 / 128 / 512" in html_report(document)
+    assert "1024 of 30000 examples to fit, 128 to choose" in model_card(document)

@@ -100,6 +100,14 @@ def loss_columns(document: Document) -> list[str]:
     return [key for key in keys if any(is_finite(row.get(key)) for row in rows)]
 
 
+def examples(document: Document, split: str) -> str:
+    """How many examples a split has, or how many of them were used: of large data a part is."""
+    data = document.get("data") or {}
+    there = data.get(f"{split}_examples") or 0
+    used = data.get(f"{split}_examples_used")
+    return str(there) if used in (None, there) else f"{used} of {there}"
+
+
 def metric(document: Document) -> str | None:
     """The metric that the winner was picked by; None for the loss."""
     select = str(((document.get("options") or {}).get("guard") or {}).get("select") or "loss")

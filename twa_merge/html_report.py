@@ -12,6 +12,7 @@ from .document import (
     checkpoint_labels,
     coefficient_note,
     decimals,
+    examples,
     figure,
     folder_name,
     interval,
@@ -125,9 +126,9 @@ def _subtitle(document: Document) -> str:
 def _facts(document: Document) -> str:
     data, subspace = document.get("data") or {}, document.get("subspace") or {}
     optimizer, timings = document.get("optimizer") or {}, document.get("timings") or {}
-    examples = " / ".join(str(data.get(f"{k}_examples") or 0) for k in _SPLITS)
+    used = " / ".join(examples(document, split) for split in _SPLITS)
     facts = {
-        "examples: fit/guard/test": examples if data else None,
+        "examples: fit/guard/test": used if data else None,
         "rank of the subspace": subspace.get("rank"),
         "evaluations": f"{optimizer['evaluations']:g} ({optimizer.get('name')})"
         if is_finite(optimizer.get("evaluations"))

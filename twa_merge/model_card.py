@@ -13,6 +13,7 @@ from .document import (
     checkpoint_labels,
     coefficient_note,
     decimals,
+    examples,
     figure,
     folder_name,
     guard_metric,
@@ -66,8 +67,9 @@ def _introduction(document: Document) -> str:
     data = document.get("data") or {}
     if data:
         lines.append(
-            f"- data: {data.get('fit_examples')} examples to fit, {data.get('guard_examples')} to "
-            f"choose the winner, {data.get('test_examples') or 'none'} to test"
+            f"- data: {examples(document, 'fit')} examples to fit, "
+            f"{examples(document, 'guard')} to choose the winner, "
+            f"{data.get('test_examples') or 'none'} to test"
         )
     if document.get("candidates"):
         lines += ["", *(_text(sentence) for sentence in verdict(document))]
