@@ -20,7 +20,7 @@ from twa_merge.ingest import ingest
 from twa_merge.layout import global_block, make_layout, tensor_blocks
 from twa_merge.model import build
 from twa_merge.objective import Batches, Engine, Objective
-from twa_merge.progress import silent
+from twa_merge.progress import Noted, silent
 from twa_merge.resume import EvaluationLog
 from twa_merge.store import make_store
 from twa_merge.subspace import Chart, make_subspace
@@ -256,9 +256,10 @@ class Normed(LinearTask):
 
 
 @pytest.mark.parametrize("optimizer", ["lbfgs", "sgd"])
-@pytest.mark.parametrize("examples", [44, 230])
+@pytest.mark.parametrize("examples", [7, 44, 230])
 def test_no_example_is_left_alone_with_batch_norm(tmp_path, optimizer, examples):
-    # 33 fit examples are a batch of 32 and one more; 173 make a greedy soup of 129 without a fold.
+    # A fold of 5 fit examples holds out one, 33 are a batch of 32 and one more, and of 173 a greedy
+    # soup without a fold sees 129.
     task = Normed(examples=examples)
     save_run(tmp_path / "run", task.states(4))
     fit = FitConfig(optimizer=optimizer, **({"epochs": 2} if optimizer == "sgd" else {}))
@@ -268,3 +269,14 @@ def test_no_example_is_left_alone_with_batch_norm(tmp_path, optimizer, examples)
     assert [len(part) for part in batches.parts(range(97))] == [32, 32, 33]
     assert [len(part) for part in batches.parts(range(98))] == [32, 32, 32, 2]
     assert [len(part) for part in batches.parts(range(1))] == [1]
+
+
+def test_a_learning_rate_that_is_too_high_is_said_and_ends_in_another_candidate(tmp_path):
+    task = LinearTask(examples=80)
+    save_run(tmp_path / "run", task.states(4))
+    said: list[object] = []
+    fit = FitConfig(optimizer="sgd", lr=1e12, epochs=3)
+    document = merge([tmp_path / "run"], task, tmp_path / "out", fit=fit, progress=said.append)
+    notes = [event.text for event in said if isinstance(event, Noted)]
+    assert any("twa diverged after" in note and "--lr" in note for note in notes)
+    assert all(math.isfinite(row["guard_loss"]) for row in document["candidates"])

@@ -18,6 +18,7 @@ from .document import (
     interval,
     is_finite,
     leading_candidates,
+    loss_columns,
     verdict,
     written_coefficients,
     written_name,
@@ -207,7 +208,7 @@ def _landscape(document: Document, landscape: Mapping[str, Any] | None) -> str:
 
 def _tables(document: Document) -> str:
     rows = document.get("candidates") or []
-    keys = [f"{k}_loss" for k in _SPLITS if any(is_finite(row.get(f"{k}_loss")) for row in rows)]
+    keys = loss_columns(document)
     places = decimals([row.get(key) for row in rows for key in keys])
     chosen = written_name(document)
     body = []

@@ -253,7 +253,9 @@ class Engine:
         """
         place = {p: i for i, p in enumerate(chosen)}
         columns: dict[str, Tensor] = {"": torch.zeros(len(chosen), dtype=torch.float64)}
-        with batch_statistics(self.live.module) if by_batch else _nothing():
+        # A fold of few examples may hold out a single one, which has no statistics.
+        alone = len(chosen) == 1
+        with batch_statistics(self.live.module) if by_batch and not alone else _nothing():
             for positions, batch, counts in batches.rounds(chosen):
                 found = self._columns(batch, len(positions), with_metrics)
                 where = torch.tensor([place[p] for p in positions])

@@ -183,13 +183,20 @@ def _fit(run: Run) -> list[Fitted]:
         fitted.append(run.fitter.stage(f"twa-{run.blocks.kind}", Chart(base, subspaces), fitted[0]))
     for stage in fitted:
         if not math.isfinite(stage.result.loss):
-            run.progress(
-                Noted(
-                    f"The fit of {stage.name} met a loss that is not finite at its start and was "
-                    "given up; the guard picks among the remaining candidates."
-                )
-            )
+            run.progress(Noted(_given_up(stage)))
     return fitted
+
+
+def _given_up(stage: Fitted) -> str:
+    trace = stage.result.trace
+    if trace and math.isfinite(trace[0][1]):
+        met = f"diverged after {len(trace)} evaluations (a smaller --lr may help)"
+    else:
+        met = "met a loss that is not finite at its start"
+    return (
+        f"The fit of {stage.name} {met} and was given up; the guard picks among the remaining "
+        "candidates."
+    )
 
 
 def _unfitted(run: Run, whole: Subspace) -> Fitted:
