@@ -140,7 +140,7 @@ def candidates(rows: Sequence[Document], chosen: str) -> str:
 def _frame(rows: Sequence[Document]) -> tuple[float, float]:
     """Ends of the axis of losses; infinity where all fit, as they do unless some exploded."""
     losses = [row.get(key) for row in rows for key in ("guard_loss", "test_loss")]
-    known = sorted(v for v in losses if is_finite(v))
+    known = sorted(float(v) for v in losses if v is not None and is_finite(v))
     low, middle = known[0], known[len(known) // 2]
     kept = [v for v in known if v <= low + _FAR * (middle - low)]
     if len(kept) == len(known):
