@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from twa_merge.document import figure
+
 NONE = "-"
 
 
@@ -13,7 +15,7 @@ def number(value: float | None, digits: int = 4) -> str:
         return NONE
     if not math.isfinite(value):
         return str(value)
-    text = f"{value:.{digits}f}"
+    text = figure(value, digits)
     # Minus zero reads like a mistake.
     return text.removeprefix("-") if float(text) == 0 else text
 

@@ -51,6 +51,10 @@ def test_greedy_keeps_what_does_not_hurt():
 
     losses = torch.tensor([score(torch.eye(4, dtype=torch.float64)[i][None]) for i in range(4)])
     assert torch.equal(greedy(losses, score).alphas[0], target)
+    # One that has diverged is the worst of all, wherever it stands.
+    for i in range(2):
+        losses[i] = torch.nan
+        assert torch.equal(greedy(losses, score).alphas[0], target)
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,8 @@ from twa_merge.config import (
     StoreConfig,
 )
 from twa_merge.errors import CheckpointError, ConfigError, NoImprovement, OutputError, TaskError
+from twa_merge.progress import Noted
+from twa_merge.task import split
 
 QUICK = {"fit": FitConfig(blocks="global", ridge=0.0)}
 
@@ -382,3 +384,37 @@ def test_what_a_task_object_would_ignore_is_refused(tmp_path):
         with pytest.raises(ConfigError, match="A task object brings its own"):
             merge([run], task, out, **more)
     assert not out.exists()
+
+
+@pytest.mark.parametrize("size", [1e6, 1e25])
+@pytest.mark.parametrize("which", [0, 2, 4])
+def test_a_checkpoint_that_exploded_spoils_no_other(tmp_path, which, size):
+    task = LinearTask(examples=80)
+    states = task.states(5)
+    states[which] = {k: size * v for k, v in states[which].items()}
+    save_run(tmp_path / "run", states)
+    said: list[object] = []
+    document = merge([tmp_path / "run"], task, tmp_path / "out", progress=said.append)
+    exploded = f"checkpoint-{100 * (which + 1)}"
+    assert any(exploded in e.text and "diverged" in e.text for e in said if isinstance(e, Noted))
+    chosen = next(c for c in document["candidates"] if c["name"] == document["chosen"])
+    guard = split(task, 0.25, 0).guard
+    model = task.build_model()
+    model.load_state_dict(written(tmp_path / "out"))
+    with torch.no_grad():
+        losses = [task.loss(model, [t[None] for t in guard[i]]) for i in range(len(guard))]
+    assert float(torch.cat(losses).mean()) == pytest.approx(chosen["guard_loss"], rel=1e-4)
+    # The last few checkpoints are sound, unless it is the last, and their mean beats each of them.
+    assert document["improvement"]["mean"] > 0 or which == 4
+    assert chosen["guard_loss"] < 20
+
+
+@pytest.mark.parametrize(("candidates", "stages"), [("last,uniform", []), ("twa,uniform", ["twa"])])
+def test_what_is_no_candidate_is_not_fitted(tmp_path, candidates, stages):
+    task, _, run, target = make(tmp_path)
+    guard = GuardConfig(candidates=candidates)
+    document = merge([run], task, target, guard=guard)
+    assert [stage["name"] for stage in document["optimizer"]["stages"]] == stages
+    assert (document["optimizer"]["evaluations"] == 0) == (not stages)
+    assert document["chosen"] in ("uniform", *stages)
+    assert "The plane of the checkpoints" in (target / "report.html").read_text()

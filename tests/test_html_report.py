@@ -14,6 +14,7 @@ import pytest
 
 from twa_merge.errors import OutputError
 from twa_merge.html_report import html_report
+from twa_merge.model_card import model_card
 
 DOCUMENT = json.loads((Path(__file__).parent / "documents" / "train.json").read_text())
 LANDSCAPE = {
@@ -209,3 +210,29 @@ def test_without_matplotlib_the_remedy_is_named(
     with pytest.raises(OutputError) as error:
         html_report(train)
     assert 'pip install "twa-merge[report]"' in str(error.value)
+
+
+def test_the_page_says_how_much_of_large_data_was_used() -> None:
+    document = copy.deepcopy(DOCUMENT)
+    document["data"] |= {"fit_examples": 30000, "fit_examples_used": 1024}
+    document["data"]["guard_examples_used"] = document["data"]["guard_examples"]
+    assert "1024 of 30000 / 128 / 512" in html_report(document)
+    assert "1024 of 30000 examples to fit, 128 to choose" in model_card(document)
+
+
+def test_a_candidate_that_exploded_leaves_room_for_the_others() -> None:
+    document = copy.deepcopy(DOCUMENT)
+    assert "beyond the frame" not in html_report(document)
+    document["candidates"][0]["guard_loss"] = 1e17
+    document["candidates"][0]["guard_ci95"] = [1e16, 2e17]
+    page = html_report(document)
+    assert "beyond the frame" in page
+    assert "1e17" not in page
+
+
+def test_the_page_shows_the_loss_that_decided() -> None:
+    document = copy.deepcopy(DOCUMENT)
+    assert "selection loss" not in html_report(document)
+    for row in document["candidates"]:
+        row["selection_loss"] = row["guard_loss"] + 0.125
+    assert "selection loss" in html_report(document)

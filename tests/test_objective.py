@@ -20,7 +20,7 @@ from twa_merge.ingest import ingest
 from twa_merge.layout import global_block, make_layout, tensor_blocks
 from twa_merge.model import build
 from twa_merge.objective import Batches, Engine, Objective
-from twa_merge.progress import silent
+from twa_merge.progress import Noted, silent
 from twa_merge.resume import EvaluationLog
 from twa_merge.store import make_store
 from twa_merge.subspace import Chart, make_subspace
@@ -242,3 +242,41 @@ def test_sharpness_aware_steps_and_label_free_losses_run(tmp_path):
     fitter = fitter_for(engine, batches, tmp_path, optimizer="sgd", lr=0.02, sharpness=0.05)
     before = fitter.score(chart.base, range(batches.size))
     assert fitter.score(fitter.stage("twa", chart).alphas, range(batches.size)) < before
+
+
+class Normed(LinearTask):
+    """Batch norm over single features, which needs two examples at least."""
+
+    def build_model(self):
+        return nn.Sequential(nn.Linear(self.inputs, self.outputs), nn.BatchNorm1d(self.outputs))
+
+    def states(self, n: int, spread: float = 0.5, seed: int = 1):
+        norm = {f"1.{k}": v for k, v in nn.BatchNorm1d(self.outputs).state_dict().items()}
+        return [s | {k: v.clone() for k, v in norm.items()} for s in super().states(n, seed=seed)]
+
+
+@pytest.mark.parametrize("optimizer", ["lbfgs", "sgd"])
+@pytest.mark.parametrize("examples", [7, 44, 230])
+def test_no_example_is_left_alone_with_batch_norm(tmp_path, optimizer, examples):
+    # A fold of 5 fit examples holds out one, 33 are a batch of 32 and one more, and of 173 a greedy
+    # soup without a fold sees 129.
+    task = Normed(examples=examples)
+    save_run(tmp_path / "run", task.states(4))
+    fit = FitConfig(optimizer=optimizer, **({"epochs": 2} if optimizer == "sgd" else {}))
+    document = merge([tmp_path / "run"], task, tmp_path / "out", fit=fit)
+    assert all(math.isfinite(row["guard_loss"]) for row in document["candidates"])
+    batches = Batches(task.dataset(), task, 32, 0, World())
+    assert [len(part) for part in batches.parts(range(97))] == [32, 32, 33]
+    assert [len(part) for part in batches.parts(range(98))] == [32, 32, 32, 2]
+    assert [len(part) for part in batches.parts(range(1))] == [1]
+
+
+def test_a_learning_rate_that_is_too_high_is_said_and_ends_in_another_candidate(tmp_path):
+    task = LinearTask(examples=80)
+    save_run(tmp_path / "run", task.states(4))
+    said: list[object] = []
+    fit = FitConfig(optimizer="sgd", lr=1e12, epochs=3)
+    document = merge([tmp_path / "run"], task, tmp_path / "out", fit=fit, progress=said.append)
+    notes = [event.text for event in said if isinstance(event, Noted)]
+    assert any("twa diverged after" in note and "--lr" in note for note in notes)
+    assert all(math.isfinite(row["guard_loss"]) for row in document["candidates"])

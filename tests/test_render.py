@@ -352,6 +352,8 @@ def test_duration(seconds: float, text: str) -> None:
 def test_number_has_no_minus_zero() -> None:
     assert figures.number(-0.00001) == "0.0000"
     assert figures.number(None) == "-"
+    # A loss that exploded must not push the others out of the table.
+    assert figures.number(10632962605989232.0) == "1.06e+16"
     assert figures.number(float("nan")) == "nan"
 
 

@@ -93,7 +93,7 @@ def greedy(losses: Tensor, score: Callable[[Tensor], float]) -> Candidate:
         losses: of the single checkpoints, (n,).
         score: coefficients (1, n) → loss, on the data that ``losses`` were taken on.
     """
-    n = len(losses)
+    n, losses = len(losses), losses.nan_to_num(torch.inf)
     order = sorted(range(n), key=lambda i: float(losses[i]))
     kept = single(n, order[0])
     best = float(losses[order[0]])

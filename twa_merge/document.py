@@ -13,6 +13,7 @@ GLOBAL = "global"
 
 # Always worth a row, and whatever was trained; of the others only the best.
 _NAMED = ("last", "best_single", "uniform", "greedy")
+_EXPLODED = 1e6
 # A smaller share of a blend is not worth naming.
 _WORTH_NAMING = 0.01
 
@@ -99,6 +100,14 @@ def loss_columns(document: Document) -> list[str]:
     return [key for key in keys if any(is_finite(row.get(key)) for row in rows)]
 
 
+def examples(document: Document, split: str) -> str:
+    """How many examples a split has, or how many of them were used: of large data a part is."""
+    data = document.get("data") or {}
+    there = data.get(f"{split}_examples") or 0
+    used = data.get(f"{split}_examples_used")
+    return str(there) if used in (None, there) else f"{used} of {there}"
+
+
 def metric(document: Document) -> str | None:
     """The metric that the winner was picked by; None for the loss."""
     select = str(((document.get("options") or {}).get("guard") or {}).get("select") or "loss")
@@ -146,6 +155,11 @@ def decimals(values: Sequence[Any]) -> int:
     known = [float(v) for v in values if is_finite(v)]
     spread = max(known) - min(known) if known else 0.0
     return min(7, max(4, 2 - math.floor(math.log10(spread)))) if spread > 0 else 4
+
+
+def figure(value: float, places: int) -> str:
+    """``value`` with so many decimals; as a power of ten where a loss has exploded."""
+    return f"{value:.{places}f}" if abs(value) < _EXPLODED else f"{value:.3g}"
 
 
 def verdict(document: Document) -> list[str]:
@@ -223,11 +237,12 @@ def _sentence(chosen: str, improvement: Document, selected: str | None) -> str:
     low, high = (v if is_finite(v) else None for v in interval)
     places = decimals([0.0, mean, low, high])
     how = "better" if mean >= 0 else "worse"
-    text = f"{spoken(chosen)} is {how} than {spoken(improvement['over'])} by {abs(mean):.{places}f}"
+    text = f"{spoken(chosen)} is {how} than {spoken(improvement['over'])}"
+    text += f" by {figure(abs(mean), places)}"
     text += f" in {selected}" if selected else ""
     if low is None or high is None:
         return f"{text}."
-    text += f" (95 % interval {low:.{places}f} to {high:.{places}f})"
+    text += f" (95 % interval {figure(low, places)} to {figure(high, places)})"
     if low > 0 and improvement.get("certain") is False:
         return f"{text}, of {improvement['examples']} examples: too few, within noise."
     return f"{text}." if low > 0 or high < 0 else f"{text}: within noise."

@@ -45,8 +45,7 @@ def first_order(
         )
     else:
         optimizer = torch.optim.AdamW([y], lr=config.lr, weight_decay=config.weight_decay)
-    positions = list(range(examples))
-    parts = [positions[i : i + batches.batch_size] for i in range(0, examples, batches.batch_size)]
+    parts = batches.parts(range(examples))
     steps = config.epochs * len(parts)
     trace: list[tuple[int, float]] = []
     path: list[Tensor] = []

@@ -12,10 +12,13 @@ from .document import (
     checkpoint_labels,
     coefficient_note,
     decimals,
+    examples,
+    figure,
     folder_name,
     interval,
     is_finite,
     leading_candidates,
+    loss_columns,
     verdict,
     written_coefficients,
     written_name,
@@ -124,9 +127,9 @@ def _subtitle(document: Document) -> str:
 def _facts(document: Document) -> str:
     data, subspace = document.get("data") or {}, document.get("subspace") or {}
     optimizer, timings = document.get("optimizer") or {}, document.get("timings") or {}
-    examples = " / ".join(str(data.get(f"{k}_examples") or 0) for k in _SPLITS)
+    used = " / ".join(examples(document, split) for split in _SPLITS)
     facts = {
-        "examples: fit/guard/test": examples if data else None,
+        "examples: fit/guard/test": used if data else None,
         "rank of the subspace": subspace.get("rank"),
         "evaluations": f"{optimizer['evaluations']:g} ({optimizer.get('name')})"
         if is_finite(optimizer.get("evaluations"))
@@ -205,14 +208,14 @@ def _landscape(document: Document, landscape: Mapping[str, Any] | None) -> str:
 
 def _tables(document: Document) -> str:
     rows = document.get("candidates") or []
-    keys = [f"{k}_loss" for k in _SPLITS if any(is_finite(row.get(f"{k}_loss")) for row in rows)]
+    keys = loss_columns(document)
     places = decimals([row.get(key) for row in rows for key in keys])
     chosen = written_name(document)
     body = []
     for row in leading_candidates(document, len(rows)):
         span = interval(row, "guard_ci95")
         cells = [str(row["name"]), *(_number(row.get(key), places) for key in keys)]
-        cells += [f"{span[0]:.{places}f} to {span[1]:.{places}f}" if span else ""]
+        cells += [f"{figure(span[0], places)} to {figure(span[1], places)}" if span else ""]
         cells += [f"{row['cost']:g}" if is_finite(row.get("cost")) else ""]
         body.append((row["name"] == chosen, cells))
     head = ["candidate", *(k.replace("_", " ") for k in keys), "guard, 95 %", "cost, evaluations"]
@@ -252,7 +255,7 @@ def _table(head: Sequence[str], body: Sequence[tuple[bool, Sequence[str]]]) -> s
 
 
 def _number(value: Any, places: int) -> str:
-    return f"{value:.{places}f}" if is_finite(value) else ""
+    return figure(value, places) if is_finite(value) else ""
 
 
 def _shortened(row: Document) -> Document:

@@ -48,6 +48,12 @@ class Grams:
     centre: Tensor
     cross: Tensor
 
+    @property
+    def norms(self) -> Tensor:
+        """‖w_i‖, (n,) float64; what is below 1e-8 of the largest is rounding."""
+        squares = self.centre + 2.0 * self.cross + self.exact.sum(0).diagonal()
+        return squares.clamp(min=0.0).sqrt()
+
     def by_block(self, blocks: Blocks) -> Tensor:
         """(B, n, n): tensors of one block added up."""
         result = torch.zeros(len(blocks), *self.exact.shape[1:], dtype=torch.float64)

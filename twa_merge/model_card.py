@@ -13,6 +13,8 @@ from .document import (
     checkpoint_labels,
     coefficient_note,
     decimals,
+    examples,
+    figure,
     folder_name,
     guard_metric,
     interval,
@@ -65,8 +67,9 @@ def _introduction(document: Document) -> str:
     data = document.get("data") or {}
     if data:
         lines.append(
-            f"- data: {data.get('fit_examples')} examples to fit, {data.get('guard_examples')} to "
-            f"choose the winner, {data.get('test_examples') or 'none'} to test"
+            f"- data: {examples(document, 'fit')} examples to fit, "
+            f"{examples(document, 'guard')} to choose the winner, "
+            f"{data.get('test_examples') or 'none'} to test"
         )
     if document.get("candidates"):
         lines += ["", *(_text(sentence) for sentence in verdict(document))]
@@ -95,7 +98,7 @@ def _candidates(document: Document) -> str:
         chosen = row["name"] == document.get("chosen")
         name = _text(row["name"])
         found = interval(row, "guard_ci95")
-        span = f"{found[0]:.{places}f} to {found[1]:.{places}f}" if found else ""
+        span = f"{figure(found[0], places)} to {figure(found[1], places)}" if found else ""
         table.append(
             [
                 f"**{name}**" if chosen else name,
@@ -166,7 +169,7 @@ def _without_folders(weights: str) -> str:
 
 
 def _number(value: Any, places: int) -> str:
-    return f"{value:.{places}f}" if is_finite(value) else ""
+    return figure(value, places) if is_finite(value) else ""
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -53,14 +53,26 @@ class Batches:
         self._cache: dict[tuple[int, ...], Any] = {}
         self._cached_bytes = 0
 
+    def parts(self, chosen: Sequence[int]) -> list[list[int]]:
+        """``chosen`` batch by batch, over all ranks.
+
+        An example that would be left alone joins the batch before it: batch norm cannot normalise
+        by the statistics of a single one.
+        """
+        size = self.batch_size
+        starts = list(range(0, len(chosen), size))
+        if size > 1 and len(starts) > 1 and len(chosen) - starts[-1] == 1:
+            starts.pop()
+        ends = [*starts[1:], len(chosen)]
+        return [list(chosen[a:b]) for a, b in zip(starts, ends, strict=True)]
+
     def rounds(self, chosen: Sequence[int]) -> Iterator[tuple[list[int], Any, bool]]:
         """This rank's batches of the ``chosen`` examples (positions in the seeded order).
 
         Yields:
             The batch's positions, the collated batch on the device, and whether it counts.
         """
-        size, world = self.batch_size, self._world
-        batches = [list(chosen[i : i + size]) for i in range(0, len(chosen), size)]
+        world, batches = self._world, self.parts(chosen)
         for first in range(0, len(batches), world.size):
             k = first + world.rank
             counts = k < len(batches)
@@ -185,7 +197,7 @@ class Engine:
         self.live.zero_gradients()
         total = torch.zeros((), dtype=torch.float64)
         with batch_statistics(self.live.module):
-            rounds = -(-len(chosen) // (batches.batch_size * self.world.size))
+            rounds = -(-len(batches.parts(chosen)) // self.world.size)
             for number, (positions, batch, counts) in enumerate(batches.rounds(chosen), 1):
                 self.live.before_pass(last=number == rounds)
                 losses = self.losses_of(batch, len(positions))
@@ -241,7 +253,9 @@ class Engine:
         """
         place = {p: i for i, p in enumerate(chosen)}
         columns: dict[str, Tensor] = {"": torch.zeros(len(chosen), dtype=torch.float64)}
-        with batch_statistics(self.live.module) if by_batch else _nothing():
+        # A fold of few examples may hold out a single one, which has no statistics.
+        alone = len(chosen) == 1
+        with batch_statistics(self.live.module) if by_batch and not alone else _nothing():
             for positions, batch, counts in batches.rounds(chosen):
                 found = self._columns(batch, len(positions), with_metrics)
                 where = torch.tensor([place[p] for p in positions])

@@ -10,11 +10,12 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
 from . import fit_report, report
-from .candidates import SINGLES, parse_families
+from .candidates import SINGLES, parse_families, window
 from .checkpoints import open_checkpoints
 from .clock import Clock
 from .config import (
@@ -37,6 +38,7 @@ from .html_report import html_report
 from .landscape import landscape
 from .layout import dtype_named, make_layout
 from .model_card import model_card
+from .optimize import FitResult
 from .progress import Noted, Progress, silent
 from .resume import EvaluationLog
 from .run import (
@@ -166,26 +168,42 @@ def merge(
 
 def _fit(run: Run) -> list[Fitted]:
     """Stage one: the whole model. Stage two: every block, around the solution of stage one."""
-    whole = _whole(run)
+    whole, wanted = _whole(run), parse_families(run.choices.guard.candidates)
+    if not wanted & {"twa", "twa-layers"}:
+        return [_unfitted(run, whole)]
     if whole.rank == 0:
         run.progress(Noted("All checkpoints are identical: there is nothing to train."))
     elif (parse_subspace(run.choices.fit.subspace)[1] or 0) > whole.rank:
         run.progress(Noted(f"There are only {whole.rank} directions: all of them are trained."))
     start_alphas = pad(run.fitter.start(run.n), (0, whole.n - run.n))
     fitted = [run.fitter.stage("twa", Chart(start_alphas, [whole]))]
-    if len(run.blocks) > 1:
+    if len(run.blocks) > 1 and "twa-layers" in wanted:
         subspaces = [_leading(run, gram) for gram in run.grams.by_block(run.blocks)]
         base = fitted[0].alphas.expand(len(run.blocks), -1).clone()
         fitted.append(run.fitter.stage(f"twa-{run.blocks.kind}", Chart(base, subspaces), fitted[0]))
     for stage in fitted:
         if not math.isfinite(stage.result.loss):
-            run.progress(
-                Noted(
-                    f"The fit of {stage.name} met a loss that is not finite at its start and was "
-                    "given up; the guard picks among the remaining candidates."
-                )
-            )
+            run.progress(Noted(_given_up(stage)))
     return fitted
+
+
+def _given_up(stage: Fitted) -> str:
+    trace = stage.result.trace
+    if trace and math.isfinite(trace[0][1]):
+        met = f"diverged after {len(trace)} evaluations (a smaller --lr may help)"
+    else:
+        met = "met a loss that is not finite at its start"
+    return (
+        f"The fit of {stage.name} {met} and was given up; the guard picks among the remaining "
+        "candidates."
+    )
+
+
+def _unfitted(run: Run, whole: Subspace) -> Fitted:
+    """What stands for the fit where no candidate comes from one: the mean, nothing evaluated."""
+    mean = pad(window(run.n, run.n), (0, whole.n - run.n))[None]
+    result = FitResult(torch.zeros(whole.rank, dtype=torch.float64), math.nan, [], False)
+    return Fitted("twa", Chart(mean, [whole]), mean, 0.0, result)
 
 
 def _judge(run: Run, fitted: Sequence[Fitted]) -> Verdict:
@@ -261,7 +279,7 @@ def _document(run: Run, fitted: Sequence[Fitted], verdict: Verdict) -> dict[str,
             "evaluations": round(sum(f.evaluations for f in fitted), 2),
             "trace": [[k, report.finite(loss)] for k, loss in whole.result.trace],
             "converged": whole.result.converged,
-            "stages": [fit_report.stage_row(f) for f in fitted],
+            "stages": [fit_report.stage_row(f) for f in fitted if f.examples],
         },
         "data": {
             "fit_examples": len(run.splits.fit),  # type: ignore[arg-type]

@@ -13,6 +13,9 @@ from .svg import BLUE, GREEN, INK, ORANGE, draw
 # at zero, so that they suit a light and a dark page.
 _POSITIVE, _NEGATIVE = (0.16, 0.47, 0.84), (0.88, 0.42, 0.13)
 
+# A loss that lies so many times as far from the least one as the median does is left out.
+_FAR = 12.0
+
 
 def losses(stages: Sequence[tuple[str, Sequence[tuple[int, float]]]]) -> str:
     """Loss over evaluations, one panel a stage, each value and the best so far."""
@@ -102,6 +105,7 @@ def candidates(rows: Sequence[Document], chosen: str) -> str:
     def paint(figure: Any) -> None:
         axes = figure.subplots()
         both = any(is_finite(row.get("test_loss")) for row in rows)
+        left, right = _frame(rows)
         for key, offset, colour, marker in (
             ("guard", -0.14 * both, BLUE, "o"),
             ("test", 0.14, ORANGE, "D"),
@@ -115,6 +119,13 @@ def candidates(rows: Sequence[Document], chosen: str) -> str:
                     axes.plot(span, [y + offset] * 2, color=colour, linewidth=1.6, alpha=0.55)
             axes.plot([r[f"{key}_loss"] for _, r in known], [y + offset for y, _ in known],
                       marker, color=colour, markersize=5, label=f"{key} loss")  # fmt: skip
+            beyond = [y + offset for y, row in known if row[f"{key}_loss"] > right]
+            axes.plot([right] * len(beyond), beyond, ">", color=colour, markersize=6, clip_on=False)
+        if right < math.inf:
+            axes.set_xlim(left, right)
+            axes.annotate("> beyond the frame", (1, 0), xycoords="axes fraction", ha="right",
+                          va="bottom", fontsize=8, xytext=(-8, 3),
+                          textcoords="offset points")  # fmt: skip
         axes.set_yticks(range(len(rows)), [str(row["name"]) for row in rows])
         for text, row in zip(axes.get_yticklabels(), rows, strict=True):
             if row["name"] == chosen:
@@ -124,6 +135,18 @@ def candidates(rows: Sequence[Document], chosen: str) -> str:
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=9)
 
     return draw("candidates", min(12.0, 1.1 + 0.3 * len(rows)), paint)
+
+
+def _frame(rows: Sequence[Document]) -> tuple[float, float]:
+    """Ends of the axis of losses; infinity where all fit, as they do unless some exploded."""
+    losses = [row.get(key) for row in rows for key in ("guard_loss", "test_loss")]
+    known = sorted(float(v) for v in losses if v is not None and is_finite(v))
+    low, middle = known[0], known[len(known) // 2]
+    kept = [v for v in known if v <= low + _FAR * (middle - low)]
+    if len(kept) == len(known):
+        return -math.inf, math.inf
+    room = 0.5 * ((kept[-1] - low) or abs(low) or 1.0)
+    return low - room, kept[-1] + room
 
 
 def landscape(found: Mapping[str, Any], labels: Sequence[str]) -> str:

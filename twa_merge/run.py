@@ -37,6 +37,9 @@ from .subspace import root_mean_square
 from .task import Splits, Task, check_task, split
 from .tasks import load_task
 
+# Ratio of norms from which float32 keeps no more than four digits of the smaller.
+_FAR_APART = 1e3
+
 
 @dataclass(frozen=True)
 class Choices:
@@ -122,7 +125,8 @@ def set_up(
         grams = ingest(
             checkpoints, layout, world, store=store, shared=shared, check=True, progress=progress
         )
-    exact = exact_store(store, checkpoints, layout, world, shared=shared)
+    far_apart = _far_apart(checkpoints, grams, progress)
+    exact = exact_store(store, checkpoints, layout, world, shared=shared, far_apart=far_apart)
     directions, directions_gram = _directions(live, layout, grams, choices), None
     if directions:
         with clock.part("random directions"):
@@ -146,6 +150,23 @@ def set_up(
         checkpoints, layout, task, splits, world, choices, log, clock, progress, blocks, grams,
         engine, fitter, jury, directions, directions_gram,
     )  # fmt: skip
+
+
+def _far_apart(checkpoints: Sequence[Checkpoint], grams: Grams, progress: Progress) -> bool:
+    """Whether offsets in float32 are too coarse for the smallest checkpoint; says so."""
+    norms = grams.norms
+    large, small = int(norms.argmax()), int(norms.argmin())
+    if float(norms[large]) <= _FAR_APART * float(norms[small]):
+        return False
+    progress(
+        Noted(
+            f"The weights of {checkpoints[large].path} are far larger than those of "
+            f"{checkpoints[small].path}: its training may have diverged. Next to it the others are "
+            "rounded while coefficients are trained, so that leaving it out may give a better "
+            "merge; candidates are compared by the files themselves."
+        )
+    )
+    return True
 
 
 def several(checkpoints: list[Checkpoint]) -> list[Checkpoint]:

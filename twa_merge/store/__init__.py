@@ -86,12 +86,16 @@ def exact_store(
     world: World,
     *,
     shared: Mapping[str, bool] | None = None,
+    far_apart: bool = False,
 ) -> Store:
     """A filled store itself, or, where it packs the offsets, their files.
 
     What is fitted to rounded offsets is a good fit; what is compared by them may win by rounding.
+
+    Args:
+        far_apart: next to one of the checkpoints the others are lost even in float32.
     """
-    if not (isinstance(store, MemoryStore) and store.packs):
+    if not (isinstance(store, MemoryStore) and (store.packs or far_apart)):
         return store
     share = _share(layout, world, shared or {})
     return DiskStore(checkpoints, layout, store.blocks, share=share, held=store.names)
