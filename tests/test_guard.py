@@ -13,7 +13,7 @@ from twa_merge.guard import (
     paired,
     pick,
 )
-from twa_merge.verdict import best_of, winner_of
+from twa_merge.verdict import best_of, best_single_of, winner_of
 
 
 def scored(name: str, losses: torch.Tensor, rank: int, **more) -> Scored:
@@ -30,6 +30,20 @@ def test_ties_go_to_the_simpler():
     a = scored("twa", torch.tensor([1.0, 2.0]), 7)
     b = scored("last", torch.tensor([1.0, 2.0]), 0)
     assert pick([a, b], "loss") is b
+
+
+def test_the_last_checkpoint_is_never_ahead_of_the_best_single_one():
+    """What the guard split alone would pick is bad on the unseen examples, and so is the pair."""
+    means = {"single:1": (1.0, 3.0), "single:2": (1.1, 1.0), "last": (1.4, 1.4)}
+    singles = [
+        scored(name, torch.full((4,), guard), 1, unseen=torch.full((4,), unseen).double())
+        for name, (guard, unseen) in means.items()
+    ]
+    assert float(best_of(singles, "loss").evidence("loss").mean()) > 1.4
+    best = best_single_of(singles, "loss")
+    assert best.name == "single:2"
+    assert abs(float(best.evidence("loss").mean()) - 1.05) < 1e-6
+    assert best_single_of(singles[-1:], "loss") is singles[-1]
 
 
 def test_the_blend_stands_until_it_is_beaten_by_a_standard_error():

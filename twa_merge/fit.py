@@ -140,11 +140,11 @@ class Fitter:
         if self.config.optimizer != "lbfgs":
             result, examples = self._first_order(name, chart), self.limit
         else:
-            start = torch.zeros(chart.size, dtype=torch.float64)
             if self.config.ridge is None:
                 path = self._path(name, chart, before)
                 ridge = path.choice()
-                start = path.start(ridge, chart.size)
+            # Not where the path ended: its short fits amplify rounding errors.
+            start = torch.zeros(chart.size, dtype=torch.float64)
             result, examples = self._grow(name, chart, ridge, start)
         alphas = chart.alphas(result.z) if math.isfinite(result.loss) else chart.base
         spent = self.evaluations - spent
@@ -204,7 +204,9 @@ class Fitter:
         ends = before.path.ends[before.ridge]
         if fold == len(ends):
             stage, train = f"{before.name}/fold{fold}", fold_of(path.size, fold)[0]
-            start, limit = before.path.start(before.ridge, before.chart.size), 2 * _PATH_EVALUATIONS
+            # The other folds' ends know the examples of this one.
+            start = torch.zeros(before.chart.size, dtype=torch.float64)
+            limit = 2 * _PATH_EVALUATIONS
             ends.append(
                 self._minimise(
                     stage, before.chart, train, before.ridge, start, limit, _PATH_TOLERANCE

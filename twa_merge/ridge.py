@@ -98,11 +98,6 @@ class RidgePath:
         mean, error = paired(losses[weakest], losses[self.best()])
         return ridge < weakest < self.ridges[0] and mean > error
 
-    def start(self, ridge: float, size: int) -> Tensor:
-        """Mean of where the folds ended, (size,): a warm start for all examples together."""
-        ends = self.ends.get(ridge)
-        return torch.stack(ends).mean(0) if ends else torch.zeros(size, dtype=torch.float64)
-
 
 def scale_of(losses: Tensor) -> float:
     """The power of ten that suits the ridges to the unit of the loss, from losses (N,).

@@ -184,7 +184,7 @@ def _headlines(run: Run, scored: Sequence[Scored]) -> tuple[list[Scored], Scored
     """The best of each family, and the best single checkpoint."""
     select = run.choices.guard.select
     singles = [s for s in scored if s.name == "last" or s.name.startswith("single:")]
-    best_single = _renamed(best_of(singles, select), "best_single", 1)
+    best_single = _renamed(best_single_of(singles, select), "best_single", 1)
     families: dict[str, list[Scored]] = {}
     for item in scored:
         family = item.name.partition(":")[0]
@@ -207,6 +207,16 @@ def best_of(family: Sequence[Scored], select: str) -> Scored:
     _, on_unseen = min(both, key=lambda losses: finite_mean(losses[0]))
     on_guard, _ = min(both, key=lambda losses: finite_mean(losses[1]))
     return dataclasses.replace(best, crossed=torch.cat([on_guard, on_unseen]))
+
+
+def best_single_of(singles: Sequence[Scored], select: str) -> Scored:
+    """The best single checkpoint, which the last one is never ahead of: it is one of them.
+
+    What half of the examples would have picked can be worse than the last.
+    """
+    best, last = best_of(singles, select), next(s for s in singles if s.name == "last")
+    behind = finite_mean(best.evidence(select)) > finite_mean(last.evidence(select))
+    return dataclasses.replace(best, crossed=None) if behind else best
 
 
 def winner_of(shown: Sequence[Scored], select: str) -> Scored:
