@@ -23,7 +23,7 @@ from .run import Run
 # quarters of these are the 128 that are left without a fold.
 _GREEDY_EXAMPLES = 171
 # A blend that is all but one candidate is that candidate.
-_ALONE = 0.99
+_ALONE = 0.9
 
 
 @dataclass
