@@ -22,7 +22,7 @@ from .run import Run
 # A greedy soup takes 2n evaluations; on more examples it would cost more than the fit. Three
 # quarters of these are the 128 that are left without a fold.
 _GREEDY_EXAMPLES = 171
-# A blend that is all but one candidate is that candidate.
+# A blend so much of which is one candidate is that candidate: the rest would dilute it.
 _ALONE = 0.9
 
 
