@@ -174,7 +174,7 @@ def figure(value: float, places: int) -> str:
     """
     if abs(value) >= _EXPLODED:
         return f"{value:.{3 if places >= 4 else 7}g}"
-    if places <= 7 or value == 0:
+    if places <= 7 or value == 0 or math.isnan(value):
         return f"{value:.{min(places, 7)}f}"
     order = math.floor(math.log10(abs(value)))
     return f"{value:.{min(6, max(0, places + order))}e}"
