@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from twa_merge.document import figure
+from twa_merge.document import decimals, figure
 
 NONE = "-"
 
@@ -21,7 +21,7 @@ def number(value: float | None, digits: int = 4) -> str:
 
 
 def loss(value: float) -> str:
-    return number(value, 4 if abs(value) >= 0.01 or value == 0 else 7)
+    return number(value, max(decimals([value]), 7 if 0 < abs(value) < 0.01 else 0))
 
 
 def size(count: float) -> str:

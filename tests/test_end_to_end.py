@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 
 import pytest
@@ -207,6 +208,21 @@ def test_nothing_is_written_without_the_required_improvement(tmp_path):
         merge([run], task, out, guard=GuardConfig(require_improvement=True))
     assert caught.value.exit_code == 3
     assert list(tmp_path.iterdir()) == [run]
+
+
+class TinyLosses(LinearTask):
+    def loss(self, model, batch):
+        return 1e-12 * super().loss(model, batch)
+
+
+def test_a_missing_improvement_is_said_in_the_unit_of_the_loss(tmp_path):
+    task = TinyLosses(examples=80)
+    good, bad = task.states(2)
+    save_run(tmp_path / "run", [good, {k: v + 100 for k, v in bad.items()}])
+    guard = GuardConfig(candidates="uniform", require_improvement=True)
+    with pytest.raises(NoImprovement, match="What was picked is not certainly better") as caught:
+        merge([tmp_path / "run"], task, tmp_path / "merged", guard=guard)
+    assert re.search(r"uniform: -[1-9]\.\d+e-\d+ \[-[1-9]\.\d+e-\d+, ", str(caught.value))
 
 
 def test_nothing_is_written_where_no_loss_is_finite(tmp_path):

@@ -14,7 +14,7 @@ from rich.console import Console
 from twa_merge_cli import console as consoles
 from twa_merge_cli import figures, live, pictures, render
 
-from twa_merge.document import leading_candidates
+from twa_merge.document import leading_candidates, verdict
 from twa_merge.model_card import model_card
 from twa_merge.progress import Advanced, Evaluated, Noted, Started
 
@@ -125,6 +125,40 @@ def test_the_verdict_is_in_plain_words(train: dict[str, Any]) -> None:
     train["improvement"] = {"over": "best_single", "mean": 0.0, "ci95": [0.0, 0.0]}
     train["chosen"] = "last"
     assert "No candidate beat the last checkpoint." in train_text(train)
+
+
+@pytest.mark.parametrize(
+    ("unit", "best", "last", "lead"),
+    [
+        (1e6, "1310400", "1395000", "84600"),
+        (1e-6, "1.3104e-06", "1.3950e-06", "8.460e-08"),
+        (1e30, "1.3104e+30", "1.395e+30", "8.46e+28"),
+    ],
+)
+def test_losses_of_any_unit_are_told_apart(
+    train: dict[str, Any], unit: float, best: str, last: str, lead: str
+) -> None:
+    rows = [
+        {"name": "twa", "guard_loss": 1.3104 * unit, "guard_ci95": [1.25 * unit, 1.37 * unit]},
+        {"name": "last", "guard_loss": 1.395 * unit, "guard_ci95": [1.33 * unit, 1.45 * unit]},
+    ]
+    gain = {"over": "last", "mean": 0.0846 * unit, "ci95": [0.07 * unit, 0.099 * unit]}
+    train |= {"candidates": rows, "chosen": "twa", "improvement": gain}
+    train["improvement_over_uniform"] = None
+    text = train_text(train)
+    assert best in text
+    assert last in text
+    assert f"better than the last checkpoint by {lead} (" in text
+    assert best in model_card(train)
+
+
+def test_the_loss_that_decided_is_said_as_the_table_has_it(train: dict[str, Any]) -> None:
+    rows = [
+        {"name": "twa", "guard_loss": 2e-7, "selection_loss": 3.141e-7, "selection_examples": 90},
+        {"name": "last", "guard_loss": 1e-7, "selection_loss": 4e-7, "selection_examples": 90},
+    ]
+    train |= {"candidates": rows, "chosen": "twa"}
+    assert "its loss on 90 examples, 3.141e-07:" in " ".join(verdict(train))
 
 
 def test_a_winner_that_the_guard_split_alone_would_not_pick_is_explained(
@@ -355,6 +389,14 @@ def test_number_has_no_minus_zero() -> None:
     # A loss that exploded must not push the others out of the table.
     assert figures.number(10632962605989232.0) == "1.06e+16"
     assert figures.number(float("nan")) == "nan"
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(3.21, "3.2100"), (0.0032, "0.0032000"), (2.04e-7, "2.040e-07"), (2357123.4, "2357123")],
+)
+def test_losses_are_told_apart_while_they_go_by(value: float, text: str) -> None:
+    assert figures.loss(value) == text
 
 
 def story(narrator: live.Narrator) -> None:

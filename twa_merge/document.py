@@ -14,6 +14,8 @@ GLOBAL = "global"
 # Always worth a row, and whatever was trained; of the others only the best.
 _NAMED = ("last", "best_single", "uniform", "greedy")
 _EXPLODED = 1e6
+# Decimals show too little of numbers below the first, and too much of those above the second.
+_TINY, _LARGE = 1e-4, 1e4
 # A smaller share of a blend is not worth naming.
 _WORTH_NAMING = 0.01
 
@@ -151,15 +153,31 @@ def sortable(value: Any) -> float:
 
 
 def decimals(values: Sequence[Any]) -> int:
-    """How many, 4 to 7, tell ``values`` apart."""
+    """How many, 4 to 7, tell ``values`` apart; more for tiny ones, fewer for large ones."""
     known = [float(v) for v in values if is_finite(v)]
+    sizes = sorted(abs(v) for v in known if v)
+    fewest, most = 4, 7
+    if sizes and sizes[len(sizes) // 2] < _TINY:
+        order = math.floor(math.log10(sizes[len(sizes) // 2]))
+        fewest, most = 3 - order, 6 - order
+    elif sizes and sizes[0] >= _LARGE:
+        fewest = 0
     spread = max(known) - min(known) if known else 0.0
-    return min(7, max(4, 2 - math.floor(math.log10(spread)))) if spread > 0 else 4
+    wanted = 2 - math.floor(math.log10(spread)) if spread > 0 else fewest
+    return min(most, max(fewest, wanted))
 
 
 def figure(value: float, places: int) -> str:
-    """``value`` with so many decimals; as a power of ten where a loss has exploded."""
-    return f"{value:.{places}f}" if abs(value) < _EXPLODED else f"{value:.3g}"
+    """``value`` with so many decimals, from ``decimals``.
+
+    As a power of ten where it is tiny, as all the others are, and, in short, where it has exploded.
+    """
+    if abs(value) >= _EXPLODED:
+        return f"{value:.{3 if places >= 4 else 7}g}"
+    if places <= 7 or value == 0 or math.isnan(value):
+        return f"{value:.{min(places, 7)}f}"
+    order = math.floor(math.log10(abs(value)))
+    return f"{value:.{min(6, max(0, places + order))}e}"
 
 
 def verdict(document: Document) -> list[str]:
@@ -189,10 +207,11 @@ def _how_it_was_picked(document: Document, chosen: str) -> list[str]:
         return []
     if sortable(mine.get("guard_loss")) <= sortable(least.get("guard_loss")):
         return []
+    loss = figure(mine["selection_loss"], decimals([row.get("selection_loss") for row in rows]))
     return [
-        f"{chosen} was picked by its loss on {mine['selection_examples']} examples, "
-        f"{mine['selection_loss']:.4f}: the guard split and fit examples that were held out in "
-        f"turn. On the guard split alone {spoken(least['name'])} is best."
+        f"{chosen} was picked by its loss on {mine['selection_examples']} examples, {loss}: the "
+        "guard split and fit examples that were held out in turn. "
+        f"On the guard split alone {spoken(least['name'])} is best."
     ]
 
 

@@ -30,6 +30,7 @@ from .config import (
     parse_subspace,
 )
 from .distributed import start
+from .document import decimals, figure
 from .dtypes import Array
 from .errors import NoImprovement, TwaMergeError
 from .fit import Fitted
@@ -250,10 +251,13 @@ def _no_improvement(run: Run, verdict: Verdict) -> NoImprovement:
         closest = pick(merges, select)
         single = next(s for s in verdict.shown if s.name == "best_single")
         found = improvement(closest, single, select, run.choices.data.seed)
+    places = decimals([0.0, found.mean, found.low, found.high])
+    mean, low, high = (figure(v, places) for v in (found.mean, found.low, found.high))
     return NoImprovement(
-        "No merge is certainly better than the best single checkpoint; nothing was written.",
+        "What was picked is not certainly better than the best single checkpoint; nothing was "
+        "written.",
         expected="an improvement on the guard split whose 95 % interval lies above zero",
-        found=f"{closest.name}: {found.mean:+.5f} [{found.low:+.5f}, {found.high:+.5f}]",
+        found=f"{closest.name}: {mean} [{low}, {high}]",
         remedy="give more data or other checkpoints, or leave --require-improvement out",
     )
 

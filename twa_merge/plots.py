@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .document import Document, decimals, interval, is_finite
+from .document import figure as written
 from .svg import BLUE, GREEN, INK, ORANGE, draw
 
 # The same two hues for heat maps, which are images: opaque at the largest magnitude, transparent
@@ -190,7 +191,7 @@ def _contours(figure: Any, axes: Any, found: Mapping[str, Any]) -> None:
     lines = axes.contour(found["grid_x"], found["grid_y"], values, levels=levels, colors=[BLUE],
                          linewidths=0.5, alpha=0.7)  # fmt: skip
     places = decimals(known)
-    axes.clabel(lines, levels[1::3], fmt=lambda v: f"{v:.{places}f}", fontsize=8, colors=[INK])
+    axes.clabel(lines, levels[1::3], fmt=lambda v: written(v, places), fontsize=8, colors=[INK])
     axes.set_xlim(min(found["grid_x"]), max(found["grid_x"]))
     axes.set_ylim(min(found["grid_y"]), max(found["grid_y"]))
 
