@@ -187,10 +187,12 @@ def test_the_same_seed_gives_the_same_coefficients(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("candidates", "chosen"), [("twa,twa-layers", "twa-tensors"), ("all", "blend")]
+    ("candidates", "noise", "chosen"),
+    [("twa,twa-layers", 0.0, "twa-tensors"), ("all", 8.0, "blend")],
 )
-def test_blocks_can_be_merged_again_from_the_report(tmp_path, candidates, chosen):
+def test_blocks_can_be_merged_again_from_the_report(tmp_path, candidates, noise, chosen):
     task, _, run, out = make(tmp_path)
+    task.y = task.y + noise * torch.randn(80, 4, generator=torch.Generator().manual_seed(7))
     fit, guard = FitConfig(blocks="tensors", ridge=0.0), GuardConfig(candidates=candidates)
     document = merge([run], task, out, fit=fit, guard=guard)
     assert document["chosen"] == chosen
