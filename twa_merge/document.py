@@ -180,6 +180,16 @@ def figure(value: float, places: int) -> str:
     return f"{value:.{min(6, max(0, places + order))}e}"
 
 
+def cell(value: Any, places: int) -> str:
+    """``value`` as tables have it; empty where it is not known or not finite."""
+    return figure(value, places) if is_finite(value) else ""
+
+
+def span(ends: tuple[float, float] | None, places: int) -> str:
+    """An interval in words; empty where it is not known."""
+    return f"{figure(ends[0], places)} to {figure(ends[1], places)}" if ends else ""
+
+
 def verdict(document: Document) -> list[str]:
     """Who won and by how much, in sentences; plainly, where the difference is within noise."""
     chosen = written_name(document)
@@ -261,7 +271,7 @@ def _sentence(chosen: str, improvement: Document, selected: str | None) -> str:
     text += f" in {selected}" if selected else ""
     if low is None or high is None:
         return f"{text}."
-    text += f" (95 % interval {figure(low, places)} to {figure(high, places)})"
+    text += f" (95 % interval {span((low, high), places)})"
     if low > 0 and improvement.get("certain") is False:
         return f"{text}, of {improvement['examples']} examples: too few, within noise."
     return f"{text}." if low > 0 or high < 0 else f"{text}: within noise."

@@ -143,9 +143,7 @@ class Fitter:
             if self.config.ridge is None:
                 path = self._path(name, chart, before)
                 ridge = path.choice()
-            # Not where the path ended: its short fits amplify rounding errors.
-            start = torch.zeros(chart.size, dtype=torch.float64)
-            result, examples = self._grow(name, chart, ridge, start)
+            result, examples = self._grow(name, chart, ridge)
         alphas = chart.alphas(result.z) if math.isfinite(result.loss) else chart.base
         spent = self.evaluations - spent
         return Fitted(name, chart, alphas, ridge, result, path, spent, examples)
@@ -155,7 +153,7 @@ class Fitter:
         """Examples that the fit may use."""
         return min(self.batches.size, self.sample or self.batches.size)
 
-    def _grow(self, name: str, chart: Chart, ridge: float, start: Tensor) -> tuple[FitResult, int]:
+    def _grow(self, name: str, chart: Chart, ridge: float) -> tuple[FitResult, int]:
         """Fits a sample that doubles until the answer moves by less than its statistical error.
 
         Returns:
@@ -163,6 +161,8 @@ class Fitter:
         """
         size = self._grown(_FIRST_SAMPLE)
         most, tolerance = self.config.max_evaluations, self.config.tolerance
+        # Not where the ridge's path ended: its short fits amplify rounding errors.
+        start = torch.zeros(chart.size, dtype=torch.float64)
         result = self._minimise(name, chart, range(size), ridge, start, most, tolerance)
         while size < self.limit and math.isfinite(result.loss):
             size = self._grown(2 * size)

@@ -9,16 +9,17 @@ from typing import Any
 from . import plots
 from .document import (
     Document,
+    cell,
     checkpoint_labels,
     coefficient_note,
     decimals,
     examples,
-    figure,
     folder_name,
     interval,
     is_finite,
     leading_candidates,
     loss_columns,
+    span,
     verdict,
     written_coefficients,
     written_name,
@@ -213,14 +214,13 @@ def _tables(document: Document) -> str:
     chosen = written_name(document)
     body = []
     for row in leading_candidates(document, len(rows)):
-        span = interval(row, "guard_ci95")
-        cells = [str(row["name"]), *(_number(row.get(key), places) for key in keys)]
-        cells += [f"{figure(span[0], places)} to {figure(span[1], places)}" if span else ""]
+        cells = [str(row["name"]), *(cell(row.get(key), places) for key in keys)]
+        cells += [span(interval(row, "guard_ci95"), places)]
         cells += [f"{row['cost']:g}" if is_finite(row.get("cost")) else ""]
         body.append((row["name"] == chosen, cells))
     head = ["candidate", *(k.replace("_", " ") for k in keys), "guard, 95 %", "cost, evaluations"]
     others = [
-        (False, [str(row["name"]), _number(row.get("guard_loss"), places)])
+        (False, [str(row["name"]), cell(row.get("guard_loss"), places)])
         for row in document.get("other_candidates") or []
     ]
     parts = [f"<h2>Numbers</h2>\n{_table(head, body)}"] if body else []
@@ -252,10 +252,6 @@ def _table(head: Sequence[str], body: Sequence[tuple[bool, Sequence[str]]]) -> s
         row = "".join(f"<td>{_text(cell)}</td>" for cell in cells)
         rows += f'<tr class="chosen">{row}</tr>\n' if chosen else f"<tr>{row}</tr>\n"
     return f'<div class="scroll"><table>\n<tr>{top}</tr>\n{rows}</table></div>'
-
-
-def _number(value: Any, places: int) -> str:
-    return figure(value, places) if is_finite(value) else ""
 
 
 def _shortened(row: Document) -> Document:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -14,6 +13,7 @@ from .config import Selection, StoreConfig
 from .errors import CheckpointError
 from .layout import Layout, make_layout
 from .progress import Progress, silent
+from .svg import can_draw
 
 Paths = Sequence[str | PathLike[str]]
 
@@ -76,7 +76,7 @@ def _plan(layout: Layout, n: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
         )
     else:
         machine = this_machine(World())
-    pictures = GRID**2 if importlib.util.find_spec("matplotlib") else 0
+    pictures = GRID**2 if can_draw() else 0
     work = Work(whole_model=wanted.get("gather") == "model", pictures=pictures)
     found = memory_plan(layout, n, machine, StoreConfig(), work=work)
     return {

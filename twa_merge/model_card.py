@@ -10,18 +10,18 @@ from typing import Any
 from .document import (
     GLOBAL,
     Document,
+    cell,
     checkpoint_labels,
     coefficient_note,
     decimals,
     examples,
-    figure,
     folder_name,
     guard_metric,
     interval,
-    is_finite,
     leading_candidates,
     loss_columns,
     metric,
+    span,
     statistics_source,
     verdict,
     written_coefficients,
@@ -97,14 +97,12 @@ def _candidates(document: Document) -> str:
     for row in rows:
         chosen = row["name"] == document.get("chosen")
         name = _text(row["name"])
-        found = interval(row, "guard_ci95")
-        span = f"{figure(found[0], places)} to {figure(found[1], places)}" if found else ""
         table.append(
             [
                 f"**{name}**" if chosen else name,
-                *([_number(guard_metric(row, selected), 4)] if selected else []),
-                *(_number(row.get(key), places) for key in keys),
-                span,
+                *([cell(guard_metric(row, selected), 4)] if selected else []),
+                *(cell(row.get(key), places) for key in keys),
+                span(interval(row, "guard_ci95"), places),
             ]
         )
     return (
@@ -166,10 +164,6 @@ def _parent(path: Any) -> str:
 
 def _without_folders(weights: str) -> str:
     return f"@{folder_name(weights[1:])}" if weights.startswith("@") else weights
-
-
-def _number(value: Any, places: int) -> str:
-    return figure(value, places) if is_finite(value) else ""
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -61,6 +60,7 @@ from .subspace import (
     root_mean_square,
     with_centre,
 )
+from .svg import can_draw
 from .task import Task
 from .tensors import tensor_rows
 from .verdict import Verdict, judge, require_metric
@@ -341,7 +341,7 @@ def _documents(
         "twa_merge.json": json.dumps(document, indent=1, allow_nan=False) + "\n",
         "README.md": model_card(document),
     }
-    if importlib.util.find_spec("matplotlib") is None:
+    if not can_draw():
         run.progress(Noted('No report.html: it needs pip install "twa-merge[report]".'))
         return files
     plane = landscape(run.fitter, fitted[0], verdict.shown, run.progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 import re
 import warnings
@@ -47,6 +48,11 @@ _STYLE: dict[Any, Any] = {
     "axes.facecolor": "none",
     "savefig.facecolor": "none",
 }
+
+
+def can_draw() -> bool:
+    """Whether matplotlib is installed, without importing it."""
+    return importlib.util.find_spec("matplotlib") is not None
 
 
 def draw(name: str, height: float, paint: Callable[[Any], None]) -> str:
