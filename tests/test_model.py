@@ -12,14 +12,22 @@ from twa_merge import merge
 from twa_merge.checkpoints import open_checkpoints
 from twa_merge.config import EngineConfig, FitConfig, GuardConfig
 from twa_merge.distributed import World
+from twa_merge.layers import gathered_layers
 from twa_merge.layout import make_layout
 from twa_merge.model import LiveModel, build
 
 N, WIDTH = 3, 6
 
 
-class Encoder(nn.Linear):
+class Encoder(nn.Module):
     """Another class of layers than the decoder's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x)
 
 
 class Scaled(nn.Module):
@@ -37,7 +45,7 @@ class Odd(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.encoder = nn.ModuleList(Encoder(WIDTH, WIDTH) for _ in range(3))
+        self.encoder = nn.ModuleList(Encoder() for _ in range(3))
         self.decoder = nn.Sequential(Scaled(), Scaled())
         self.tied = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
         self.tied[1].weight = self.tied[0].weight
@@ -88,6 +96,14 @@ def test_every_stack_is_sharded_layer_by_layer_but_for_what_shares_a_weight(tmp_
         {f"{name}.{i}" for i in range(k)} for name, k in (("encoder", 3), ("decoder", 2))
     )
     assert sharded == encoder | decoder
+
+
+@pytest.mark.parametrize(("width", "alone"), [(WIDTH, 2), (10 * WIDTH, 0)])
+def test_bare_layers_are_gathered_one_by_one_where_they_are_most_of_the_model(width, alone):
+    """Of few others they may be heads, of which a batch needs one."""
+    bare = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
+    model = nn.ModuleDict({"first": nn.Linear(width, WIDTH, bias=False), "bare": bare})
+    assert gathered_layers(model) == list(bare)[:alone]
 
 
 def test_scalars_and_parts_of_a_model_that_a_loss_calls_by_itself(tmp_path):

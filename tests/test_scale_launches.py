@@ -88,8 +88,8 @@ def test_packed_offsets_give_the_same_coefficients_on_any_number_of_ranks(tmp_pa
         # fmt: off
         done = run(k, "train", tmp_path / "run", "--task", task, "-o", tmp_path / f"m{k}",
                    "--batch-size", 8, "--blocks", "tensors", "--max-evaluations", 4, "--ridge",
-                   "0.1", "--store-dtype", "int4", "--candidates", "quick", "--device", "cpu",
-                   "--gather", gather)
+                   "0.1", "--store-dtype", "int4", "--candidates", "last,twa,twa-layers",
+                   "--gather", gather, "--device", "cpu")
         # fmt: on
         assert done.returncode == 0, done.stderr
         found[k] = document(tmp_path / f"m{k}")
@@ -112,7 +112,8 @@ def start(k: int, output: Path, *arguments: object) -> subprocess.Popen[str]:
     """A run that is slow enough to be caught in the middle."""
     # fmt: off
     options = ["train", output.parent / "run", "--task", TASK, "-o", output, "--blocks", "global",
-               "--ridge", "0.001", "--max-evaluations", 12, "--device", "cpu", *arguments]
+               "--ridge", "0.001", "--max-evaluations", 12, "--candidates", "last,twa",
+               "--device", "cpu", *arguments]
     # fmt: on
     return subprocess.Popen(
         command(k, *options),
@@ -170,7 +171,7 @@ def test_bf16_passes_in_one_process_and_in_two(tmp_path):
         # fmt: off
         done = run(k, "train", tmp_path / "run", "--task", TASK, "-o", tmp_path / f"m{k}",
                    "--precision", "bf16", "--blocks", "global", "--ridge", "0.1", "--device", "cpu",
-                   "--max-evaluations", 4, "--candidates", "quick")
+                   "--max-evaluations", 4, "--candidates", "last,twa")
         # fmt: on
         assert done.returncode == 0, done.stderr
         found.append(document(tmp_path / f"m{k}")["coefficients"]["global"])

@@ -12,6 +12,7 @@ from torch import Tensor
 from .candidates import Candidate
 
 RESAMPLES = 2000
+_DRAWN_AT_ONCE = 1 << 20
 # Fewer paired differences can all have the same sign by chance, in more than 5 % of cases
 # (2 · 2^-5), and a bootstrap of them knows nothing else.
 _FEWEST = 6
@@ -151,9 +152,12 @@ def bootstrap_interval(values: Tensor, seed: int) -> tuple[float, float]:
     """95 % percentile interval of the mean of ``values`` (N,) float64."""
     generator = torch.Generator().manual_seed(seed)
     size = len(values)
-    means = torch.empty(RESAMPLES, dtype=torch.float64)
-    for i in range(RESAMPLES):
-        drawn = torch.randint(size, (size,), generator=generator)
-        means[i] = values[drawn].mean()
-    low, high = torch.quantile(means, torch.tensor([0.025, 0.975], dtype=torch.float64)).tolist()
+    many = max(1, _DRAWN_AT_ONCE // size)
+    means = []
+    for first in range(0, RESAMPLES, many):
+        shape = min(many, RESAMPLES - first), size
+        means.append(values[torch.randint(size, shape, generator=generator)].mean(1))
+    low, high = torch.quantile(
+        torch.cat(means), torch.tensor([0.025, 0.975], dtype=torch.float64)
+    ).tolist()
     return low, high

@@ -6,23 +6,20 @@ that is all of them.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map
 
 from .checkpoints import resolve_names
 from .checkpoints.base import Checkpoint
-from .distributed import World, ensure_group
+from .distributed import World
 from .dtypes import Dtype
 from .errors import TaskError, listing
 from .layout import Layout
+from .sharding import Sharded, checkpoint_activations, shard
 from .task import Task
 from .tensors import tensor_rows, torch_dtype
 from .user_code import user_code
@@ -44,7 +41,7 @@ class LiveModel:
         names: Mapping[str, str],
         layout: Layout,
         *,
-        whole: _Whole | None = None,
+        whole: Sharded | None = None,
         gathered_once: bool = False,
     ) -> None:
         self.module = module
@@ -55,9 +52,13 @@ class LiveModel:
         self._parameters = dict(module.named_parameters(remove_duplicate=False))
         self._buffers = dict(module.named_buffers(remove_duplicate=False))
 
-    def run(self, use: Callable[[nn.Module], T]) -> T:
-        """What ``use`` makes of the module: any use of its weights goes through here."""
-        return use(self.module) if self._whole is None else self._whole(use)
+    def run(self, use: Callable[[nn.Module], T], kind: str = "loss") -> T:
+        """What ``use`` makes of the module: any use of its weights goes through here.
+
+        Args:
+            kind: uses of one kind come to the same layers of the model.
+        """
+        return use(self.module) if self._whole is None else self._whole(use, kind)
 
     def targets(self) -> dict[str, Tensor]:
         """This rank's rows of every averaged tensor: name → tensor, written to in place.
@@ -135,17 +136,6 @@ class LiveModel:
                 target.copy_(target.to(torch_dtype(saved)))
 
 
-class _Whole(nn.Module):
-    """What is sharded as the root: a loss may call any part of its model, not its forward alone."""
-
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, use: Callable[[nn.Module], T]) -> T:
-        return use(self.module)
-
-
 def build(
     task: Task,
     layout: Layout,
@@ -173,10 +163,10 @@ def build(
         if parameter.is_floating_point():
             parameter.data = parameter.data.float()
     if activation_checkpointing:
-        _checkpoint_activations(module, task)
+        checkpoint_activations(module, task)
     whole = None
     if meta or precision == "bf16":
-        whole = _shard(module, task, world, precision, reshard=not once)
+        whole = shard(module, task, world, precision, reshard=not once)
     module._apply(
         lambda t: torch.empty_like(t, device=world.device) if t.is_meta else t.to(world.device)
     )
@@ -288,148 +278,9 @@ def _require_cover(module: nn.Module, names: Mapping[str, str], layout: Layout) 
             )
 
 
-_LISTS = (nn.ModuleList, nn.Sequential)
-
-
-def repeated_layers(module: nn.Module) -> dict[str, nn.Module]:
-    """The layers of the longest ``ModuleList`` or ``Sequential``: name → module, in order."""
-    best: tuple[str, Sequence[tuple[str, nn.Module]]] = ("", [])
-    for name, child in module.named_modules():
-        if isinstance(child, _LISTS):
-            layers = [(k, layer) for k, layer in child.named_children() if _has_weights(layer)]
-            if len(layers) > len(best[1]):
-                best = (name, layers)
-    prefix = best[0] + "." if best[0] else ""
-    return {prefix + k: layer for k, layer in best[1]}
-
-
-def _has_weights(module: nn.Module) -> bool:
-    return any(True for _ in module.parameters())
-
-
-def layer_groups(module: nn.Module, names: Mapping[str, str], layout: Layout) -> dict[str, str]:
-    """Averaged tensor → the layer that it belongs to: before, each repeated layer, after.
-
-    Tensors in front of the first repeated layer in the module tree form ``before``, those behind
-    the last one ``after``. A tensor that the module lacks goes with ``before``.
-    """
-    layers = list(repeated_layers(module))
-    order = [name for name, _ in module.named_parameters(remove_duplicate=False)]
-    order += [name for name, _ in module.named_buffers(remove_duplicate=False)]
-    inside = {own: _layer_of(own, layers) for own in order}
-    first = next((i for i, own in enumerate(order) if inside[own]), len(order))
-    position = {own: i for i, own in enumerate(order)}
-    groups = {}
-    for name in layout.averaged:
-        own = names.get(name)
-        layer = inside.get(own) if own else None
-        behind = own is not None and position.get(own, 0) > first
-        groups[name] = layer or ("after" if behind else "before")
-    return groups
-
-
-def _layer_of(name: str, layers: Sequence[str]) -> str | None:
-    return next((layer for layer in layers if name.startswith(layer + ".")), None)
-
-
-def _outermost(module: nn.Module, wanted: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
-    """Modules that are wanted and lie in none that is: Mamba names a block and its mixer."""
-    for child in module.children():
-        if wanted(child):
-            yield child
-        else:
-            yield from _outermost(child, wanted)
-
-
-def _repeated(module: nn.Module) -> set[nn.Module]:
-    """Layers that stand beside another of their class, in any list: of encoder and decoder."""
-    found: set[nn.Module] = set()
-    for part in module.modules():
-        if isinstance(part, _LISTS):
-            layers = [x for x in part.children() if not isinstance(x, _LISTS) and _has_weights(x)]
-            classes = Counter(map(type, layers))
-            found.update(layer for layer in layers if classes[type(layer)] > 1)
-    return found
-
-
-def _shardable(module: nn.Module, task: Task) -> list[nn.Module]:
-    classes = getattr(task, "no_split_modules", None) or getattr(module, "_no_split_modules", None)
-    repeated = _repeated(module)
-    found = list(_outermost(module, lambda part: type(part).__name__ in (classes or ())))
-    found = found or list(_outermost(module, lambda part: part in repeated))
-    return list(dict.fromkeys(found or repeated_layers(module).values()))
-
-
-def _shard(module: nn.Module, task: Task, world: World, precision: str, *, reshard: bool) -> _Whole:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-
-    ensure_group(world)
-    mesh = init_device_mesh(world.device.type, (world.size,))
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if precision == "bf16" else None,
-        reduce_dtype=torch.float32 if precision == "bf16" else None,
-    )
-    # Temperatures and gates: FSDP2 refuses scalars.
-    scalars = {parameter for parameter in module.parameters() if parameter.ndim == 0}
-    options: dict[str, Any] = {
-        "mesh": mesh,
-        "mp_policy": policy,
-        "reshard_after_forward": reshard,
-        "ignored_params": scalars,
-    }
-    norms: list[nn.Module] = []
-    if precision == "bf16":
-        # Running statistics stay in float32, and batch norm wants its weights as wide.
-        norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
-        module.register_forward_pre_hook(_narrowed, with_kwargs=True)
-    for norm in norms:
-        fully_shard(norm, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    owners = _owners(module)
-    layers = [
-        layer
-        for layer in _shardable(module, task)
-        # FSDP2 wants what shares a parameter in one group: here, in the root's.
-        if layer not in norms and all(owners[p] == n for p, n in _owners(layer).items())
-    ]
-    for layer in layers:
-        fully_shard(layer, **options)
-    whole = _Whole(module)
-    fully_shard(whole, **options)
-    # Batches carry their own weights, so gradients add up over the ranks instead of averaging.
-    for part in [*norms, *layers, whole]:
-        part.set_gradient_divide_factor(1.0)  # type: ignore[operator]
-        part.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
-    return whole
-
-
-def _owners(module: nn.Module) -> Counter[nn.Parameter]:
-    """Parameter → how many modules hold it."""
-    return Counter(p for part in module.modules() for p in part.parameters(recurse=False))
-
-
-def _narrowed(
-    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """A model's inputs in bfloat16, as FSDP2 narrows those of what it shards."""
-
-    def narrow(value: Any) -> Any:
-        floats = isinstance(value, Tensor) and value.is_floating_point()
-        return value.to(torch.bfloat16) if floats else value
-
-    found: tuple[tuple[Any, ...], dict[str, Any]] = tree_map(narrow, (args, kwargs))
-    return found
-
-
-def _checkpoint_activations(module: nn.Module, task: Task) -> None:
-    from torch.distributed._composable import checkpoint
-
-    for part in _shardable(module, task):
-        checkpoint(part)
-
-
 def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    # Only what is sharded has it; to import DTensor takes a second.
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 @torch.no_grad()

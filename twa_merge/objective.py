@@ -273,14 +273,14 @@ class Engine:
         together = getattr(self.task, "loss_and_metrics", None)
         if with_metrics and together is not None:
             with user_code("compute its loss"):
-                losses, metrics = self.live.run(lambda model: together(model, batch))
+                losses, metrics = self.live.run(lambda model: together(model, batch), "both")
             _require_per_example("loss", losses, size)
             return {"": losses, **_checked_metrics(metrics, size)}
         columns = {"": self.losses_of(batch, size)}
         metrics_alone = metrics_of(self.task)
         if with_metrics and metrics_alone is not None:
             with user_code("compute its metrics"):
-                metrics = self.live.run(lambda model: metrics_alone(model, batch))
+                metrics = self.live.run(lambda model: metrics_alone(model, batch), "metrics")
             columns |= _checked_metrics(metrics, size)
         return columns
 

@@ -25,8 +25,9 @@ from .distributed import World
 from .errors import CheckpointError, ConfigError
 from .fit import Fitter
 from .ingest import Grams, ingest
+from .layers import layer_groups
 from .layout import Blocks, Layout, dtype_named, global_block, grouped_blocks, tensor_blocks
-from .model import LiveModel, build, layer_groups
+from .model import LiveModel, build
 from .objective import Batches, Engine
 from .progress import Noted, Progress
 from .random_directions import RandomDirections, RandomStore, draw

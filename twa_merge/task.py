@@ -31,7 +31,8 @@ class Task(Protocol):
     - ``test_dataset()``: examples that are only ever reported on;
     - ``model_names(model, names) -> {checkpoint's name: model's name}``, for those of the
       checkpoints' tensors that the model calls otherwise;
-    - ``no_split_modules``: class names of the modules that are sharded as one.
+    - ``no_split_modules``: class names of the layers that several processes gather one by one;
+      every batch has to come to them in the same order. With none the model is gathered as a whole.
     """
 
     def build_model(self) -> nn.Module:

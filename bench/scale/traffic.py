@@ -133,11 +133,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--layers", type=int, default=12)
     parser.add_argument("--checkpoints", type=int, default=12)
     parser.add_argument("--rounds", type=int, default=4, help="batches a rank in an evaluation")
+    parser.add_argument("--precision", default="fp32", help="of our passes; the scheme's are fp32")
     parser.add_argument("--processes", type=int, nargs="+", default=[2, 4])
     options = parser.parse_args()
     options.passed_on = [
         part
-        for name in ("folder", "width", "layers", "checkpoints", "rounds")
+        for name in ("folder", "width", "layers", "checkpoints", "rounds", "precision")
         for part in (f"--{name}", getattr(options, name))
     ]
     return options
@@ -183,7 +184,7 @@ def theirs(found: dict[str, float], options: argparse.Namespace, folder: Path) -
 
 def ours(found: dict[str, float], options: argparse.Namespace, folder: Path, gather: str) -> None:
     world = start("cpu")
-    run, building = prepare(options, folder, gather)
+    run, building = prepare(options, folder, EngineConfig("cpu", options.precision, gather=gather))
     found.setdefault("building", building)
     chart = Chart(run.fitter.start(run.n), [make_subspace(run.grams.exact.sum(0))])
     z = torch.zeros(chart.size, dtype=torch.float64)
@@ -202,7 +203,7 @@ def ours(found: dict[str, float], options: argparse.Namespace, folder: Path, gat
     found["own"] = sum(sent for op, sent in whole.items() if not op.endswith("_base_"))
 
 
-def prepare(options: argparse.Namespace, folder: Path, gather: str) -> tuple[Run, float]:
+def prepare(options: argparse.Namespace, folder: Path, engine: EngineConfig) -> tuple[Run, float]:
     """Model, store and batches as ``twa-merge train`` sets them up; what the store took."""
     world, checkpoints = start("cpu"), open_checkpoints([folder])
     # Three quarters are for the fit.
@@ -212,7 +213,7 @@ def prepare(options: argparse.Namespace, folder: Path, gather: str) -> tuple[Run
         data=DataConfig(batch_size=BATCH),
         fit=FitConfig(blocks="tensors"),
         store=StoreConfig("device", "float32"),
-        engine=EngineConfig(device="cpu", gather=gather),
+        engine=engine,
     )
     with tempfile.TemporaryDirectory() as state, Anonymous() as memory:
         log = EvaluationLog(Path(state) / "out.partial", {}, world)

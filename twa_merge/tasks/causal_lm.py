@@ -32,8 +32,6 @@ class CausalLM:
         config: the model's configuration.
         tokenizer: the model's tokenizer.
         max_length: tokens a sequence.
-        no_split_modules: class names of modules that are sharded as one; known from
-            ``build_model`` on.
     """
 
     def __init__(
@@ -74,7 +72,6 @@ class CausalLM:
             )
         self.label_smoothing = label_smoothing
         self.trust_remote_code = trust_remote_code
-        self.no_split_modules: tuple[str, ...] = ()
         near = places(checkpoint)
         self.config = load_config(model, near, trust_remote_code)
         self.max_length = self._length(max_length)
@@ -90,9 +87,7 @@ class CausalLM:
         Raises:
             TaskError: there is no causal language model for this configuration.
         """
-        model = build(self.config, self.trust_remote_code)
-        self.no_split_modules = tuple(sorted(getattr(model, "_no_split_modules", None) or ()))
-        return model
+        return build(self.config, self.trust_remote_code)
 
     def model_names(self, model: nn.Module, names: Sequence[str]) -> dict[str, str]:
         """Checkpoint tensor → what transformers renames it to as it loads it, where it does."""

@@ -1,0 +1,161 @@
+"""Models that do not come to the same layers for every batch, in several processes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from launches import document, environment, run
+
+# Examples of kind 0 and 1 take turns, a batch each, so that each of two ranks sees one kind.
+ROUTED = """
+import sys
+from pathlib import Path
+
+import torch
+from runs import Pairs, save_run
+from torch import nn
+
+KIND, HIDDEN = 6, 8
+
+
+class Expert(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up = nn.Linear(HIDDEN, HIDDEN)
+
+    def forward(self, x):
+        return self.up(x).tanh()
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList([Expert(), Expert()])
+
+    def forward(self, x, kind):
+        return x + self.experts[kind](x)
+
+
+class Net(nn.Module):
+    def __init__(self, heads):
+        super().__init__()
+        self.first = nn.Linear(KIND, HIDDEN)
+        self.blocks = nn.ModuleList([Block(), Block(), Block()])
+        self.heads = nn.ModuleList([heads(HIDDEN, 3), heads(HIDDEN, 3)])
+
+    def forward(self, x):
+        kind = int(x[0, 0] > 0)
+        h = self.first(x[:, : KIND])
+        for block in self.blocks:
+            h = block(h, kind)
+        return self.heads[kind](h)
+
+
+class Head(nn.Module):
+    def __init__(self, *shape):
+        super().__init__()
+        self.linear = nn.Linear(*shape)
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+class Routed:
+    heads = nn.Linear
+
+    def __init__(self):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(24, 8, KIND, generator=generator)
+        x[..., 0] = (torch.arange(24) % 2 * 2.0 - 1.0)[:, None]
+        self.x, self.y = x, x[..., 1:4].argmax(-1)
+        self.y[1::2] = 2 - self.y[1::2]
+
+    def build_model(self):
+        return Net(self.heads)
+
+    def dataset(self):
+        return Pairs(self.x, self.y)
+
+    def collate(self, examples):
+        (x, y), = examples
+        return x, y
+
+    def loss(self, model, batch):
+        x, y = batch
+        return nn.functional.cross_entropy(model(x), y)[None]
+
+
+task = Routed
+
+
+if __name__ == "__main__":
+    torch.manual_seed(0)
+    data, states = task(), []
+    model = data.build_model()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.3)
+    for step in range(12):
+        optimizer.zero_grad()
+        data.loss(model, (data.x[step], data.y[step])).backward()
+        optimizer.step()
+        if step % 4 == 3:
+            states.append({k: v.clone() for k, v in model.state_dict().items()})
+    save_run(Path(sys.argv[1]), states)
+"""
+
+HEADS_OF_MODULES = "\n\nclass task(Routed):\n    heads = Head\n"
+GATHERED_AT_ONCE = HEADS_OF_MODULES + "    no_split_modules = ()\n"
+
+
+def write(folder, more="\n\ntask = Routed\n"):
+    task = folder / "routed.py"
+    task.write_text(ROUTED.replace("\n\ntask = Routed\n", more))
+    made = [sys.executable, task, folder / "run"]
+    subprocess.run(made, env=environment(), check=True, timeout=120)
+    return task
+
+
+def evaluate(k, folder, task):
+    # fmt: off
+    return run(k, "eval", folder / "run", "--task", task, "--batch-size", 1, "--device", "cpu",
+               "--json")
+    # fmt: on
+
+
+def test_experts_and_heads_that_the_data_choose(tmp_path):
+    """A rank sums up gradients of experts that its own batch did without."""
+    task = write(tmp_path)
+    found = {}
+    for k in (1, 2):
+        # fmt: off
+        done = run(k, "train", tmp_path / "run", "--task", task, "-o", tmp_path / f"m{k}",
+                   "--batch-size", 1, "--blocks", "global", "--ridge", "0.01",
+                   "--max-evaluations", 4, "--candidates", "last,twa", "--device", "cpu")
+        # fmt: on
+        assert done.returncode == 0, done.stderr
+        found[k] = document(tmp_path / f"m{k}")
+    one, other = ([row["guard_loss"] for row in found[k]["candidates"]] for k in (1, 2))
+    assert other == pytest.approx(one, abs=1e-6)
+    one, other = (found[k]["coefficients"]["global"] for k in (1, 2))
+    assert other == pytest.approx(one, abs=1e-5)
+
+
+def test_layers_that_not_every_batch_comes_to_are_named(tmp_path):
+    """The two heads are of one shape: mixed up they would give a loss of no model at all."""
+    done = evaluate(2, tmp_path, write(tmp_path, HEADS_OF_MODULES))
+    assert done.returncode != 0
+    assert done.stderr.count("Not every batch comes to the same layers") == 1
+    assert "heads.0" in done.stderr
+    assert "heads.1" in done.stderr
+    assert "no_split_modules" in done.stderr
+
+
+def test_a_task_may_have_its_model_gathered_as_a_whole(tmp_path):
+    task, losses = write(tmp_path, GATHERED_AT_ONCE), []
+    for k in (1, 2):
+        done = evaluate(k, tmp_path, task)
+        assert done.returncode == 0, done.stderr
+        losses.append([row["loss"] for row in json.loads(done.stdout)["models"]])
+    assert losses[1] == pytest.approx(losses[0], abs=1e-6)

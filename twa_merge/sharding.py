@@ -1,0 +1,182 @@
+"""Spreads a model over the ranks with FSDP2: each owns rows, and layers are gathered in turn."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._pytree import tree_map
+
+from .distributed import World, ensure_group
+from .errors import TaskError
+from .layers import gathered_layers, outermost
+from .task import Task
+
+T = TypeVar("T")
+
+
+class Sharded(nn.Module):
+    """What is sharded as the root: a loss may call any part of its model, not its forward alone."""
+
+    def __init__(self, module: nn.Module, world: World) -> None:
+        super().__init__()
+        self.module = module
+        self.order = _Order(world)
+
+    def forward(self, use: Callable[[nn.Module], T], kind: str) -> T:
+        """What ``use`` makes of the module; uses of one kind come to the same layers."""
+        self.order.begin(kind)
+        try:
+            result = use(self.module)
+            self.order.end()
+        finally:
+            self.order.leave()
+        return result
+
+
+class _Order:
+    """The order in which a pass comes to the layers that are gathered one by one.
+
+    Gathering is collective. Ranks that came to different layers at once would mix the rows of
+    both without noticing, or wait for each other for ever. So the ranks compare notes in the
+    first pass of a kind, before each layer, and each holds the later ones against it.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._kind = ""
+        self._known: dict[str, list[str]] = {}
+        self._came_to: list[str] | None = None
+
+    def begin(self, kind: str) -> None:
+        self._kind, self._came_to = kind, []
+
+    def end(self) -> None:
+        assert self._came_to is not None
+        self._require_same(_END)
+        self._known.setdefault(self._kind, [*self._came_to, _END])
+
+    def leave(self) -> None:
+        # What a backward pass recomputes is called outside of any pass.
+        self._came_to = None
+
+    def watch(self, layer: nn.Module, name: str) -> None:
+        def come_to(*_: object) -> None:
+            if self._came_to is not None:
+                self._require_same(name)
+                self._came_to.append(name)
+
+        # Before FSDP2's own hook, which gathers.
+        layer.register_forward_pre_hook(come_to, prepend=True)
+
+    def _require_same(self, name: str) -> None:
+        assert self._came_to is not None
+        known = self._known.get(self._kind)
+        expected = self._world.gather(name) if known is None else [known[len(self._came_to)]]
+        others = [other for other in expected if other != name]
+        if others:
+            raise TaskError(
+                "Not every batch comes to the same layers of the model, in the same order.",
+                expected=others[0],
+                found=name,
+                remedy="name in the task's no_split_modules the classes of layers that every batch "
+                "comes to, an empty list where there are none: what is not named is gathered as a "
+                "whole before each pass; or use one process",
+            )
+
+
+_END = "the end of the pass"
+
+
+def shard(module: nn.Module, task: Task, world: World, precision: str, *, reshard: bool) -> Sharded:
+    """Shards ``module`` in place, by repeated layer and at the root.
+
+    Args:
+        reshard: the rows of other ranks are given up after a layer's forward pass.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    ensure_group(world)
+    mesh = init_device_mesh(world.device.type, (world.size,))
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if precision == "bf16" else None,
+        reduce_dtype=torch.float32 if precision == "bf16" else None,
+    )
+    # Temperatures and gates: FSDP2 refuses scalars.
+    scalars = {parameter for parameter in module.parameters() if parameter.ndim == 0}
+    options: dict[str, Any] = {
+        "mesh": mesh,
+        "mp_policy": policy,
+        "reshard_after_forward": reshard,
+        "ignored_params": scalars,
+    }
+    norms: list[nn.Module] = []
+    if precision == "bf16":
+        # Running statistics stay in float32, and batch norm wants its weights as wide.
+        norms = [m for m in module.modules() if isinstance(m, _BatchNorm)]
+        module.register_forward_pre_hook(_narrowed, with_kwargs=True)
+    for norm in norms:
+        fully_shard(norm, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+    owners = _owners(module)
+    layers = [
+        layer
+        for layer in _layers(module, task)
+        # FSDP2 wants what shares a parameter in one group: here, in the root's.
+        if layer not in norms and all(owners[p] == n for p, n in _owners(layer).items())
+    ]
+    for layer in layers:
+        fully_shard(layer, **options)
+    whole = Sharded(module, world)
+    fully_shard(whole, **options)
+    alone = {*norms, *layers}
+    for name, part in module.named_modules():
+        if part in alone:
+            whole.order.watch(part, name)
+    for part in [*alone, whole]:
+        # Batches carry their own weights, so gradients add up over the ranks instead of averaging.
+        part.set_gradient_divide_factor(1.0)  # type: ignore[operator]
+        part.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
+        # Experts and heads that this rank's batch does without may be in use on another.
+        part.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
+    return whole
+
+
+def checkpoint_activations(module: nn.Module, task: Task) -> None:
+    """Keeps each repeated layer's inputs only, and computes the rest once more for gradients."""
+    from torch.distributed._composable import checkpoint
+
+    for layer in _layers(module, task):
+        checkpoint(layer)
+
+
+def _layers(module: nn.Module, task: Task) -> list[nn.Module]:
+    """What is gathered at a time: as the task says, or transformers, or else the module tree."""
+    classes = getattr(task, "no_split_modules", None)
+    if classes is None:
+        classes = getattr(module, "_no_split_modules", None) or ()
+        found = list(outermost(module, lambda part: type(part).__name__ in classes))
+        return found or gathered_layers(module)
+    return list(outermost(module, lambda part: type(part).__name__ in classes))
+
+
+def _owners(module: nn.Module) -> Counter[nn.Parameter]:
+    """Parameter → how many modules hold it."""
+    return Counter(p for part in module.modules() for p in part.parameters(recurse=False))
+
+
+def _narrowed(
+    _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A model's inputs in bfloat16, as FSDP2 narrows those of what it shards."""
+
+    def narrow(value: Any) -> Any:
+        floats = isinstance(value, Tensor) and value.is_floating_point()
+        return value.to(torch.bfloat16) if floats else value
+
+    found: tuple[tuple[Any, ...], dict[str, Any]] = tree_map(narrow, (args, kwargs))
+    return found
