@@ -436,3 +436,52 @@ def test_what_is_no_candidate_is_not_fitted(tmp_path, candidates, stages):
     assert (document["optimizer"]["evaluations"] == 0) == (not stages)
     assert document["chosen"] in ("uniform", *stages)
     assert "The plane of the checkpoints" in (target / "report.html").read_text()
+
+
+def test_layers_are_tried_as_well_where_it_is_not_certain_that_tensors_help(tmp_path):
+    task, guard = Small(), GuardConfig(candidates="window,twa,twa-layers,blend")
+    task.x, task.y = task.x[:40], task.y[:40]
+    train(tmp_path / "run")
+    document = merge([tmp_path / "run"], task, tmp_path / "merged", guard=guard)
+    stages = document["optimizer"]["stages"]
+    assert [stage["name"] for stage in stages] == ["twa", "twa-tensors", "twa-layers"]
+    layers = next(c for c in document["candidates"] if c["name"] == "twa-layers")
+    spent = [stage["evaluations"] for stage in stages]
+    assert layers["cost"] == pytest.approx(spent[0] + spent[2], abs=0.02)
+    of_block = layers["coefficients"]
+    assert of_block["0.weight"] == of_block["0.bias"]
+    assert of_block["3.weight"] == of_block["3.bias"]
+    assert of_block["0.weight"] != of_block["3.weight"]
+    # One of the two takes part in the choice: twice as many votes would be for the same thing.
+    blend = next(c for c in document["candidates"] if c["name"] == "blend")
+    assert len([name for name in blend["blend_of"] if name.startswith("twa-")]) == 1
+    assert blend["cost"] == pytest.approx(sum(spent), abs=0.02)
+
+
+class TwoLayers(LinearTask):
+    """Of its two checkpoints one has the right matrices, the other one the right biases."""
+
+    def build_model(self):
+        layers = torch.nn.Linear(self.inputs, self.inputs), torch.nn.Linear(6, self.outputs)
+        return torch.nn.Sequential(*layers)
+
+    def states(self):
+        eye, truth = torch.eye(self.inputs), self.truth
+        right, wrong = torch.zeros(self.inputs), torch.ones(self.inputs)
+        first = {"0.weight": eye, "0.bias": wrong, "1.weight": truth, "1.bias": torch.ones(4)}
+        last = {
+            "0.weight": 0 * eye,
+            "0.bias": right,
+            "1.weight": 0 * truth,
+            "1.bias": torch.zeros(4),
+        }
+        return [first, last]
+
+
+def test_layers_are_not_tried_where_tensors_help_for_certain(tmp_path):
+    task = TwoLayers()
+    save_run(tmp_path / "run", task.states())
+    document = merge([tmp_path / "run"], task, tmp_path / "merged")
+    names = [stage["name"] for stage in document["optimizer"]["stages"]]
+    assert names == ["twa", "twa-tensors"]
+    assert document["chosen"] == "twa-tensors"

@@ -189,3 +189,15 @@ def test_random_directions_are_made_orthonormal_and_one_unit_has_the_length_aske
     padded = torch.nn.functional.pad(gram, (3, 0, 3, 0))
     assert orthogonality_error(subspace, padded) < 1e-12
     assert subspace.explained == [0.0] * 4
+
+
+def test_blocks_of_one_group_move_together():
+    torch.manual_seed(5)
+    grams = [make_subspace(o @ o.T) for o in (centred(torch.randn(4, 50)) for _ in range(2))]
+    chart = Chart(torch.full((3, 4), 0.25).double(), grams, torch.tensor([0, 1, 0]))
+    z, products = torch.randn(chart.size).double(), torch.randn(3, 4).double()
+    steps = chart.alphas(z) - chart.base
+    assert torch.equal(steps[0], steps[2])
+    assert not torch.equal(steps[0], steps[1])
+    # The gradient is the transpose of what the coordinates do.
+    assert float(chart.gradient(products) @ z) == pytest.approx(float((products * steps).sum()))

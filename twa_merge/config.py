@@ -98,7 +98,8 @@ class FitConfig:
     """How the coefficients are trained.
 
     Attributes:
-        blocks: what shares one set of coefficients.
+        blocks: what shares one set of coefficients; ``auto`` is each tensor, and each layer as well
+            where it is not certain that tensors help (the paper's optimizers: the whole model).
         optimizer: ``lbfgs`` needs no learning rate; ``sgd`` and ``adamw`` are the paper's training.
         ridge: weight of ‖z‖²/2, in units of the loss per standard deviation squared; None chooses
             it on data that the fit did not see, in the order of magnitude that losses differ by.

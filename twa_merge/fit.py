@@ -126,12 +126,15 @@ class Fitter:
         """Mean loss over chosen examples; infinite where it is not a number."""
         return finite_mean(self.losses(alphas, chosen))
 
-    def stage(self, name: str, chart: Chart, before: Fitted | None = None) -> Fitted:
+    def stage(
+        self, name: str, chart: Chart, before: Fitted | None = None, folds: int | None = None
+    ) -> Fitted:
         """Fits one chart from its base, with the ridge that unseen examples prefer.
 
         Args:
             before: the stage whose solution the base is. In each fold of the cross-validation
                 the base is what that stage came to without the fold.
+            folds: of the cross-validation; None: until its result is settled.
         """
         spent = self.evaluations
         self.progress(Started(f"Training coefficients ({name})", None, "evaluations"))
@@ -141,7 +144,7 @@ class Fitter:
             result, examples = self._first_order(name, chart), self.limit
         else:
             if self.config.ridge is None:
-                path = self._path(name, chart, before)
+                path = self._path(name, chart, before, folds)
                 ridge = path.choice()
             result, examples = self._grow(name, chart, ridge)
         alphas = chart.alphas(result.z) if math.isfinite(result.loss) else chart.base
@@ -184,16 +187,16 @@ class Fitter:
         gain, error = paired(*(self.losses(chart.alphas(z), chosen) for z in (old, new)))
         return gain > error
 
-    def _path(self, name: str, chart: Chart, before: Fitted | None) -> RidgePath:
+    def _path(self, name: str, chart: Chart, before: Fitted | None, folds: int | None) -> RidgePath:
         """Cross-validates the ridge, fold by fold until its gain on unseen examples is settled."""
         path, fewest = RidgePath(min(self.limit, _RIDGE_SAMPLE)), 1
         if before and before.path:
             path.scale, fewest = before.path.scale, before.path.folds
         elif chart.size:
             path.scale = scale_of(self.losses(chart.base, range(path.size)))
-        for fold in range(FOLDS if path.size >= FOLDS and chart.size else 0):
+        for fold in range((folds or FOLDS) if path.size >= FOLDS and chart.size else 0):
             self._extend(path, name, self._without(chart, before, path, fold), fold)
-            if path.folds >= fewest and path.settled():
+            if folds is None and path.folds >= fewest and path.settled():
                 break
         return path
 

@@ -20,7 +20,7 @@ from .layout import Blocks, Layout
 from .progress import Advanced, Progress, Started, silent
 from .store.base import Store
 from .stream import RowSlice, blame, row_slices
-from .subspace import GramAccumulator
+from .subspace import GramAccumulator, add_up
 from .tensors import as_tensor
 
 # Numbers of all checkpoints worked on at a time by one thread.
@@ -56,9 +56,8 @@ class Grams:
 
     def by_block(self, blocks: Blocks) -> Tensor:
         """(B, n, n): tensors of one block added up."""
-        result = torch.zeros(len(blocks), *self.exact.shape[1:], dtype=torch.float64)
         where = torch.tensor([blocks.index[name] for name in self.names])
-        return result.index_add_(0, where, self.exact)
+        return add_up(self.exact, where, len(blocks))
 
 
 def ingest(

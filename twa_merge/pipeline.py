@@ -54,6 +54,7 @@ from .run import (
 from .subspace import (
     Chart,
     Subspace,
+    add_up,
     make_subspace,
     orthogonality_error,
     random_subspace,
@@ -168,7 +169,11 @@ def merge(
 
 
 def _fit(run: Run) -> list[Fitted]:
-    """Stage one: the whole model. Stage two: every block, around the solution of stage one."""
+    """Stage one: the whole model. Stage two: every block, around the solution of stage one.
+
+    Where it is not certain that blocks of single tensors help, whole layers are tried as well:
+    fewer coordinates need less data.
+    """
     whole, wanted = _whole(run), parse_families(run.choices.guard.candidates)
     if not wanted & {"twa", "twa-layers"}:
         return [_unfitted(run, whole)]
@@ -179,13 +184,25 @@ def _fit(run: Run) -> list[Fitted]:
     start_alphas = pad(run.fitter.start(run.n), (0, whole.n - run.n))
     fitted = [run.fitter.stage("twa", Chart(start_alphas, [whole]))]
     if len(run.blocks) > 1 and "twa-layers" in wanted:
-        subspaces = [_leading(run, gram) for gram in run.grams.by_block(run.blocks)]
-        base = fitted[0].alphas.expand(len(run.blocks), -1).clone()
-        fitted.append(run.fitter.stage(f"twa-{run.blocks.kind}", Chart(base, subspaces), fitted[0]))
+        fitted.append(_by_block(run, run.blocks.kind, fitted[0]))
+        path = fitted[1].path
+        if run.layers is not None and path is not None and path.folds and not path.certain():
+            fitted.append(_by_block(run, "layers", fitted[0], run.layers, path.folds))
     for stage in fitted:
         if not math.isfinite(stage.result.loss):
             run.progress(Noted(_given_up(stage)))
     return fitted
+
+
+def _by_block(
+    run: Run, kind: str, whole: Fitted, groups: Tensor | None = None, folds: int | None = None
+) -> Fitted:
+    grams = run.grams.by_block(run.blocks)
+    if groups is not None:
+        grams = add_up(grams, groups, int(groups.max()) + 1)
+    base = whole.alphas.expand(len(run.blocks), -1).clone()
+    chart = Chart(base, [_leading(run, gram) for gram in grams], groups)
+    return run.fitter.stage(f"twa-{kind}", chart, whole, folds)
 
 
 def _given_up(stage: Fitted) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .checkpoints.base import Checkpoint
@@ -62,6 +63,8 @@ class Run:
     Attributes:
         directions: random ones, where they are what is trained.
         directions_gram: their Gram matrix, (R, R) float64.
+        layers: the layer of each block, (B,), where ``auto`` has made blocks of tensors and there
+            are several layers.
     """
 
     checkpoints: list[Checkpoint]
@@ -80,6 +83,7 @@ class Run:
     jury: Jury
     directions: RandomDirections | None = None
     directions_gram: Tensor | None = None
+    layers: Tensor | None = None
 
     @property
     def n(self) -> int:
@@ -150,6 +154,7 @@ def set_up(
     return Run(
         checkpoints, layout, task, splits, world, choices, log, clock, progress, blocks, grams,
         engine, fitter, jury, directions, directions_gram,
+        _layers(live, layout, blocks) if choices.fit.blocks == "auto" else None,
     )  # fmt: skip
 
 
@@ -306,3 +311,12 @@ def _blocks(live: LiveModel, layout: Layout, fit: FitConfig) -> Blocks:
     if fit.blocks == "tensors" or (fit.blocks == "auto" and fit.optimizer == "lbfgs"):
         return tensor_blocks(layout, live.tied_groups())
     return global_block(layout)
+
+
+def _layers(live: LiveModel, layout: Layout, blocks: Blocks) -> Tensor | None:
+    layer_of = layer_groups(live.module, live.names, layout)
+    of_block = [layer_of[tensors[0]] for tensors in blocks.members()]
+    number = {name: i for i, name in enumerate(dict.fromkeys(of_block))}
+    if not 1 < len(number) < len(blocks):
+        return None
+    return torch.tensor([number[name] for name in of_block])

@@ -9,7 +9,7 @@ paper's own span is ``linear``, of the checkpoints instead of their offsets: one
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -199,20 +199,27 @@ def orthogonality_error(
     return float(error.abs().max())
 
 
+def add_up(values: Tensor, groups: Tensor, count: int) -> Tensor:
+    """Sums (count, …) of the rows of ``values`` (B, …) that belong to each group, (B,) int64."""
+    return values.new_zeros(count, *values.shape[1:]).index_add_(0, groups, values)
+
+
 @dataclass(frozen=True)
 class Chart:
     """Coordinates of all blocks at once, around given coefficients.
 
-    α_b(z) = base_b + U_b z_b / √n. The base is a point of the chart (z = 0), so a second stage
-    around an earlier solution can always return to it.
+    α_b(z) = base_b + U_g z_g / √n for every block b of group g. The base is a point of the chart
+    (z = 0), so a second stage around an earlier solution can always return to it.
 
     Attributes:
         base: (B, n) float64.
-        subspaces: one a block, B of them; ranks may differ, zero included.
+        subspaces: one a group of blocks, G of them; ranks may differ, zero included.
+        groups: the group of each block, (B,) int64; where it is None every block is one.
     """
 
     base: Tensor
     subspaces: Sequence[Subspace]
+    groups: Tensor | None = None
 
     @property
     def size(self) -> int:
@@ -225,14 +232,16 @@ class Chart:
 
     def around(self, base: Tensor) -> Chart:
         """The same coordinates around another base, (1, n) or (B, n)."""
-        return Chart(base.expand_as(self.base).clone(), self.subspaces)
+        return replace(self, base=base.expand_as(self.base).clone())
 
     def alphas(self, z: Tensor) -> Tensor:
         """Coefficients (B, n) at coordinates z (size,)."""
         parts = z.split([s.rank for s in self.subspaces])
         steps = torch.stack([s.steps(p) for s, p in zip(self.subspaces, parts, strict=True)])
-        return self.base + steps
+        return self.base + (steps if self.groups is None else steps[self.groups])
 
     def gradient(self, products: Tensor) -> Tensor:
         """∇_z (size,) from s (B, n)."""
+        if self.groups is not None:
+            products = add_up(products, self.groups, len(self.subspaces))
         return torch.cat([s.gradient(p) for s, p in zip(self.subspaces, products, strict=True)])

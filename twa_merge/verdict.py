@@ -24,6 +24,8 @@ from .run import Run
 _GREEDY_EXAMPLES = 171
 # A blend so much of which is one candidate is that candidate: the rest would dilute it.
 _ALONE = 0.9
+# What the names of stages by layer and by tensor begin with.
+_BY_BLOCK = "twa-"
 
 
 @dataclass
@@ -68,12 +70,12 @@ def judge(run: Run, fitted: Sequence[Fitted]) -> Verdict:
     soups = _Soups(run) if "greedy" in families and run.n > 2 else None
     if soups:
         candidates.append(soups.without(()))
-    cost = 0.0
-    for stage in fitted:
-        cost += stage.evaluations
-        if stage.name in families or (stage.name != "twa" and "twa-layers" in families):
-            rank = 7 if stage.name == "twa" else 8
-            candidates.append(Candidate(stage.name, stage.alphas, rank, cost))
+    whole, *by_block = fitted
+    if whole.name in families:
+        candidates.append(Candidate(whole.name, whole.alphas, 7, whole.evaluations))
+    for stage in by_block:
+        cost = whole.evaluations + stage.evaluations
+        candidates.append(Candidate(stage.name, stage.alphas, 8, cost))
     run.progress(Started("Comparing candidates", len(candidates), "candidates"))
     scored = []
     for candidate in candidates:
@@ -84,7 +86,7 @@ def judge(run: Run, fitted: Sequence[Fitted]) -> Verdict:
         _cross_validate(run, scored, held_out)
     shown, best_single = _headlines(run, scored)
     if "blend" in families:
-        shown += _blend(run, shown, held_out)
+        shown += _blend(run, shown, held_out, sum(stage.evaluations for stage in fitted))
     return _verdict(run, scored, shown, best_single)
 
 
@@ -116,6 +118,7 @@ class _HeldOut:
         # A metric other than the loss is known on the guard split alone, and so are exact losses
         # where the fit's store rounds.
         known = run.choices.guard.select == "loss" and run.jury.engine is run.engine
+        whole, *by_block = fitted
         last = fitted[-1].path if known else None
         self.parts = [fold_of(last.size, k)[1] for k in range(last.folds)] if last else []
         self._losses: dict[str, Tensor] = {}
@@ -123,11 +126,13 @@ class _HeldOut:
         if last is None or not self.parts:
             return
         folds = range(len(self.parts))
-        # The base of the last stage's folds is what the stage before came to without them.
-        for stage, ridge in zip(reversed(fitted), (last.choice(), math.inf), strict=False):
-            before = fitted[0] if stage is not fitted[0] else None
-            self._losses[stage.name] = torch.cat(last.losses[ridge])
-            self._alphas[stage.name] = [stage.without(k, before) for k in folds]
+        self._alphas[whole.name] = [whole.without(k) for k in folds]
+        # The base of the other stages' folds.
+        self._losses[whole.name] = torch.cat(last.losses[math.inf if by_block else last.choice()])
+        for stage in by_block:
+            assert stage.path is not None
+            self._alphas[stage.name] = [stage.without(k, whole) for k in folds]
+            self._losses[stage.name] = torch.cat(stage.path.losses[stage.path.choice()])
         if soups:
             self._alphas["greedy"] = [soups.without(part).alphas for part in self.parts]
 
@@ -161,7 +166,7 @@ def _cross_validate(run: Run, scored: Sequence[Scored], held_out: _HeldOut) -> N
         run.progress(Advanced())
 
 
-def _blend(run: Run, shown: Sequence[Scored], held_out: _HeldOut) -> list[Scored]:
+def _blend(run: Run, shown: Sequence[Scored], held_out: _HeldOut, cost: float) -> list[Scored]:
     """The mean of ``shown`` by likelihood; nothing where that is one of them."""
     select = run.choices.guard.select
     # The last checkpoint is often the best one as well, and a greedy soup a window.
@@ -172,7 +177,6 @@ def _blend(run: Run, shown: Sequence[Scored], held_out: _HeldOut) -> list[Scored
     candidates = [s.candidate for s in shown]
     parts = dict(zip((c.name for c in candidates), weights.tolist(), strict=True))
     alphas = blended(weights, [c.alphas for c in candidates])
-    cost = max(c.cost for c in candidates)
     item = run.jury.score(Candidate("blend", alphas, 9, cost, parts))
     if held_out.parts:
         without = zip(*(held_out.alphas(c) for c in candidates), strict=True)
@@ -187,12 +191,20 @@ def _headlines(run: Run, scored: Sequence[Scored]) -> tuple[list[Scored], Scored
     best_single = _renamed(best_single_of(singles, select), "best_single", 1)
     families: dict[str, list[Scored]] = {}
     for item in scored:
-        family = item.name.partition(":")[0]
-        if family != "single":
-            families.setdefault(family, []).append(item)
-    shown = [best_of(group, select) for group in families.values()]
+        families.setdefault(_family(item.name), []).append(item)
+    families.pop("single", None)
+    # Blocks are chosen as the ridge is: by the losses of its cross-validation, as they are.
+    shown = [
+        (pick if family == _BY_BLOCK else best_of)(group, select)
+        for family, group in families.items()
+    ]
     shown.insert(1, best_single)
     return shown, best_single
+
+
+def _family(name: str) -> str:
+    """Of one family one candidate may win, so that many alike do not outweigh the others."""
+    return _BY_BLOCK if name.startswith(_BY_BLOCK) else name.partition(":")[0]
 
 
 def best_of(family: Sequence[Scored], select: str) -> Scored:
@@ -242,9 +254,11 @@ def _verdict(
             f"{winner.name} are not",
             remedy="look at the task's loss and data, or try --precision fp32",
         )
-    run.jury.complete(shown)
     names = {s.name for s in shown}
-    others = [s for s in scored if s.name not in names]
+    rest = [s for s in scored if s.name not in names]
+    shown = [*shown, *(s for s in rest if _family(s.name) == _BY_BLOCK)]
+    others = [s for s in rest if _family(s.name) != _BY_BLOCK]
+    run.jury.complete(shown)
     uniform = next((s for s in shown if s.name == "uniform"), None)
     return Verdict(
         winner,
