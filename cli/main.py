@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import ctypes
 import importlib
 import os
+import signal
 import sys
 from typing import NoReturn
 
@@ -13,7 +15,7 @@ import click
 
 from twa_merge import __version__
 
-from .boundary import debug_option, run
+from .boundary import INTERNAL, LAUNCHED, debug_option, run
 
 # Command → the module of this package that defines it.
 COMMANDS = {
@@ -58,8 +60,22 @@ def cli() -> None:
     """A folder of saved checkpoints goes in, one better model comes out."""
 
 
+# Linux's name for the signal that a process gets when the one that started it has died.
+_PR_SET_PDEATHSIG = 1
+
+
+def _end_with_launcher() -> None:
+    """A launcher that was killed leaves ranks that may wait for each other for ever."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.environ.get(LAUNCHED) not in (None, str(os.getppid())):
+        sys.exit(INTERNAL)
+
+
 def main(argv: list[str] | None = None) -> NoReturn:
     """The entry point: runs the command line and exits."""
+    if "RANK" in os.environ:
+        _end_with_launcher()
     code = run(cli, sys.argv[1:] if argv is None else argv)
     if "RANK" in os.environ:
         # A failed rank's orderly exit might wait for ranks that wait for it; and a gloo thread that

@@ -152,6 +152,22 @@ def test_a_killed_rank_is_not_blamed_on_the_task(tmp_path):
     assert f"continues from {tmp_path / 'm.partial'}" in said
 
 
+def test_ranks_end_with_a_launcher_that_is_killed(tmp_path):
+    train(tmp_path / "run")
+    process = start(1, tmp_path / "m", "--nproc", 2)
+    wait_for_evaluations(process, tmp_path / "m", 1)
+    ranks = ranks_of(psutil.Process(process.pid))
+    assert len(ranks) == 2
+    process.kill()
+    process.wait()
+    _, alive = psutil.wait_procs(ranks, timeout=3)
+    for rank in alive:
+        rank.kill()
+    process.communicate()
+    assert not alive
+    assert not (tmp_path / "m").exists()
+
+
 def test_max_restarts_goes_on_after_a_killed_rank(tmp_path):
     train(tmp_path / "run")
     process = start(1, tmp_path / "m", "--nproc", 2, "--max-restarts", 1)
