@@ -120,7 +120,7 @@ def show_coefficients(document: Document, console: Console) -> None:
     shared = document["coefficients"].get(GLOBAL)
     console.print(Text(f"  one column a checkpoint, {labels[0]} to {labels[-1]}", "dim"))
     shown = _most_moved(blocks, shared)
-    rows = {**({"(before, all blocks)": shared} if shared else {}), **shown}
+    rows = {**({"(twa, all blocks)": shared} if shared else {}), **shown}
     lines = signed_map(
         [plain(name) for name in rows],
         list(rows.values()),
@@ -137,7 +137,7 @@ def show_coefficients(document: Document, console: Console) -> None:
 def _most_moved(
     blocks: dict[str, list[float]], shared: list[float] | None
 ) -> dict[str, list[float]]:
-    """The blocks that moved most from what all shared before, in their own order."""
+    """The blocks that lie farthest from what the whole model came to, in their own order."""
     before = shared or [0.0] * len(next(iter(blocks.values())))
 
     def moved(name: str) -> float:

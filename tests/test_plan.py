@@ -78,7 +78,11 @@ def test_a_model_that_is_gathered_whole_does_not_get_smaller_with_the_ranks():
 
 def test_only_files_that_are_read_again_and_again_are_copied_into_memory():
     row = 16 * N * 4096
-    assert plan_for(gpus()).host == {"slices in flight": (16 << 20) + row}
+    grams = 4 * 8 * N**2 * 25  # exact and stored ones of each tensor, and the axes of both
+    assert plan_for(gpus()).host == {
+        "slices in flight": (16 << 20) + row,
+        "Gram matrices": grams,
+    }
     for config in (StoreConfig("disk"), StoreConfig("device", "int8"), StoreConfig("host", "int1")):
         assert plan_for(gpus(), config).host["slices in flight"] == (64 << 20) + row
 

@@ -22,6 +22,8 @@ from .ranks import world_size
 _M_MMAP_THRESHOLD = -3
 _RETURNED_FROM = 1 << 20
 _LETTING_GO_SECONDS = 0.1
+# Numbers that are gathered from all ranks at a time.
+_PIECE = 1 << 18
 
 
 @dataclass(frozen=True)
@@ -43,13 +45,14 @@ class World:
     def sum(self, tensor: Tensor) -> Tensor:
         """Sum of ``tensor`` over the ranks, on the device that it came from.
 
-        Small tensors only. They are gathered and added in rank order, so that the sum does not
-        depend on which rank was first.
+        The parts are gathered and added in rank order, so that the sum does not depend on which
+        rank was first: for coefficients and statistics, not for weights.
         """
         if self.size == 1:
             return tensor
-        parts = self._gather_tensor(tensor)
-        return torch.stack(parts).sum(0).to(tensor.device)
+        pieces = tensor.reshape(-1).split(_PIECE)
+        sums = [torch.stack(self._gather_tensor(piece)).sum(0) for piece in pieces]
+        return torch.cat(sums).reshape(tensor.shape).to(tensor.device)
 
     def max(self, value: float) -> float:
         return max(self.gather(value))

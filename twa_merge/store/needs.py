@@ -80,6 +80,11 @@ def passing_bytes(layout: Layout, n: int, *, again: bool) -> int:
     return (READ_AHEAD if again else BUFFERS) + least
 
 
+def gram_bytes(layout: Layout, n: int) -> int:
+    """Gram matrices by tensor, of exact and of stored offsets, and the axes that come of them."""
+    return 4 * 8 * n**2 * len(layout.in_subspace)
+
+
 def _local(entry: Entry, size: int, shared: Mapping[str, bool]) -> int:
     """Numbers of a tensor on the rank that has most of them, which is the first."""
     return _rows(entry, size, shared) * entry.info.row_numel

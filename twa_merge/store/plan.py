@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..config import StoreConfig
 from ..layout import Layout
 from .memory import STAGED
-from .needs import model_bytes, own_dtype, passing_bytes, store_bytes
+from .needs import gram_bytes, model_bytes, own_dtype, passing_bytes, store_bytes
 from .quantize import PLAIN
 
 # Shares of the memory that a plan may fill; the rest goes to fragments, workspaces and neighbours.
@@ -181,7 +181,10 @@ class _Planner:
         # Candidates are compared exactly: where the store rounds, by the files.
         again = kind == "disk" or dtype not in PLAIN
         judging = self.work.combinations if again else 0
-        passing = {"slices in flight": passing_bytes(self.layout, self.n, again=again)}
+        passing = {
+            "slices in flight": passing_bytes(self.layout, self.n, again=again),
+            "Gram matrices": gram_bytes(self.layout, self.n),
+        }
         device: dict[str, int] = {}
         if machine.device_type == "cpu":
             host = memory | held | passing
