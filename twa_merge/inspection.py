@@ -79,6 +79,12 @@ def _plan(layout: Layout, n: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
     pictures = GRID**2 if can_draw() else 0
     work = Work(whole_model=wanted.get("gather") == "model", pictures=pictures)
     found = memory_plan(layout, n, machine, StoreConfig(), work=work)
+    advice = list(found.advice)
+    if found.kind == "disk":
+        advice.append(
+            f"The files are read some {found.passes} times; with a fixed --ridge and --candidates "
+            "quick it would be a quarter of that."
+        )
     return {
         "processes": machine.size,
         "store": found.kind,
@@ -88,7 +94,7 @@ def _plan(layout: Layout, n: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
         "passes over the files": found.passes,
         "minutes": round(found.minutes, 3),
         "fits": found.fits,
-        "advice": list(found.advice),
+        "advice": advice,
     }
 
 
