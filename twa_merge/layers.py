@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from .layout import Layout
+from .layout import Blocks, Layout
 
 _LISTS = (nn.ModuleList, nn.Sequential)
 
@@ -84,6 +85,19 @@ def layer_groups(module: nn.Module, names: Mapping[str, str], layout: Layout) ->
         behind = own is not None and position.get(own, 0) > first
         groups[name] = layer or ("after" if behind else "before")
     return groups
+
+
+def layers_of_blocks(blocks: Blocks, layer_of: Mapping[str, str]) -> Tensor | None:
+    """The number of each block's layer, (B,) int64; None where that is one, or the block itself.
+
+    Args:
+        layer_of: averaged tensor → the layer that it belongs to.
+    """
+    found = [layer_of[tensors[0]] for tensors in blocks.members()]
+    number = {name: i for i, name in enumerate(dict.fromkeys(found))}
+    if not 1 < len(number) < len(blocks):
+        return None
+    return torch.tensor([number[name] for name in found])
 
 
 def _layer_of(name: str, layers: Sequence[str]) -> str | None:

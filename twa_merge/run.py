@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .checkpoints.base import Checkpoint
@@ -26,7 +25,7 @@ from .distributed import World
 from .errors import CheckpointError, ConfigError
 from .fit import Fitter
 from .ingest import Grams, ingest
-from .layers import layer_groups
+from .layers import layer_groups, layers_of_blocks
 from .layout import Blocks, Layout, dtype_named, global_block, grouped_blocks, tensor_blocks
 from .model import LiveModel, build
 from .objective import Batches, Engine
@@ -63,8 +62,7 @@ class Run:
     Attributes:
         directions: random ones, where they are what is trained.
         directions_gram: their Gram matrix, (R, R) float64.
-        layers: the layer of each block, (B,), where ``auto`` has made blocks of tensors and there
-            are several layers.
+        layers: the layer of each block, (B,), where ``auto`` leaves a choice between the two.
     """
 
     checkpoints: list[Checkpoint]
@@ -154,7 +152,7 @@ def set_up(
     return Run(
         checkpoints, layout, task, splits, world, choices, log, clock, progress, blocks, grams,
         engine, fitter, jury, directions, directions_gram,
-        _layers(live, layout, blocks) if choices.fit.blocks == "auto" else None,
+        _layers(live, layout, blocks, choices.fit),
     )  # fmt: skip
 
 
@@ -313,10 +311,8 @@ def _blocks(live: LiveModel, layout: Layout, fit: FitConfig) -> Blocks:
     return global_block(layout)
 
 
-def _layers(live: LiveModel, layout: Layout, blocks: Blocks) -> Tensor | None:
-    layer_of = layer_groups(live.module, live.names, layout)
-    of_block = [layer_of[tensors[0]] for tensors in blocks.members()]
-    number = {name: i for i, name in enumerate(dict.fromkeys(of_block))}
-    if not 1 < len(number) < len(blocks):
+def _layers(live: LiveModel, layout: Layout, blocks: Blocks, fit: FitConfig) -> Tensor | None:
+    """The layer of each block, (B,), where ``auto`` leaves a choice between the two."""
+    if fit.blocks != "auto" or blocks.kind != "tensors":
         return None
-    return torch.tensor([number[name] for name in of_block])
+    return layers_of_blocks(blocks, layer_groups(live.module, live.names, layout))
