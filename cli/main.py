@@ -60,6 +60,8 @@ def cli() -> None:
     """A folder of saved checkpoints goes in, one better model comes out."""
 
 
+# Set by torchrun, and by --nproc.
+_LAUNCHERS = {"TORCHELASTIC_RUN_ID", LAUNCHED}
 # Linux's name for the signal that a process gets when the one that started it has died.
 _PR_SET_PDEATHSIG = 1
 
@@ -74,7 +76,7 @@ def _end_with_launcher() -> None:
 
 def main(argv: list[str] | None = None) -> NoReturn:
     """The entry point: runs the command line and exits."""
-    if "RANK" in os.environ:
+    if _LAUNCHERS & os.environ.keys():
         _end_with_launcher()
     code = run(cli, sys.argv[1:] if argv is None else argv)
     if "RANK" in os.environ:

@@ -152,7 +152,8 @@ fit_options = group(
     config.FitConfig,
     {
         "Fit": [
-            opt("blocks", "--blocks", "What shares one set of coefficients.",
+            opt("blocks", "--blocks",
+                "What shares one set of coefficients; auto: tensors, and layers where unsure.",
                 type=click.Choice(config.BLOCKS)),
             opt("ridge", "--ridge", "Pull towards the start.", type=NumberOrAuto(),
                 default="auto", show_default=True),

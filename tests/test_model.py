@@ -12,6 +12,7 @@ from twa_merge import merge
 from twa_merge.checkpoints import open_checkpoints
 from twa_merge.config import EngineConfig, FitConfig, GuardConfig
 from twa_merge.distributed import World
+from twa_merge.errors import TaskError
 from twa_merge.layers import gathered_layers
 from twa_merge.layout import make_layout
 from twa_merge.model import LiveModel, build
@@ -104,6 +105,24 @@ def test_bare_layers_are_gathered_one_by_one_where_they_are_most_of_the_model(wi
     bare = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2))
     model = nn.ModuleDict({"first": nn.Linear(width, WIDTH, bias=False), "bare": bare})
     assert gathered_layers(model) == list(bare)[:alone]
+
+
+def test_a_layer_in_two_lists_is_gathered_once_and_lists_of_lists_layer_by_layer():
+    first, second = Encoder(), Encoder()
+    twice = nn.ModuleDict({"there": nn.ModuleList([first, second]), "back": nn.ModuleList()})
+    twice["back"].extend([second, first])
+    assert gathered_layers(twice) == [first, second]
+    of_lists = nn.ModuleList([nn.ModuleList([first, Scaled()]), nn.ModuleList([second, Scaled()])])
+    assert not any(isinstance(layer, nn.ModuleList) for layer in gathered_layers(of_lists))
+
+
+def test_layers_that_a_task_names_have_to_be_there(tmp_path):
+    save_odd(tmp_path / "run")
+    found, task = open_checkpoints([tmp_path / "run"]), OddTask()
+    task.no_split_modules = ["Encodr"]
+    with pytest.raises(TaskError, match="names no layer") as error:
+        build(task, make_layout(found), found[-1], World(), precision="bf16")
+    assert "Encoder" in error.value.details["expected"]
 
 
 def test_scalars_and_parts_of_a_model_that_a_loss_calls_by_itself(tmp_path):

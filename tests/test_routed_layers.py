@@ -105,28 +105,46 @@ if __name__ == "__main__":
     save_run(Path(sys.argv[1]), states)
 """
 
+ROUTED_ITSELF = "\n\ntask = Routed\n"
 HEADS_OF_MODULES = "\n\nclass task(Routed):\n    heads = Head\n"
+# Every batch comes to all blocks, and its loss to one of the last two.
+EARLY_EXITS = """
+
+class Exits(Net):
+    def forward(self, x):
+        h, hidden = self.first(x), []
+        for block in self.blocks:
+            h = block(h, 0)
+            hidden.append(h)
+        return self.heads[0](hidden[-1 - int(x[0, 0] > 0)])
+
+
+class task(Routed):
+    def build_model(self):
+        return Exits(self.heads)
+"""
 GATHERED_AT_ONCE = HEADS_OF_MODULES + "    no_split_modules = ()\n"
 
 
-def write(folder, more="\n\ntask = Routed\n"):
+def write(folder, more):
     task = folder / "routed.py"
-    task.write_text(ROUTED.replace("\n\ntask = Routed\n", more))
+    task.write_text(ROUTED.replace(ROUTED_ITSELF, more))
     made = [sys.executable, task, folder / "run"]
     subprocess.run(made, env=environment(), check=True, timeout=120)
     return task
 
 
-def evaluate(k, folder, task):
+def evaluate(k, folder, task, *more):
     # fmt: off
     return run(k, "eval", folder / "run", "--task", task, "--batch-size", 1, "--device", "cpu",
-               "--json")
+               "--json", *more)
     # fmt: on
 
 
-def test_experts_and_heads_that_the_data_choose(tmp_path):
-    """A rank sums up gradients of experts that its own batch did without."""
-    task = write(tmp_path)
+@pytest.mark.parametrize("more", [ROUTED_ITSELF, EARLY_EXITS])
+def test_what_the_data_choose_inside_layers_and_behind_them(tmp_path, more):
+    """A rank sums up gradients of experts and of layers that its own batch did without."""
+    task = write(tmp_path, more)
     found = {}
     for k in (1, 2):
         # fmt: off
@@ -144,7 +162,10 @@ def test_experts_and_heads_that_the_data_choose(tmp_path):
 
 def test_layers_that_not_every_batch_comes_to_are_named(tmp_path):
     """The two heads are of one shape: mixed up they would give a loss of no model at all."""
-    done = evaluate(2, tmp_path, write(tmp_path, HEADS_OF_MODULES))
+    task = write(tmp_path, HEADS_OF_MODULES)
+    alone = evaluate(1, tmp_path, task, "--precision", "bf16")
+    assert alone.returncode == 0, alone.stderr
+    done = evaluate(2, tmp_path, task)
     assert done.returncode != 0
     assert done.stderr.count("Not every batch comes to the same layers") == 1
     assert "heads.0" in done.stderr
@@ -159,3 +180,16 @@ def test_a_task_may_have_its_model_gathered_as_a_whole(tmp_path):
         assert done.returncode == 0, done.stderr
         losses.append([row["loss"] for row in json.loads(done.stdout)["models"]])
     assert losses[1] == pytest.approx(losses[0], abs=1e-6)
+
+
+def test_gradients_of_two_widths_are_refused_in_words(tmp_path):
+    """Gathered once, the first rank's last batch is the only one that needs the second expert."""
+    task = write(tmp_path, ROUTED_ITSELF)
+    # fmt: off
+    done = run(2, "train", tmp_path / "run", "--task", task, "-o", tmp_path / "m", "--batch-size",
+               1, "--blocks", "global", "--ridge", "0.01", "--candidates", "last,twa",
+               "--fit-examples", 4, "--gather", "model", "--precision", "bf16", "--device", "cpu")
+    # fmt: on
+    assert done.returncode != 0
+    assert done.stderr.count("--gather layer") == 1
+    assert not (tmp_path / "m").exists()

@@ -99,7 +99,8 @@ class FitConfig:
 
     Attributes:
         blocks: what shares one set of coefficients; ``auto`` is each tensor, and each layer as well
-            where it is not certain that tensors help (the paper's optimizers: the whole model).
+            where cross-validation is not certain that tensors help (not with a given ridge; with
+            the paper's optimizers, the whole model).
         optimizer: ``lbfgs`` needs no learning rate; ``sgd`` and ``adamw`` are the paper's training.
         ridge: weight of ‖z‖²/2, in units of the loss per standard deviation squared; None chooses
             it on data that the fit did not see, in the order of magnitude that losses differ by.
@@ -175,7 +176,8 @@ class GuardConfig:
     """How the winner is picked.
 
     Attributes:
-        candidates: ``quick``, ``all`` or names separated by commas.
+        candidates: ``quick``, ``all`` or names separated by commas; ``twa-layers`` is all that is
+            fitted by block.
         select: ``loss`` or ``metric:NAME`` (larger is better).
         require_improvement: fail unless the winner beats the best single checkpoint for certain.
         batch_norm: where running statistics come from; ``auto`` lets the guard choose.

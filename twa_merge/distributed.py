@@ -51,8 +51,10 @@ class World:
         if self.size == 1:
             return tensor
         pieces = tensor.reshape(-1).split(_PIECE)
-        sums = [torch.stack(self._gather_tensor(piece)).sum(0) for piece in pieces]
-        return torch.cat(sums).reshape(tensor.shape).to(tensor.device)
+        sums = [
+            torch.stack(self._gather_tensor(piece)).sum(0).to(tensor.device) for piece in pieces
+        ]
+        return torch.cat(sums).reshape(tensor.shape)
 
     def max(self, value: float) -> float:
         return max(self.gather(value))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -40,22 +40,26 @@ def gathered_layers(module: nn.Module) -> list[nn.Module]:
             layers = [
                 layer
                 for layer in part.children()
-                if _has_weights(layer) and not (bare and next(layer.children(), None) is None)
+                if _has_weights(layer)
+                and not isinstance(layer, nn.ModuleList)  # has no forward pass
+                and not (bare and next(layer.children(), None) is None)
             ]
             classes = Counter(type(layer) for layer in layers if not isinstance(layer, _LISTS))
             found.update(layer for layer in layers if classes[type(layer)] > 1)
             longest = max(longest, layers, key=len)
     found = found or set(longest)
-    return list(outermost(module, lambda part: part in found))
+    return outermost(module, lambda part: part in found)
 
 
-def outermost(module: nn.Module, wanted: Callable[[nn.Module], bool]) -> Iterator[nn.Module]:
-    """Modules that are wanted and lie in none that is: Mamba names a block and its mixer."""
+def outermost(module: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[nn.Module]:
+    """Modules that are wanted and lie in none that is: Mamba names a block and its mixer.
+
+    Each once, wherever else it is registered.
+    """
+    found: dict[nn.Module, None] = {}
     for child in module.children():
-        if wanted(child):
-            yield child
-        else:
-            yield from outermost(child, wanted)
+        found |= dict.fromkeys([child] if wanted(child) else outermost(child, wanted))
+    return list(found)
 
 
 def _has_weights(module: nn.Module) -> bool:
@@ -70,7 +74,7 @@ def layer_groups(module: nn.Module, names: Mapping[str, str], layout: Layout) ->
     """Averaged tensor → the layer that it belongs to: before, each repeated layer, after.
 
     Tensors in front of the first repeated layer in the module tree form ``before``, those behind
-    the last one ``after``. A tensor that the module lacks goes with ``before``.
+    the last one ``after``, and those that the module lacks ``elsewhere``.
     """
     layers = list(repeated_layers(module))
     order = [name for name, _ in module.named_parameters(remove_duplicate=False)]
@@ -81,14 +85,17 @@ def layer_groups(module: nn.Module, names: Mapping[str, str], layout: Layout) ->
     groups = {}
     for name in layout.averaged:
         own = names.get(name)
-        layer = inside.get(own) if own else None
-        behind = own is not None and position.get(own, 0) > first
-        groups[name] = layer or ("after" if behind else "before")
+        if own is None:
+            groups[name] = "elsewhere"
+        else:
+            groups[name] = inside[own] or ("after" if position[own] > first else "before")
     return groups
 
 
 def layers_of_blocks(blocks: Blocks, layer_of: Mapping[str, str]) -> Tensor | None:
-    """The number of each block's layer, (B,) int64; None where that is one, or the block itself.
+    """The number of each block's layer, (B,) int64.
+
+    None where there is one layer only, or each block is a layer.
 
     Args:
         layer_of: averaged tensor → the layer that it belongs to.

@@ -56,9 +56,14 @@ class LiveModel:
         """What ``use`` makes of the module: any use of its weights goes through here.
 
         Args:
-            kind: uses of one kind come to the same layers of the model.
+            kind: on several processes, every use of one kind has to come to the same layers.
         """
         return use(self.module) if self._whole is None else self._whole(use, kind)
+
+    @property
+    def layer_numel(self) -> tuple[int, int] | None:
+        """Numbers in the largest layer that is gathered by itself, and in what is not."""
+        return self._whole.layer_numel if self._whole is not None else None
 
     def targets(self) -> dict[str, Tensor]:
         """This rank's rows of every averaged tensor: name → tensor, written to in place.
@@ -100,6 +105,23 @@ class LiveModel:
         if self._gathered_once and self._whole is not None:
             self._whole.set_requires_gradient_sync(last)  # type: ignore[operator]
             self._whole.set_reshard_after_backward(last)  # type: ignore[operator]
+
+    def backward(self, loss: Tensor) -> None:
+        """Adds to the gradients.
+
+        Raises:
+            TaskError: gradients of two widths meet where the model is gathered once.
+        """
+        try:
+            loss.backward()  # type: ignore[no-untyped-call]
+        except AssertionError as error:
+            if not (self._gathered_once and "uniform gradient dtype" in str(error)):
+                raise
+            raise TaskError(
+                "Not every batch makes use of all parameters, so that gradients in bfloat16 and "
+                "their sums in float32 cannot be added up over the processes.",
+                remedy="--gather layer, or --precision fp32",
+            ) from error
 
     def zero_gradients(self) -> None:
         self.module.zero_grad(set_to_none=False)

@@ -203,7 +203,7 @@ class Engine:
                 losses = self.losses_of(batch, len(positions))
                 _require_gradient(losses)
                 with user_code("compute gradients"):
-                    (losses.sum() * (float(counts) / len(chosen))).backward()
+                    self.live.backward(losses.sum() * (float(counts) / len(chosen)))
                 if counts:
                     total += losses.detach().double().sum().cpu()
         products = self.store.project(self.live.gradients())

@@ -197,6 +197,12 @@ def _fit(run: Run) -> list[Fitted]:
 def _by_block(
     run: Run, kind: str, whole: Fitted, groups: Tensor | None = None, folds: int | None = None
 ) -> Fitted:
+    """A stage around the solution of ``whole``.
+
+    Args:
+        groups: of blocks that share their coordinates, (B,) int64; None: every block has its own.
+        folds: of the cross-validation of its ridge; None: until that is settled.
+    """
     grams = run.grams.by_block(run.blocks)
     if groups is not None:
         grams = add_up(grams, groups, int(groups.max()) + 1)

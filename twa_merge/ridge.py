@@ -92,7 +92,7 @@ class RidgePath:
     def certain(self) -> bool:
         """Whether the choice beats the base for certain."""
         gain, error = self._gain()
-        return self._many() and gain > _CERTAIN * error
+        return self._many() and gain > _CERTAIN * error and self.best() < math.inf
 
     def _many(self) -> bool:
         return len(self.complete()[math.inf]) >= _FEWEST

@@ -62,7 +62,8 @@ class Run:
     Attributes:
         directions: random ones, where they are what is trained.
         directions_gram: their Gram matrix, (R, R) float64.
-        layers: the layer of each block, (B,), where ``auto`` leaves a choice between the two.
+        layers: the layer of each block, (B,) int64, where ``--blocks auto`` leaves a choice
+            between tensors and layers.
     """
 
     checkpoints: list[Checkpoint]
@@ -121,7 +122,7 @@ def set_up(
         world,
         choices.store,
         shared=shared,
-        work=Work(whole_model=choices.engine.gather == "model"),
+        work=Work(whole_model=choices.engine.gather == "model", layer_numel=live.layer_numel),
         progress=progress,
     )
     with clock.part("ingest"):
@@ -312,7 +313,7 @@ def _blocks(live: LiveModel, layout: Layout, fit: FitConfig) -> Blocks:
 
 
 def _layers(live: LiveModel, layout: Layout, blocks: Blocks, fit: FitConfig) -> Tensor | None:
-    """The layer of each block, (B,), where ``auto`` leaves a choice between the two."""
+    """The layer of each block, (B,) int64, where there is a choice between tensors and layers."""
     if fit.blocks != "auto" or blocks.kind != "tensors":
         return None
     return layers_of_blocks(blocks, layer_groups(live.module, live.names, layout))

@@ -9,10 +9,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_map
+from torch.utils._pytree import tree_leaves, tree_map
 
 from .distributed import World, ensure_group
-from .errors import TaskError
+from .errors import TaskError, listing
 from .layers import gathered_layers, outermost
 from .task import Task
 
@@ -20,22 +20,34 @@ T = TypeVar("T")
 
 
 class Sharded(nn.Module):
-    """What is sharded as the root: a loss may call any part of its model, not its forward alone."""
+    """What is sharded as the root: a loss may call any part of its model, not its forward alone.
+
+    Attributes:
+        layer_numel: numbers in the largest layer that is gathered by itself, and in what is
+            gathered with the root.
+    """
 
     def __init__(self, module: nn.Module, world: World) -> None:
         super().__init__()
         self.module = module
         self.order = _Order(world)
+        self.layer_numel = (0, 0)
 
     def forward(self, use: Callable[[nn.Module], T], kind: str) -> T:
-        """What ``use`` makes of the module; uses of one kind come to the same layers."""
+        """What ``use`` makes of the module.
+
+        Args:
+            kind: every use of one kind has to come to the same layers in the same order.
+
+        Raises:
+            TaskError: it does not.
+        """
         self.order.begin(kind)
         try:
             result = use(self.module)
-            self.order.end()
+            return self.order.end(result)
         finally:
             self.order.leave()
-        return result
 
 
 class _Order:
@@ -43,7 +55,8 @@ class _Order:
 
     Gathering is collective. Ranks that came to different layers at once would mix the rows of
     both without noticing, or wait for each other for ever. So the ranks compare notes in the
-    first pass of a kind, before each layer, and each holds the later ones against it.
+    first pass of a kind, before each layer, and each holds the later ones against it. Backward
+    passes go through all of them in reverse, whatever the loss has been computed from.
     """
 
     def __init__(self, world: World) -> None:
@@ -51,18 +64,23 @@ class _Order:
         self._kind = ""
         self._known: dict[str, list[str]] = {}
         self._came_to: list[str] | None = None
+        self._outputs: list[Tensor] = []
 
     def begin(self, kind: str) -> None:
         self._kind, self._came_to = kind, []
 
-    def end(self) -> None:
+    def end(self, result: T) -> T:
         assert self._came_to is not None
         self._require_same(_END)
         self._known.setdefault(self._kind, [*self._came_to, _END])
+        if isinstance(result, Tensor) and result.requires_grad and self._outputs:
+            return _Reached.apply(result, *self._outputs)  # type: ignore[no-any-return]
+        return result
 
     def leave(self) -> None:
         # What a backward pass recomputes is called outside of any pass.
         self._came_to = None
+        self._outputs = []
 
     def watch(self, layer: nn.Module, name: str) -> None:
         def come_to(*_: object) -> None:
@@ -70,8 +88,14 @@ class _Order:
                 self._require_same(name)
                 self._came_to.append(name)
 
+        def leave(_: nn.Module, __: object, output: object) -> None:
+            if self._came_to is not None:
+                leaves = tree_leaves(output)
+                self._outputs += [x for x in leaves if isinstance(x, Tensor) and x.requires_grad]
+
         # Before FSDP2's own hook, which gathers.
         layer.register_forward_pre_hook(come_to, prepend=True)
+        layer.register_forward_hook(leave)
 
     def _require_same(self, name: str) -> None:
         assert self._came_to is not None
@@ -85,8 +109,26 @@ class _Order:
                 found=name,
                 remedy="name in the task's no_split_modules the classes of layers that every batch "
                 "comes to, an empty list where there are none: what is not named is gathered as a "
-                "whole before each pass; or use one process",
+                "whole before each pass (batch norm is not, with --precision bf16); or use one "
+                "process",
             )
+
+
+class _Reached(torch.autograd.Function):
+    """A loss as it is, whose backward pass comes to all ``outputs`` too, with gradients of zero."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, *outputs: Tensor) -> Tensor:
+        ctx.zeros = [(x.shape, x.dtype, x.device) for x in outputs]
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        zeros = (
+            torch.zeros((), dtype=dtype, device=device).expand(shape)
+            for shape, dtype, device in ctx.zeros
+        )
+        return (*gradients, *zeros)
 
 
 _END = "the end of the pass"
@@ -129,13 +171,16 @@ def shard(module: nn.Module, task: Task, world: World, precision: str, *, reshar
         # FSDP2 wants what shares a parameter in one group: here, in the root's.
         if layer not in norms and all(owners[p] == n for p, n in _owners(layer).items())
     ]
+    whole = Sharded(module, world)
+    numbers = [sum(p.numel() for p in layer.parameters()) for layer in layers]
+    rest = sum(p.numel() for p in module.parameters()) - sum(numbers)
+    whole.layer_numel = max(numbers, default=0), rest
     for layer in layers:
         fully_shard(layer, **options)
-    whole = Sharded(module, world)
     fully_shard(whole, **options)
-    alone = {*norms, *layers}
+    alone = [*norms, *layers]
     for name, part in module.named_modules():
-        if part in alone:
+        if part in alone and world.size > 1:
             whole.order.watch(part, name)
     for part in [*alone, whole]:
         # Batches carry their own weights, so gradients add up over the ranks instead of averaging.
@@ -150,18 +195,26 @@ def checkpoint_activations(module: nn.Module, task: Task) -> None:
     """Keeps each repeated layer's inputs only, and computes the rest once more for gradients."""
     from torch.distributed._composable import checkpoint
 
-    for layer in _layers(module, task):
+    for layer in _layers(module, task) or gathered_layers(module):
         checkpoint(layer)
 
 
 def _layers(module: nn.Module, task: Task) -> list[nn.Module]:
-    """What is gathered at a time: as the task says, or transformers, or else the module tree."""
-    classes = getattr(task, "no_split_modules", None)
-    if classes is None:
-        classes = getattr(module, "_no_split_modules", None) or ()
-        found = list(outermost(module, lambda part: type(part).__name__ in classes))
-        return found or gathered_layers(module)
-    return list(outermost(module, lambda part: type(part).__name__ in classes))
+    """What is gathered at a time: as the task says, or transformers, or else the module tree.
+
+    Raises:
+        TaskError: the task names layers that are not there.
+    """
+    named = getattr(task, "no_split_modules", None)
+    classes = named if named is not None else getattr(module, "_no_split_modules", None) or ()
+    found = outermost(module, lambda part: type(part).__name__ in classes)
+    if named and not found:
+        raise TaskError(
+            "The task's no_split_modules names no layer of the model.",
+            expected=listing(dict.fromkeys(type(part).__name__ for part in module.modules())),
+            found=listing(named),
+        )
+    return found if found or named is not None else gathered_layers(module)
 
 
 def _owners(module: nn.Module) -> Counter[nn.Parameter]:

@@ -214,7 +214,7 @@ class Chart:
     Attributes:
         base: (B, n) float64.
         subspaces: one a group of blocks, G of them; ranks may differ, zero included.
-        groups: the group of each block, (B,) int64; where it is None every block is one.
+        groups: the group of each block, (B,) int64; None: every block is a group of its own.
     """
 
     base: Tensor

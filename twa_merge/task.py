@@ -32,7 +32,8 @@ class Task(Protocol):
     - ``model_names(model, names) -> {checkpoint's name: model's name}``, for those of the
       checkpoints' tensors that the model calls otherwise;
     - ``no_split_modules``: class names of the layers that several processes gather one by one;
-      every batch has to come to them in the same order. With none the model is gathered as a whole.
+      every batch has to come to them in the same order. Empty: the model is gathered as a whole.
+      Without it: what transformers names, or else the repeated layers of the module tree.
     """
 
     def build_model(self) -> nn.Module:

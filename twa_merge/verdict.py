@@ -33,7 +33,8 @@ class Verdict:
     """What the guard said.
 
     Attributes:
-        shown: the headline candidates, with fit and test losses.
+        shown: the best of each family, with fit and test losses; of stages by layer and by tensor
+            both, although only the better one of them took part in the choice.
         others: all that were tried besides.
     """
 
@@ -75,7 +76,8 @@ def judge(run: Run, fitted: Sequence[Fitted]) -> Verdict:
         candidates.append(Candidate(whole.name, whole.alphas, 7, whole.evaluations))
     for stage in by_block:
         cost = whole.evaluations + stage.evaluations
-        candidates.append(Candidate(stage.name, stage.alphas, 8, cost))
+        rank = 8 if stage.name == "twa-layers" else 9
+        candidates.append(Candidate(stage.name, stage.alphas, rank, cost))
     run.progress(Started("Comparing candidates", len(candidates), "candidates"))
     scored = []
     for candidate in candidates:
@@ -177,7 +179,7 @@ def _blend(run: Run, shown: Sequence[Scored], held_out: _HeldOut, cost: float) -
     candidates = [s.candidate for s in shown]
     parts = dict(zip((c.name for c in candidates), weights.tolist(), strict=True))
     alphas = blended(weights, [c.alphas for c in candidates])
-    item = run.jury.score(Candidate("blend", alphas, 9, cost, parts))
+    item = run.jury.score(Candidate("blend", alphas, 10, cost, parts))
     if held_out.parts:
         without = zip(*(held_out.alphas(c) for c in candidates), strict=True)
         item.unseen = held_out.measured([blended(weights, a) for a in without])
@@ -193,7 +195,7 @@ def _headlines(run: Run, scored: Sequence[Scored]) -> tuple[list[Scored], Scored
     for item in scored:
         families.setdefault(_family(item.name), []).append(item)
     families.pop("single", None)
-    # Blocks are chosen as the ridge is: by the losses of its cross-validation, as they are.
+    # Between two of nearly the same fit there is little luck to correct for.
     shown = [
         (pick if family == _BY_BLOCK else best_of)(group, select)
         for family, group in families.items()

@@ -32,7 +32,7 @@ def model_bytes(
 
     Args:
         shared: tensors that every rank holds whole.
-        layer_numel: numbers in the largest sharded layer and in what is sharded with the root;
+        layer_numel: numbers in the largest layer that is gathered by itself, and in what is not;
             None goes by the tensors' names.
         whole_model: every rank gathers all parameters, and keeps all gradients, for a whole
             evaluation.

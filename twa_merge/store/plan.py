@@ -53,6 +53,8 @@ class Work:
         seconds: forward and backward passes of one evaluation.
         activations: bytes they take at most, per process.
         whole_model: a process gathers all of the model at once, not a layer.
+        layer_numel: numbers in the largest layer that is gathered by itself, and in what is not;
+            None goes by the tensors' names.
     """
 
     evaluations: int = 200
@@ -61,6 +63,7 @@ class Work:
     seconds: float = 0.0
     activations: int = 0
     whole_model: bool = False
+    layer_numel: tuple[int, int] | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,6 @@ def memory_plan(
     *,
     work: Work | None = None,
     rates: Rates | None = None,
-    layer_numel: tuple[int, int] | None = None,
     shared: Mapping[str, bool] | None = None,
 ) -> Plan:
     """Chooses where the offsets live and says what everything takes. Looks at nothing else.
@@ -135,12 +137,10 @@ def memory_plan(
 
     Args:
         n: checkpoints.
-        layer_numel: numbers in the largest sharded layer, and in what is sharded with the root;
-            guessed from the tensors' names otherwise.
         shared: tensors that every rank holds whole.
     """
     work, rates = work or Work(), rates or Rates()
-    planner = _Planner(layout, n, work, rates, layer_numel, shared or {})
+    planner = _Planner(layout, n, work, rates, shared or {})
     plans = [planner.plan(machine, kind, dtype) for kind, dtype in choices(layout, config, machine)]
     best = next((plan for plan in plans if plan.fits), plans[-1])
     advice = planner.advice(best, config, wished=plans[0])
@@ -164,7 +164,6 @@ class _Planner:
     n: int
     work: Work
     rates: Rates
-    layer_numel: tuple[int, int] | None
     shared: Mapping[str, bool]
 
     def plan(self, machine: Machine, kind: str, dtype: str) -> Plan:
@@ -172,7 +171,7 @@ class _Planner:
             self.layout,
             machine.size,
             self.shared,
-            self.layer_numel,
+            self.work.layer_numel,
             whole_model=self.work.whole_model,
         )
         memory["activations"] = self.work.activations
