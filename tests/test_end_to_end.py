@@ -485,3 +485,14 @@ def test_layers_are_not_tried_where_tensors_help_for_certain(tmp_path):
     names = [stage["name"] for stage in document["optimizer"]["stages"]]
     assert names == ["twa", "twa-tensors"]
     assert document["chosen"] == "twa-tensors"
+
+
+def test_tensors_that_the_model_lacks_keep_the_coefficients_of_the_whole_model(tmp_path):
+    task = TwoLayers()
+    first, last = task.states()
+    save_run(tmp_path / "run", [first | {"ema": torch.ones(3)}, last | {"ema": torch.zeros(3)}])
+    fit, guard = FitConfig(blocks="layers", ridge=0.01), GuardConfig(candidates="twa,twa-layers")
+    document = merge([tmp_path / "run"], task, tmp_path / "merged", fit=fit, guard=guard)
+    found = {c["name"]: c["coefficients"] for c in document["candidates"]}
+    assert found["twa-layers"]["elsewhere"] == pytest.approx(found["twa"])
+    assert found["twa-layers"]["0"] != pytest.approx(found["twa"])
