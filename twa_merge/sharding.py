@@ -18,6 +18,9 @@ from .task import Task
 
 T = TypeVar("T")
 
+# Comes after the last layer of a pass.
+_END = "the end of the pass"
+
 
 class Sharded(nn.Module):
     """What is sharded as the root: a loss may call any part of its model, not its forward alone.
@@ -129,9 +132,6 @@ class _Reached(torch.autograd.Function):
             for shape, dtype, device in ctx.zeros
         )
         return (*gradients, *zeros)
-
-
-_END = "the end of the pass"
 
 
 def shard(module: nn.Module, task: Task, world: World, precision: str, *, reshard: bool) -> Sharded:
