@@ -153,7 +153,7 @@ fit_options = group(
     {
         "Fit": [
             opt("blocks", "--blocks",
-                "What shares one set of coefficients; auto: tensors, and layers where unsure.",
+                "What shares one set of coefficients; auto tries tensors and layers.",
                 type=click.Choice(config.BLOCKS)),
             opt("ridge", "--ridge", "Pull towards the start.", type=NumberOrAuto(),
                 default="auto", show_default=True),

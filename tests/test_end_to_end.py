@@ -438,7 +438,7 @@ def test_what_is_no_candidate_is_not_fitted(tmp_path, candidates, stages):
     assert "The plane of the checkpoints" in (target / "report.html").read_text()
 
 
-def test_layers_are_tried_as_well_where_it_is_not_certain_that_tensors_help(tmp_path):
+def test_layers_are_tried_beside_tensors(tmp_path):
     task, guard = Small(), GuardConfig(candidates="window,twa,twa-layers,blend")
     task.x, task.y = task.x[:40], task.y[:40]
     train(tmp_path / "run")
@@ -478,12 +478,12 @@ class TwoLayers(LinearTask):
         return [first, last]
 
 
-def test_layers_are_not_tried_where_tensors_help_for_certain(tmp_path):
+def test_tensors_win_where_layers_cannot_do_what_they_do(tmp_path):
     task = TwoLayers()
     save_run(tmp_path / "run", task.states())
     document = merge([tmp_path / "run"], task, tmp_path / "merged")
     names = [stage["name"] for stage in document["optimizer"]["stages"]]
-    assert names == ["twa", "twa-tensors"]
+    assert names == ["twa", "twa-tensors", "twa-layers"]
     assert document["chosen"] == "twa-tensors"
 
 

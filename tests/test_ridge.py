@@ -118,10 +118,3 @@ def test_another_unit_of_the_loss_gives_the_same_merge(tmp_path):
         alphas, chosen = (torch.tensor(found[unit][0]), found[unit][1])
         torch.testing.assert_close(alphas, torch.tensor(found[1.0][0]), rtol=0, atol=1e-4)
         assert chosen == found[1.0][1]
-
-
-def test_only_what_beats_the_base_does_so_for_certain():
-    assert path_of({math.inf: 2.0, 0.1: 1.0}).certain()
-    assert not path_of({math.inf: 2.0, 0.1: 1.9}, noise=1.0).certain()
-    assert not path_of({math.inf: 1.0, 0.1: 1.2}).certain()
-    assert not path_of({math.inf: 1.0, 0.1: math.inf}).certain()

@@ -98,9 +98,8 @@ class FitConfig:
     """How the coefficients are trained.
 
     Attributes:
-        blocks: what shares one set of coefficients; ``auto`` is each tensor, and each layer as well
-            where cross-validation is not certain that tensors help (not with a given ridge; with
-            the paper's optimizers, the whole model).
+        blocks: what shares one set of coefficients; ``auto`` tries each tensor and each layer (with
+            the paper's optimizers, the whole model alone).
         optimizer: ``lbfgs`` needs no learning rate; ``sgd`` and ``adamw`` are the paper's training.
         ridge: weight of ‖z‖²/2, in units of the loss per standard deviation squared; None chooses
             it on data that the fit did not see, in the order of magnitude that losses differ by.

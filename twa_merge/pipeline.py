@@ -171,8 +171,8 @@ def merge(
 def _fit(run: Run) -> list[Fitted]:
     """Stage one: the whole model. Stage two: every block, around the solution of stage one.
 
-    Where it is not certain that blocks of single tensors help, whole layers are tried as well:
-    fewer coordinates need less data.
+    Beside single tensors whole layers are tried, around the same solution: fewer coordinates need
+    less data.
     """
     whole, wanted = _whole(run), parse_families(run.choices.guard.candidates)
     if not wanted & {"twa", "twa-layers"}:
@@ -185,9 +185,9 @@ def _fit(run: Run) -> list[Fitted]:
     fitted = [run.fitter.stage("twa", Chart(start_alphas, [whole]))]
     if len(run.blocks) > 1 and "twa-layers" in wanted:
         fitted.append(_by_block(run, run.blocks.kind, fitted[0]))
-        path = fitted[1].path
-        if run.layers is not None and path is not None and path.folds and not path.certain():
-            fitted.append(_by_block(run, "layers", fitted[0], run.layers, path.folds))
+        if run.layers is not None:
+            folds = fitted[1].path.folds if fitted[1].path else None
+            fitted.append(_by_block(run, "layers", fitted[0], run.layers, folds))
     for stage in fitted:
         if not math.isfinite(stage.result.loss):
             run.progress(Noted(_given_up(stage)))

@@ -85,21 +85,11 @@ class RidgePath:
         That is so when the choice beats the base for certain, or when even two standard errors
         more than what was found would hardly change the loss.
         """
-        gain, error = self._gain()
-        hardly = gain + 2.0 * error < _HARDLY * self.scores()[math.inf]
-        return self._many() and (self.certain() or hardly)
-
-    def certain(self) -> bool:
-        """Whether the choice beats the base for certain."""
-        gain, error = self._gain()
-        return self._many() and gain > _CERTAIN * error and self.best() < math.inf
-
-    def _many(self) -> bool:
-        return len(self.complete()[math.inf]) >= _FEWEST
-
-    def _gain(self) -> tuple[float, float]:
         losses = self.complete()
-        return paired(losses[math.inf], losses[self.choice()])
+        if len(losses[math.inf]) < _FEWEST:
+            return False
+        gain, error = paired(losses[math.inf], losses[self.choice()])
+        return gain > _CERTAIN * error or gain + 2.0 * error < _HARDLY * self.scores()[math.inf]
 
     def hopeless(self, ridge: float) -> bool:
         """Whether a stronger ridge than this one does worse than the best for certain."""
