@@ -23,6 +23,7 @@ from torch.utils.data import default_collate
 from twa_merge import evaluate
 from twa_merge.errors import TaskError
 from twa_merge.model import parameters_on_meta
+from twa_merge.sharding import layers_of
 from twa_merge.tasks import causal_lm
 from twa_merge.tasks.causal_lm import CausalLM, token_losses
 from twa_merge.tasks.documents import read_documents
@@ -119,8 +120,9 @@ def test_no_cache_is_kept(make: Any) -> None:
 
 def test_building_draws_no_random_numbers(make: Any) -> None:
     task, before = make("abc"), torch.get_rng_state()
-    task.build_model()
+    model = task.build_model()
     assert torch.equal(before, torch.get_rng_state())
+    assert {type(layer).__name__ for layer in layers_of(model, task)} == {"LlamaDecoderLayer"}
 
 
 def accelerates_context() -> Any:

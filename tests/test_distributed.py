@@ -23,12 +23,12 @@ from runs import save_run, states_of
 from small_task import train
 
 
-@pytest.mark.parametrize(("store", "several"), [("device", (2, 4)), ("disk", (4,))])
-def test_2_and_4_processes_give_the_coefficients_of_one(tmp_path, store, several):
+@pytest.mark.parametrize("store", ["device", "disk"])
+def test_2_and_4_processes_give_the_coefficients_of_one(tmp_path, store):
     """Fewer rows than ranks in one tensor, fewer batches than ranks: both work."""
     train(tmp_path / "run")
     documents = {}
-    for k in (1, *several):
+    for k in (1, 2, 4):
         out = tmp_path / f"merged{k}"
         # fmt: off
         done = run(k, "train", tmp_path / "run", "--task", TASK, "-o", out, "--batch-size", 30,
@@ -39,7 +39,7 @@ def test_2_and_4_processes_give_the_coefficients_of_one(tmp_path, store, several
         assert done.returncode == 0, done.stderr
         documents[k] = document(out)
         assert documents[k]["world_size"] == k
-    for k in several:
+    for k in (2, 4):
         assert documents[k]["chosen"] == documents[1]["chosen"]
         for kind in documents[1]["coefficients"]:
             one, other = (documents[i]["coefficients"][kind] for i in (1, k))

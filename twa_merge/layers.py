@@ -34,9 +34,10 @@ def gathered_layers(module: nn.Module) -> list[nn.Module]:
     """
     found: set[nn.Module] = set()
     longest: list[nn.Module] = []
+    half = numbers(module) / 2
     for part in module.modules():
         if isinstance(part, _LISTS):
-            bare = isinstance(part, nn.ModuleList) and 2 * _numbers(part) <= _numbers(module)
+            bare = isinstance(part, nn.ModuleList) and numbers(part) <= half
             layers = [
                 layer
                 for layer in part.children()
@@ -66,7 +67,8 @@ def _has_weights(module: nn.Module) -> bool:
     return any(True for _ in module.parameters())
 
 
-def _numbers(module: nn.Module) -> int:
+def numbers(module: nn.Module) -> int:
+    """How many there are in its parameters."""
     return sum(parameter.numel() for parameter in module.parameters())
 
 

@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .distributed import World, ensure_group
 from .errors import TaskError, listing
-from .layers import gathered_layers, outermost
+from .layers import gathered_layers, numbers, outermost
 from .task import Task
 
 T = TypeVar("T")
@@ -167,14 +167,13 @@ def shard(module: nn.Module, task: Task, world: World, precision: str, *, reshar
     owners = _owners(module)
     layers = [
         layer
-        for layer in _layers(module, task)
+        for layer in layers_of(module, task)
         # FSDP2 wants what shares a parameter in one group: here, in the root's.
         if layer not in norms and all(owners[p] == n for p, n in _owners(layer).items())
     ]
     whole = Sharded(module, world)
-    numbers = [sum(p.numel() for p in layer.parameters()) for layer in layers]
-    rest = sum(p.numel() for p in module.parameters()) - sum(numbers)
-    whole.layer_numel = max(numbers, default=0), rest
+    sizes = [numbers(layer) for layer in layers]
+    whole.layer_numel = max(sizes, default=0), numbers(module) - sum(sizes)
     for layer in layers:
         fully_shard(layer, **options)
     fully_shard(whole, **options)
@@ -195,11 +194,11 @@ def checkpoint_activations(module: nn.Module, task: Task) -> None:
     """Keeps each repeated layer's inputs only, and computes the rest once more for gradients."""
     from torch.distributed._composable import checkpoint
 
-    for layer in _layers(module, task) or gathered_layers(module):
+    for layer in layers_of(module, task) or gathered_layers(module):
         checkpoint(layer)
 
 
-def _layers(module: nn.Module, task: Task) -> list[nn.Module]:
+def layers_of(module: nn.Module, task: Task) -> list[nn.Module]:
     """What is gathered at a time: as the task says, or transformers, or else the module tree.
 
     Raises:
