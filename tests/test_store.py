@@ -18,10 +18,11 @@ from twa_merge.distributed import World
 from twa_merge.errors import CheckpointError
 from twa_merge.layout import global_block, make_layout, tensor_blocks
 from twa_merge.progress import Noted
-from twa_merge.store import kernels, make_store
-from twa_merge.store.kernels import combine_tiles, grouped, in_order, project_tiles
+from twa_merge.store import fused, make_store, native
+from twa_merge.store.fused import Fused, combine_tiles, grouped, in_order, project_tiles
+from twa_merge.store.native import Native
 from twa_merge.store.quantize import GROUP_BYTES, pack, planes, unpack
-from twa_merge.store.tiles import allocate, footprint
+from twa_merge.store.tiles import Tiles, allocate, footprint, tile_width
 from twa_merge.stream import row_slices
 
 WIDTHS = ("float32", "bfloat16", "int8", "int4", "int1")
@@ -165,33 +166,92 @@ def test_what_is_stored_does_not_depend_on_how_it_came(offsets, dtype, numel, th
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
+def tiles_of(dtype: str, n: int, u: int, width: int) -> tuple[Tiles, Tensor]:
+    """Random tiles, and their numbers (u, n, width) in float32."""
+    x = torch.randn(u, n, width, generator=torch.Generator().manual_seed(0))
+    if dtype not in GROUP_BYTES:
+        data = x.to(getattr(torch, dtype))
+        return Tiles(data, None, width), data.float()
+    data, scales = pack(x.unflatten(-1, (-1, 128)).transpose(1, 2).contiguous(), dtype)
+    groups = unpack(data, scales, dtype, torch.empty(u, width // 128, n, 128))
+    return Tiles(data, scales, width), groups.transpose(1, 2).flatten(2)
+
+
+def random_vectors(u: int, n: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradient and centre (u, width), and coefficients (n,)."""
+    generator = torch.Generator().manual_seed(1)
+    gradient, centre = torch.randn(2, u, width, generator=generator)
+    return gradient, centre, torch.randn(n, generator=generator)
+
+
+def agree_with_sums(fast, tiles: Tiles, numbers: Tensor) -> None:
+    """Project and combine against float64."""
+    u, n, width = numbers.shape
+    g, c, beta = random_vectors(u, n, width)
+    x = numbers.double()
+    close(fast.project(tiles, g).double(), torch.einsum("unt,ut->un", x, g.double()), 1e-6)
+    out = torch.full_like(c, float("nan"))
+    fast.combine(tiles, c, beta, torch.tensor([0.5]), out)
+    expected = 0.5 * c.double() + torch.einsum("unt,n->ut", x, beta.double())
+    close(out.double(), expected, 1e-6)
+
+
+@pytest.fixture(scope="module", params=["this", "any"])
+def processor(request):
+    """The C kernels as made for this processor, and as made for any of its kind."""
+    patch = pytest.MonkeyPatch()
+    if request.param == "any":
+        patch.setattr(native, "_PROCESSOR", ((),))
+    native._library.cache_clear()
+    yield request.param
+    patch.undo()
+    native._library.cache_clear()
+
+
+@pytest.mark.parametrize("dtype", WIDTHS)
+@pytest.mark.parametrize(("n", "u", "width"), [(1, 40, 128), (8, 3, 1024), (13, 5, 384), (41, 2, 0)])
+def test_c_kernels(processor, dtype, n, u, width):
+    agree_with_sums(Native(dtype), *tiles_of(dtype, n, u, width or tile_width(dtype)))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("width", [1, 31, 65, 1151])
+def test_c_kernels_on_plain_tiles_of_any_width(processor, dtype, width):
+    agree_with_sums(Native(dtype), *tiles_of(dtype, 3, 2, width))
+
+
+@pytest.mark.parametrize("dtype", WIDTHS)
+def test_c_kernels_give_the_same_on_any_number_of_threads(dtype, monkeypatch):
+    monkeypatch.setattr(native, "_A_THREADS", 1)
+    tiles, _ = tiles_of(dtype, 6, 7, tile_width(dtype))
+    g, c, beta = random_vectors(7, 6, tiles.width)
+    found = []
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
+        out = torch.empty_like(c)
+        Native(dtype).combine(tiles, c, beta, torch.tensor([1.0]), out)
+        found.append((Native(dtype).project(tiles, g), out))
+    assert torch.equal(found[0][0], found[1][0])
+    assert torch.equal(found[0][1], found[1][1])
+
+
 @pytest.mark.parametrize("dtype", WIDTHS)
 @pytest.mark.parametrize(("n", "together"), [(8, 1), (8, 4), (6, 4), (7, 16), (21, 16), (65, 4)])
 def test_expressions_for_the_compiler(dtype, n, together):
     """The same functions that torch.compile gets, run as they stand."""
-    generator = torch.Generator().manual_seed(0)
-    u, width = 3, 4096
-    x = torch.randn(u, n, width, generator=generator)
-    if dtype in GROUP_BYTES:
-        data, scales = pack(x.unflatten(-1, (-1, 128)).transpose(1, 2), dtype)
-        groups = unpack(data, scales, dtype, torch.empty(u, 32, n, 128))
-        x = groups.transpose(1, 2).flatten(2)
-    else:
-        data, scales = x.to(getattr(torch, dtype)), None
-        x = data.float()
-    g, c, out = (torch.randn(u, width, generator=generator) for _ in range(3))
+    tiles, numbers = tiles_of(dtype, n, 3, 4096)
+    g, c, beta = random_vectors(3, n, 4096)
+    x, scales = numbers.double(), tiles.scales
     close(
-        in_order(project_tiles(data, scales, g, dtype, together)).double(),
-        torch.einsum("unt,ut->un", x.double(), g.double()),
+        in_order(project_tiles(tiles.data, scales, g, dtype, together)).double(),
+        torch.einsum("unt,ut->un", x, g.double()),
         1e-6,
     )
-    beta = torch.randn(n, generator=generator)
-    shape, weight = grouped(dtype, width), beta if scales is None else scales * beta
+    shape, weight = grouped(dtype, 4096), beta if scales is None else scales * beta
+    out = torch.empty_like(c)
     views = c.unflatten(-1, shape), torch.tensor([0.5]), out.unflatten(-1, shape)
-    combine_tiles(data, weight, planes(dtype, data.device), *views)
-    close(
-        out.double(), 0.5 * c.double() + torch.einsum("unt,n->ut", x.double(), beta.double()), 1e-6
-    )
+    combine_tiles(tiles.data, weight, planes(dtype, tiles.data.device), *views)
+    close(out.double(), 0.5 * c.double() + torch.einsum("unt,n->ut", x, beta.double()), 1e-6)
 
 
 @pytest.mark.parametrize(("dtype", "largest"), [("int8", 127), ("int4", 7), ("int1", 1)])
@@ -228,22 +288,32 @@ def test_groups_of_all_offsets_lie_side_by_side(dtype, rows):
     assert torch.equal(found, scales.flatten(1).T)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int4", "int1"])
-def test_compiled_kernels_agree_with_eager_ones(offsets, dtype):
+@pytest.mark.parametrize("dtype", WIDTHS)
+def test_fast_kernels_agree_with_eager_ones(offsets, dtype):
     notes = []
-    compiled = offsets.store(dtype=dtype, compiled=True, progress=notes.append)
+    fast = offsets.store(dtype=dtype, compiled=True, progress=notes.append)
     eager = offsets.store(dtype=dtype, compiled=False)
     gradients, alphas = offsets.gradients(), alphas_of(1)
-    close(compiled.project(gradients), eager.project(gradients), 1e-6)
+    close(fast.project(gradients), eager.project(gradients), 1e-6)
     mine, other = targets_like(offsets.states[0]), targets_like(offsets.states[0])
-    compiled.combine(alphas, mine)
+    fast.combine(alphas, mine)
     eager.combine(alphas, other)
     for name in offsets.names:
         torch.testing.assert_close(mine[name], other[name], rtol=1e-5, atol=1e-6)
     assert notes == []
 
 
-def test_a_second_width_in_one_process_makes_no_size_but_the_first_dynamic(offsets, monkeypatch):
+@pytest.mark.parametrize("dtype", ["float32", "int4"])
+def test_torch_compile_takes_the_expressions(dtype):
+    """Those for GPUs, compiled for this CPU."""
+    compiled = Fused(dtype, torch.device("cpu"))
+    agree_with_sums(compiled, *tiles_of(dtype, 3, 9, tile_width(dtype)))
+    tiles, numbers = tiles_of(dtype, 3, 5, tile_width(dtype))
+    agree_with_sums(compiled, tiles, numbers)
+    assert not compiled.takes(tiles[:3])
+
+
+def test_a_second_width_in_one_process_makes_no_size_but_the_first_dynamic(monkeypatch):
     compiler, dynamic = torch.compile, []
 
     def recording(module, inputs):
@@ -253,22 +323,19 @@ def test_a_second_width_in_one_process_makes_no_size_but_the_first_dynamic(offse
     def compiled(function, **options):
         return compiler(function, backend=recording, fullgraph=True)
 
-    monkeypatch.setattr(kernels.torch, "compile", compiled)
+    monkeypatch.setattr(fused.torch, "compile", compiled)
     torch._dynamo.reset()
     for dtype in ("float32", "int8"):
-        offsets.store(dtype=dtype, compiled=True).project(offsets.gradients())
+        tiles, _ = tiles_of(dtype, 5, 4, tile_width(dtype))
+        Fused(dtype, torch.device("cpu")).project(tiles, random_vectors(4, 5, tiles.width)[0])
     torch._dynamo.reset()
     assert dynamic == [1, 1]
 
 
-def test_without_a_compiler_says_so_once_and_goes_on(offsets, monkeypatch):
-    def broken(*args, **kwargs):
-        def call(*args):
-            raise RuntimeError("no C++ compiler here\nand a long trace")
-
-        return call
-
-    monkeypatch.setattr(kernels.torch, "compile", broken)
+@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
+def test_without_a_compiler_says_so_once_and_goes_on(offsets, monkeypatch, compiler):
+    monkeypatch.setenv("CC", compiler)
+    native._library.cache_clear()
     notes = []
     store = offsets.store(dtype="int8", compiled=True, progress=notes.append)
     gradients = offsets.gradients()
@@ -277,7 +344,7 @@ def test_without_a_compiler_says_so_once_and_goes_on(offsets, monkeypatch):
     store.combine(alphas_of(1), targets_like(offsets.states[0]))
     assert len(notes) == 1
     assert isinstance(notes[0], Noted)
-    assert "no C++ compiler here" in notes[0].text
+    assert compiler in notes[0].text
 
 
 def test_float32_products_keep_six_digits_over_a_million_numbers(tmp_path):

@@ -48,7 +48,7 @@ def make_store(
     Args:
         shared: tensors of which every rank holds all rows.
         work: what the memory plan has to reckon with.
-        compiled: fuse project and combine by ``torch.compile``; None decides by size.
+        compiled: take the fast kernels; None decides by how many numbers are held.
         progress: is told where the offsets go if they do not go where they would best.
     """
     whole, progress = shared or {}, progress or silent

@@ -13,7 +13,7 @@ from ..layout import Blocks, Layout
 from ..progress import Noted, Progress, silent
 from ..stream import RowSlice
 from .base import held_name, row_of, split_alphas
-from .kernels import COMPILE_FROM, Kernels
+from .kernels import Kernels, worth_compiling
 from .quantize import PLAIN
 from .tiles import Held, Part, Tiles, allocate
 
@@ -31,7 +31,7 @@ class MemoryStore:
         device: that computes, and that gradients and targets are on.
         on_host: keep offsets and centre in pinned host memory and send them through in pieces;
             no difference where the device is the CPU.
-        compiled: fuse by ``torch.compile``; None decides by how many numbers are held.
+        compiled: take the fast kernels; None decides by how many numbers are held.
     """
 
     def __init__(
@@ -138,7 +138,9 @@ class MemoryStore:
         """Makes the kernels for every width that is held, once all is."""
         if not self._kernels:
             numbers = self._n * sum(held.rows.total for held in self._held.values())
-            compiled = numbers >= COMPILE_FROM if self._compiled is None else self._compiled
+            compiled = self._compiled
+            if compiled is None:
+                compiled = worth_compiling(numbers, self._device)
             for dtype in {held.dtype for held in self._held.values()}:
                 # Rows too short to be packed are few: not worth the compiler's time.
                 fused = compiled and dtype == self._dtype

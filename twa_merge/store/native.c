@@ -1,0 +1,336 @@
+/* Project and combine on tiles of offsets, on CPUs: kernels.py says what they are, tiles.py how
+   offsets lie, quantize.py how they are packed. Vectors are the compiler's own, so that one source
+   serves every processor; a group's 128 numbers are 8 planes of 16 lanes.
+
+   All functions take u tiles of n offsets, `width` numbers each:
+   project: sums[tile][offset] = sum of offset * gradient;
+   combine: out[tile] = total * centre + sum of beta[offset] * offset. */
+
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define WIDTH 16
+#elif defined(__AVX2__)
+#define WIDTH 8
+#else
+#define WIDTH 4
+#endif
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
+enum { LANES = 16, PLANES = 8, GROUP = PLANES * LANES, RUNS = LANES / WIDTH };
+/* Vectors in flight at a time: as many as hide the time that an addition takes. */
+enum { CHAINS = 4, PIECE = CHAINS * WIDTH };
+/* Offsets whose sums are kept in vectors at a time. */
+enum { TOGETHER = 32 };
+
+typedef float floats __attribute__((vector_size(4 * WIDTH)));
+typedef int32_t ints __attribute__((vector_size(4 * WIDTH)));
+typedef uint32_t words __attribute__((vector_size(4 * WIDTH)));
+typedef uint16_t halves __attribute__((vector_size(2 * WIDTH)));
+
+#define INLINE static inline __attribute__((always_inline))
+#define LOAD(name, Vector, Number)                                                                 \
+    INLINE Vector name(const Number *from) {                                                       \
+        Vector v;                                                                                  \
+        memcpy(&v, from, sizeof v);                                                                \
+        return v;                                                                                  \
+    }
+LOAD(load, floats, float)
+LOAD(load_ints, ints, int32_t)
+LOAD(load_halves, halves, uint16_t)
+
+INLINE void store(float *to, floats v) { memcpy(to, &v, sizeof v); }
+
+INLINE floats to_floats(ints v) { return __builtin_convertvector(v, floats); }
+
+INLINE float added_up(floats v) {
+    float sum = 0;
+    for (int j = 0; j < WIDTH; j++) sum += v[j];
+    return sum;
+}
+
+/* Left to themselves compilers widen bytes one by one. */
+#if defined(__AVX512F__)
+INLINE ints signed_bytes(const int8_t *from) {
+    return (ints)_mm512_cvtepi8_epi32(_mm_loadu_si128((const __m128i *)from));
+}
+INLINE ints unsigned_bytes(const uint8_t *from) {
+    return (ints)_mm512_cvtepu8_epi32(_mm_loadu_si128((const __m128i *)from));
+}
+#elif defined(__AVX2__)
+INLINE ints signed_bytes(const int8_t *from) {
+    return (ints)_mm256_cvtepi8_epi32(_mm_loadl_epi64((const __m128i *)from));
+}
+INLINE ints unsigned_bytes(const uint8_t *from) {
+    return (ints)_mm256_cvtepu8_epi32(_mm_loadl_epi64((const __m128i *)from));
+}
+#else
+typedef int8_t signed_run __attribute__((vector_size(WIDTH)));
+typedef uint8_t unsigned_run __attribute__((vector_size(WIDTH)));
+LOAD(load_signed, signed_run, int8_t)
+LOAD(load_unsigned, unsigned_run, uint8_t)
+INLINE ints signed_bytes(const int8_t *from) {
+    return __builtin_convertvector(load_signed(from), ints);
+}
+INLINE ints unsigned_bytes(const uint8_t *from) {
+    return __builtin_convertvector(load_unsigned(from), ints);
+}
+#endif
+
+/* ---- Plain numbers: one offset of a tile after the other. ---- */
+
+INLINE floats some_float32(const float *from) { return load(from); }
+INLINE float one_float32(const float *from) { return *from; }
+INLINE floats some_bfloat16(const uint16_t *from) {
+    return (floats)(__builtin_convertvector(load_halves(from), words) << 16);
+}
+INLINE float one_bfloat16(const uint16_t *from) {
+    uint32_t bits = (uint32_t)*from << 16;
+    float number;
+    memcpy(&number, &bits, sizeof number);
+    return number;
+}
+
+#define PLAIN(dtype, Number)                                                                       \
+    void project_##dtype(const Number *data, const float *scales, const float *gradient,           \
+                         float *sums, ptrdiff_t u, ptrdiff_t n, ptrdiff_t width) {                                \
+        (void)scales;                                                                              \
+        for (; u--; gradient += width)                                                             \
+            for (ptrdiff_t i = 0; i < n; i++, data += width) {                                          \
+                floats a[CHAINS] = {0};                                                            \
+                ptrdiff_t j = 0;                                                                        \
+                for (; j + PIECE <= width; j += PIECE)                                             \
+                    for (int k = 0; k < CHAINS; k++)                                               \
+                        a[k] += some_##dtype(data + j + k * WIDTH) * load(gradient + j + k * WIDTH); \
+                float sum = added_up((a[0] + a[1]) + (a[2] + a[3]));                               \
+                for (; j < width; j++) sum += one_##dtype(data + j) * gradient[j];                 \
+                *sums++ = sum;                                                                     \
+            }                                                                                      \
+    }                                                                                              \
+    void combine_##dtype(const Number *data, const float *scales, const float *beta, float total,  \
+                         const float *centre, float *out, ptrdiff_t u, ptrdiff_t n, ptrdiff_t width) {            \
+        (void)scales;                                                                              \
+        for (; u--; data += n * width, centre += width, out += width) {                            \
+            ptrdiff_t j = 0;                                                                            \
+            for (; j + PIECE <= width; j += PIECE) {                                               \
+                floats a[CHAINS];                                                                  \
+                for (int k = 0; k < CHAINS; k++) a[k] = total * load(centre + j + k * WIDTH);      \
+                for (ptrdiff_t i = 0; i < n; i++)                                                       \
+                    for (int k = 0; k < CHAINS; k++)                                               \
+                        a[k] += beta[i] * some_##dtype(data + i * width + j + k * WIDTH);          \
+                for (int k = 0; k < CHAINS; k++) store(out + j + k * WIDTH, a[k]);                 \
+            }                                                                                      \
+            for (; j < width; j++) {                                                               \
+                float sum = total * centre[j];                                                     \
+                for (ptrdiff_t i = 0; i < n; i++) sum += beta[i] * one_##dtype(data + i * width + j);   \
+                out[j] = sum;                                                                      \
+            }                                                                                      \
+        }                                                                                          \
+    }
+
+PLAIN(float32, float)
+PLAIN(bfloat16, uint16_t)
+
+/* ---- Packed groups: the same group of all offsets side by side. ---- */
+
+/* Bits stay where they stand in their word; a plane's factor brings them down, and its zero is what
+   is stored for nothing. */
+static const int32_t MASKS_int4[PLANES] = {15,       15 << 4,  15 << 8,  15 << 12,
+                                           15 << 16, 15 << 20, 15 << 24, -(1 << 28)};
+static const float FACTORS_int4[PLANES] = {1,        0x1p-4f,  0x1p-8f,  0x1p-12f,
+                                           0x1p-16f, 0x1p-20f, 0x1p-24f, 0x1p-28f};
+static const float ZEROS_int4[PLANES] = {8, 8, 8, 8, 8, 8, 8, 0};
+INLINE ints words_int4(const int32_t *from) { return load_ints(from); }
+
+static const int32_t MASKS_int1[PLANES] = {1, 2, 4, 8, 16, 32, 64, 128};
+static const float FACTORS_int1[PLANES] = {2,       1,       0x1p-1f, 0x1p-2f,
+                                           0x1p-3f, 0x1p-4f, 0x1p-5f, 0x1p-6f};
+static const float ZEROS_int1[PLANES] = {1, 1, 1, 1, 1, 1, 1, 1};
+INLINE ints words_int1(const uint8_t *from) { return unsigned_bytes(from); }
+
+/* A group of the gradient, made ready for the groups of all offsets. */
+typedef struct {
+    const float *gradient;
+} ready_int8;
+typedef struct {
+    floats parts[RUNS][PLANES], zero;
+} ready_planes;
+
+INLINE void prepare_int8(ready_int8 *ready, const float *gradient) { ready->gradient = gradient; }
+INLINE floats product_int8(const int8_t *data, const ready_int8 *ready) {
+    floats a[CHAINS] = {0};
+    for (int j = 0; j < GROUP; j += PIECE)
+        for (int k = 0; k < CHAINS; k++) {
+            int at = j + k * WIDTH;
+            a[k] += to_floats(signed_bytes(data + at)) * load(ready->gradient + at);
+        }
+    return (a[0] + a[1]) + (a[2] + a[3]);
+}
+
+#define READY(dtype, Word)                                                                         \
+    INLINE void prepare_##dtype(ready_planes *ready, const float *gradient) {                      \
+        ready->zero = (floats){0};                                                                 \
+        for (int r = 0; r < RUNS; r++)                                                             \
+            for (int k = 0; k < PLANES; k++) {                                                     \
+                floats g = load(gradient + k * LANES + r * WIDTH);                                 \
+                ready->zero -= ZEROS_##dtype[k] * g;                                               \
+                ready->parts[r][k] = FACTORS_##dtype[k] * g;                                       \
+            }                                                                                      \
+    }                                                                                              \
+    INLINE floats product_##dtype(const Word *data, const ready_planes *ready) {                   \
+        floats a = ready->zero, b = {0};                                                           \
+        for (int r = 0; r < RUNS; r++) {                                                           \
+            ints w = words_##dtype(data + r * WIDTH);                                              \
+            for (int k = 0; k < PLANES; k += 2) {                                                  \
+                a += to_floats(w & MASKS_##dtype[k]) * ready->parts[r][k];                         \
+                b += to_floats(w & MASKS_##dtype[k + 1]) * ready->parts[r][k + 1];                 \
+            }                                                                                      \
+        }                                                                                          \
+        return a + b;                                                                              \
+    }
+
+#define PROJECT(dtype, Word, SIZE, Ready)                                                          \
+    void project_##dtype(const Word *data, const float *scales, const float *gradient,             \
+                         float *sums, ptrdiff_t u, ptrdiff_t n, ptrdiff_t width) {                                \
+        ptrdiff_t groups = width / GROUP;                                                               \
+        for (; u--; gradient += width, data += groups * n * SIZE, scales += groups * n, sums += n) \
+            for (ptrdiff_t first = 0; first < n; first += TOGETHER) {                                   \
+                ptrdiff_t count = n - first < TOGETHER ? n - first : TOGETHER;                          \
+                floats lanes[TOGETHER] = {0};                                                      \
+                for (ptrdiff_t g = 0; g < groups; g++) {                                                \
+                    Ready ready;                                                                   \
+                    prepare_##dtype(&ready, gradient + g * GROUP);                                 \
+                    for (ptrdiff_t i = 0; i < count; i++) {                                             \
+                        ptrdiff_t at = g * n + first + i;                                               \
+                        lanes[i] += scales[at] * product_##dtype(data + at * SIZE, &ready);        \
+                    }                                                                              \
+                }                                                                                  \
+                for (ptrdiff_t i = 0; i < count; i++) sums[first + i] = added_up(lanes[i]);             \
+            }                                                                                      \
+    }
+
+#define COMBINE(dtype, Word, SIZE)                                                                 \
+    void combine_##dtype(const Word *data, const float *scales, const float *beta, float total,    \
+                         const float *centre, float *out, ptrdiff_t u, ptrdiff_t n, ptrdiff_t width) {            \
+        for (ptrdiff_t g = 0; g < u * width; g += GROUP, data += n * SIZE, scales += n)                 \
+            for (int r = 0; r < LANES; r += WIDTH) {                                               \
+                floats a[PLANES] = {0};                                                            \
+                float zero = 0;                                                                    \
+                for (ptrdiff_t i = 0; i < n; i++) {                                                     \
+                    float weight = beta[i] * scales[i];                                            \
+                    ints w = words_##dtype(data + i * SIZE + r);                                   \
+                    zero += weight;                                                                \
+                    for (int k = 0; k < PLANES; k++)                                               \
+                        a[k] += weight * to_floats(w & MASKS_##dtype[k]);                          \
+                }                                                                                  \
+                for (int k = 0; k < PLANES; k++) {                                                 \
+                    ptrdiff_t at = g + k * LANES + r;                                                   \
+                    floats base = total * load(centre + at) - zero * ZEROS_##dtype[k];             \
+                    store(out + at, base + FACTORS_##dtype[k] * a[k]);                             \
+                }                                                                                  \
+            }                                                                                      \
+    }
+
+READY(int4, int32_t)
+PROJECT(int8, int8_t, GROUP, ready_int8)
+PROJECT(int4, int32_t, LANES, ready_planes)
+COMBINE(int4, int32_t, LANES)
+COMBINE(int1, uint8_t, LANES)
+
+void combine_int8(const int8_t *data, const float *scales, const float *beta, float total,
+                  const float *centre, float *out, ptrdiff_t u, ptrdiff_t n, ptrdiff_t width) {
+    enum { VECTORS = 8 };
+    for (ptrdiff_t g = 0; g < u * width; g += GROUP, data += n * GROUP, scales += n)
+        for (int j = 0; j < GROUP; j += VECTORS * WIDTH) {
+            floats a[VECTORS];
+            for (int k = 0; k < VECTORS; k++) a[k] = total * load(centre + g + j + k * WIDTH);
+            for (ptrdiff_t i = 0; i < n; i++) {
+                float weight = beta[i] * scales[i];
+                for (int k = 0; k < VECTORS; k++)
+                    a[k] += weight * to_floats(signed_bytes(data + i * GROUP + j + k * WIDTH));
+            }
+            for (int k = 0; k < VECTORS; k++) store(out + g + j + k * WIDTH, a[k]);
+        }
+}
+
+#if !defined(__AVX2__)
+READY(int1, uint8_t)
+PROJECT(int1, uint8_t, LANES, ready_planes)
+#else
+/* Three signed numbers have eight sums: they are made once a group, and looked up by three bits of
+   eight offsets at a time. A group of an offset is four words of 32 bits; bit 8 b + k of word q
+   is the sign of number 16 k + 4 q + b. */
+enum { WORDS = 4, TRIPLES = 11 };
+
+INLINE __m256 number_of(const float *gradient, int q, int bit) {
+    return _mm256_set1_ps(bit < 32 ? gradient[bit % 8 * LANES + 4 * q + bit / 8] : 0.0f);
+}
+
+INLINE void signed_sums(const float *gradient, __m256 sums[WORDS][TRIPLES]) {
+    const __m256 first = {-1, 1, -1, 1, -1, 1, -1, 1}, second = {-1, -1, 1, 1, -1, -1, 1, 1},
+                 third = {-1, -1, -1, -1, 1, 1, 1, 1};
+#pragma GCC unroll 4
+    for (int q = 0; q < WORDS; q++)
+#pragma GCC unroll 11
+        for (int t = 0; t < TRIPLES; t++)
+            sums[q][t] = number_of(gradient, q, 3 * t) * first +
+                         number_of(gradient, q, 3 * t + 1) * second +
+                         number_of(gradient, q, 3 * t + 2) * third;
+}
+
+INLINE __m256 looked_up(__m256i word, const __m256 *sums) {
+    __m256 a = _mm256_permutevar8x32_ps(sums[0], word), b = _mm256_setzero_ps();
+#pragma GCC unroll 5
+    for (int t = 1; t < TRIPLES; t += 2) {
+        b += _mm256_permutevar8x32_ps(sums[t], _mm256_srli_epi32(word, 3 * t));
+        a += _mm256_permutevar8x32_ps(sums[t + 1], _mm256_srli_epi32(word, 3 * t + 3));
+    }
+    return a + b;
+}
+
+/* A group of eight offsets: adds their products to their sums. */
+INLINE void add_eight(const uint8_t *data, const float *scales, const __m256 table[WORDS][TRIPLES],
+                      float *sums) {
+    const __m256i *from = (const __m256i *)data;
+    __m256i x0 = _mm256_loadu_si256(from), x1 = _mm256_loadu_si256(from + 1);
+    __m256i x2 = _mm256_loadu_si256(from + 2), x3 = _mm256_loadu_si256(from + 3);
+    __m256i low01 = _mm256_unpacklo_epi32(x0, x1), low23 = _mm256_unpacklo_epi32(x2, x3);
+    __m256i high01 = _mm256_unpackhi_epi32(x0, x1), high23 = _mm256_unpackhi_epi32(x2, x3);
+    __m256 found = looked_up(_mm256_unpacklo_epi64(low01, low23), table[0]) +
+                   looked_up(_mm256_unpackhi_epi64(low01, low23), table[1]) +
+                   looked_up(_mm256_unpacklo_epi64(high01, high23), table[2]) +
+                   looked_up(_mm256_unpackhi_epi64(high01, high23), table[3]);
+    /* That was in the order 0, 2, 4, 6, 1, 3, 5, 7. */
+    found = _mm256_permutevar8x32_ps(found, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+    _mm256_storeu_ps(sums, _mm256_loadu_ps(sums) + _mm256_loadu_ps(scales) * found);
+}
+
+INLINE void add_fewer(const uint8_t *data, const float *scales,
+                      const __m256 table[WORDS][TRIPLES], float *sums, ptrdiff_t count) {
+    uint8_t filled[8 * LANES] = {0};
+    float scale[8] = {0}, sum[8] = {0};
+    memcpy(filled, data, count * LANES);
+    memcpy(scale, scales, count * sizeof *scale);
+    add_eight(filled, scale, table, sum);
+    for (ptrdiff_t i = 0; i < count; i++) sums[i] += sum[i];
+}
+
+void project_int1(const uint8_t *data, const float *scales, const float *gradient, float *sums,
+                  ptrdiff_t u, ptrdiff_t n, ptrdiff_t width) {
+    for (; u--; sums += n) {
+        memset(sums, 0, n * sizeof *sums);
+        for (ptrdiff_t g = 0; g < width; g += GROUP, gradient += GROUP, data += n * LANES, scales += n) {
+            __m256 made[WORDS][TRIPLES];
+            const __m256(*table)[TRIPLES] = (const __m256(*)[TRIPLES])made;
+            signed_sums(gradient, made);
+            ptrdiff_t i = 0;
+            for (; i + 8 <= n; i += 8) add_eight(data + i * LANES, scales + i, table, sums + i);
+            if (i < n) add_fewer(data + i * LANES, scales + i, table, sums + i, n - i);
+        }
+    }
+}
+#endif
