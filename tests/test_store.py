@@ -201,7 +201,7 @@ def processor(request):
     """The C kernels as made for this processor, and as made for any of its kind."""
     patch = pytest.MonkeyPatch()
     if request.param == "any":
-        patch.setattr(native, "_PROCESSOR", ((),))
+        patch.setattr(native, "_WANTED", ((),))
     native._library.cache_clear()
     yield request.param
     patch.undo()
@@ -209,7 +209,9 @@ def processor(request):
 
 
 @pytest.mark.parametrize("dtype", WIDTHS)
-@pytest.mark.parametrize(("n", "u", "width"), [(1, 40, 128), (8, 3, 1024), (13, 5, 384), (41, 2, 0)])
+@pytest.mark.parametrize(
+    ("n", "u", "width"), [(1, 40, 128), (8, 3, 1024), (13, 5, 384), (41, 2, 0)]
+)
 def test_c_kernels(processor, dtype, n, u, width):
     agree_with_sums(Native(dtype), *tiles_of(dtype, n, u, width or tile_width(dtype)))
 

@@ -2,9 +2,10 @@
    offsets lie, quantize.py how they are packed. Vectors are the compiler's own, so that one source
    serves every processor; a group's 128 numbers are 8 planes of 16 lanes.
 
-   All functions take u tiles of n offsets, `width` numbers each:
-   project: sums[tile][offset] = sum of offset * gradient;
-   combine: out[tile] = total * centre + sum of beta[offset] * offset. */
+   What ends in _tile takes one tile of n offsets, `width` numbers each:
+   project: sums[offset] = sum of offset * gradient;
+   combine: out = total * centre + sum of beta[offset] * offset.
+   The functions at the end take u tiles, each of which is one thread's. */
 
 #include <stddef.h>
 #include <stdint.h>
@@ -96,42 +97,41 @@ INLINE float one_bfloat16(const uint16_t *from) {
 }
 
 #define PLAIN(dtype, Number)                                                                       \
-    void project_##dtype(const Number *data, const float *scales, const float *gradient,           \
-                         float *sums, ptrdiff_t u, ptrdiff_t n, ptrdiff_t width) {                                \
+    INLINE void project_tile_##dtype(const Number *data, const float *scales,                      \
+                                     const float *gradient, float *sums, ptrdiff_t n,              \
+                                     ptrdiff_t width) {                                            \
         (void)scales;                                                                              \
-        for (; u--; gradient += width)                                                             \
-            for (ptrdiff_t i = 0; i < n; i++, data += width) {                                          \
-                floats a[CHAINS] = {0};                                                            \
-                ptrdiff_t j = 0;                                                                        \
-                for (; j + PIECE <= width; j += PIECE)                                             \
-                    for (int k = 0; k < CHAINS; k++)                                               \
-                        a[k] += some_##dtype(data + j + k * WIDTH) * load(gradient + j + k * WIDTH); \
-                float sum = added_up((a[0] + a[1]) + (a[2] + a[3]));                               \
-                for (; j < width; j++) sum += one_##dtype(data + j) * gradient[j];                 \
-                *sums++ = sum;                                                                     \
-            }                                                                                      \
+        for (ptrdiff_t i = 0; i < n; i++, data += width) {                                         \
+            floats a[CHAINS] = {0};                                                                \
+            ptrdiff_t j = 0;                                                                       \
+            for (; j + PIECE <= width; j += PIECE)                                                 \
+                for (int k = 0; k < CHAINS; k++) {                                                 \
+                    ptrdiff_t at = j + k * WIDTH;                                                  \
+                    a[k] += some_##dtype(data + at) * load(gradient + at);                         \
+                }                                                                                  \
+            sums[i] = added_up((a[0] + a[1]) + (a[2] + a[3]));                                     \
+            for (; j < width; j++) sums[i] += one_##dtype(data + j) * gradient[j];                 \
+        }                                                                                          \
     }                                                                                              \
-    void combine_##dtype(const Number *data, const float *scales, const float *beta, float total,  \
-                         const float *centre, float *out, ptrdiff_t u, ptrdiff_t n, ptrdiff_t width) {            \
+    INLINE void combine_tile_##dtype(const Number *data, const float *scales, const float *beta,   \
+                                     float total, const float *centre, float *out, ptrdiff_t n,    \
+                                     ptrdiff_t width) {                                            \
         (void)scales;                                                                              \
-        for (; u--; data += n * width, centre += width, out += width) {                            \
-            ptrdiff_t j = 0;                                                                            \
-            for (; j + PIECE <= width; j += PIECE) {                                               \
-                floats a[CHAINS];                                                                  \
-                for (int k = 0; k < CHAINS; k++) a[k] = total * load(centre + j + k * WIDTH);      \
-                for (ptrdiff_t i = 0; i < n; i++)                                                       \
-                    for (int k = 0; k < CHAINS; k++)                                               \
-                        a[k] += beta[i] * some_##dtype(data + i * width + j + k * WIDTH);          \
-                for (int k = 0; k < CHAINS; k++) store(out + j + k * WIDTH, a[k]);                 \
-            }                                                                                      \
-            for (; j < width; j++) {                                                               \
-                float sum = total * centre[j];                                                     \
-                for (ptrdiff_t i = 0; i < n; i++) sum += beta[i] * one_##dtype(data + i * width + j);   \
-                out[j] = sum;                                                                      \
-            }                                                                                      \
+        ptrdiff_t j = 0;                                                                           \
+        for (; j + PIECE <= width; j += PIECE) {                                                   \
+            floats a[CHAINS];                                                                      \
+            for (int k = 0; k < CHAINS; k++) a[k] = total * load(centre + j + k * WIDTH);          \
+            for (ptrdiff_t i = 0; i < n; i++)                                                      \
+                for (int k = 0; k < CHAINS; k++)                                                   \
+                    a[k] += beta[i] * some_##dtype(data + i * width + j + k * WIDTH);              \
+            for (int k = 0; k < CHAINS; k++) store(out + j + k * WIDTH, a[k]);                     \
+        }                                                                                          \
+        for (; j < width; j++) {                                                                   \
+            out[j] = total * centre[j];                                                            \
+            for (ptrdiff_t i = 0; i < n; i++)                                                      \
+                out[j] += beta[i] * one_##dtype(data + i * width + j);                             \
         }                                                                                          \
     }
-
 PLAIN(float32, float)
 PLAIN(bfloat16, uint16_t)
 
@@ -194,33 +194,32 @@ INLINE floats product_int8(const int8_t *data, const ready_int8 *ready) {
     }
 
 #define PROJECT(dtype, Word, SIZE, Ready)                                                          \
-    void project_##dtype(const Word *data, const float *scales, const float *gradient,             \
-                         float *sums, ptrdiff_t u, ptrdiff_t n, ptrdiff_t width) {                                \
-        ptrdiff_t groups = width / GROUP;                                                               \
-        for (; u--; gradient += width, data += groups * n * SIZE, scales += groups * n, sums += n) \
-            for (ptrdiff_t first = 0; first < n; first += TOGETHER) {                                   \
-                ptrdiff_t count = n - first < TOGETHER ? n - first : TOGETHER;                          \
-                floats lanes[TOGETHER] = {0};                                                      \
-                for (ptrdiff_t g = 0; g < groups; g++) {                                                \
-                    Ready ready;                                                                   \
-                    prepare_##dtype(&ready, gradient + g * GROUP);                                 \
-                    for (ptrdiff_t i = 0; i < count; i++) {                                             \
-                        ptrdiff_t at = g * n + first + i;                                               \
-                        lanes[i] += scales[at] * product_##dtype(data + at * SIZE, &ready);        \
-                    }                                                                              \
+    INLINE void project_tile_##dtype(const Word *data, const float *scales, const float *gradient, \
+                                     float *sums, ptrdiff_t n, ptrdiff_t width) {                  \
+        for (ptrdiff_t first = 0; first < n; first += TOGETHER) {                                  \
+            ptrdiff_t count = n - first < TOGETHER ? n - first : TOGETHER;                         \
+            floats lanes[TOGETHER] = {0};                                                          \
+            for (ptrdiff_t g = 0; g < width / GROUP; g++) {                                        \
+                Ready ready;                                                                       \
+                prepare_##dtype(&ready, gradient + g * GROUP);                                     \
+                for (ptrdiff_t i = 0; i < count; i++) {                                            \
+                    ptrdiff_t at = g * n + first + i;                                              \
+                    lanes[i] += scales[at] * product_##dtype(data + at * SIZE, &ready);            \
                 }                                                                                  \
-                for (ptrdiff_t i = 0; i < count; i++) sums[first + i] = added_up(lanes[i]);             \
             }                                                                                      \
+            for (ptrdiff_t i = 0; i < count; i++) sums[first + i] = added_up(lanes[i]);            \
+        }                                                                                          \
     }
 
 #define COMBINE(dtype, Word, SIZE)                                                                 \
-    void combine_##dtype(const Word *data, const float *scales, const float *beta, float total,    \
-                         const float *centre, float *out, ptrdiff_t u, ptrdiff_t n, ptrdiff_t width) {            \
-        for (ptrdiff_t g = 0; g < u * width; g += GROUP, data += n * SIZE, scales += n)                 \
+    INLINE void combine_tile_##dtype(const Word *data, const float *scales, const float *beta,     \
+                                     float total, const float *centre, float *out, ptrdiff_t n,    \
+                                     ptrdiff_t width) {                                            \
+        for (ptrdiff_t g = 0; g < width; g += GROUP, data += n * SIZE, scales += n)                \
             for (int r = 0; r < LANES; r += WIDTH) {                                               \
                 floats a[PLANES] = {0};                                                            \
                 float zero = 0;                                                                    \
-                for (ptrdiff_t i = 0; i < n; i++) {                                                     \
+                for (ptrdiff_t i = 0; i < n; i++) {                                                \
                     float weight = beta[i] * scales[i];                                            \
                     ints w = words_##dtype(data + i * SIZE + r);                                   \
                     zero += weight;                                                                \
@@ -228,7 +227,7 @@ INLINE floats product_int8(const int8_t *data, const ready_int8 *ready) {
                         a[k] += weight * to_floats(w & MASKS_##dtype[k]);                          \
                 }                                                                                  \
                 for (int k = 0; k < PLANES; k++) {                                                 \
-                    ptrdiff_t at = g + k * LANES + r;                                                   \
+                    ptrdiff_t at = g + k * LANES + r;                                              \
                     floats base = total * load(centre + at) - zero * ZEROS_##dtype[k];             \
                     store(out + at, base + FACTORS_##dtype[k] * a[k]);                             \
                 }                                                                                  \
@@ -241,10 +240,11 @@ PROJECT(int4, int32_t, LANES, ready_planes)
 COMBINE(int4, int32_t, LANES)
 COMBINE(int1, uint8_t, LANES)
 
-void combine_int8(const int8_t *data, const float *scales, const float *beta, float total,
-                  const float *centre, float *out, ptrdiff_t u, ptrdiff_t n, ptrdiff_t width) {
+INLINE void combine_tile_int8(const int8_t *data, const float *scales, const float *beta,
+                              float total, const float *centre, float *out, ptrdiff_t n,
+                              ptrdiff_t width) {
     enum { VECTORS = 8 };
-    for (ptrdiff_t g = 0; g < u * width; g += GROUP, data += n * GROUP, scales += n)
+    for (ptrdiff_t g = 0; g < width; g += GROUP, data += n * GROUP, scales += n)
         for (int j = 0; j < GROUP; j += VECTORS * WIDTH) {
             floats a[VECTORS];
             for (int k = 0; k < VECTORS; k++) a[k] = total * load(centre + g + j + k * WIDTH);
@@ -319,18 +319,44 @@ INLINE void add_fewer(const uint8_t *data, const float *scales,
     for (ptrdiff_t i = 0; i < count; i++) sums[i] += sum[i];
 }
 
-void project_int1(const uint8_t *data, const float *scales, const float *gradient, float *sums,
-                  ptrdiff_t u, ptrdiff_t n, ptrdiff_t width) {
-    for (; u--; sums += n) {
-        memset(sums, 0, n * sizeof *sums);
-        for (ptrdiff_t g = 0; g < width; g += GROUP, gradient += GROUP, data += n * LANES, scales += n) {
-            __m256 made[WORDS][TRIPLES];
-            const __m256(*table)[TRIPLES] = (const __m256(*)[TRIPLES])made;
-            signed_sums(gradient, made);
-            ptrdiff_t i = 0;
-            for (; i + 8 <= n; i += 8) add_eight(data + i * LANES, scales + i, table, sums + i);
-            if (i < n) add_fewer(data + i * LANES, scales + i, table, sums + i, n - i);
-        }
+INLINE void project_tile_int1(const uint8_t *data, const float *scales, const float *gradient,
+                              float *sums, ptrdiff_t n, ptrdiff_t width) {
+    memset(sums, 0, n * sizeof *sums);
+    for (ptrdiff_t g = 0; g < width; g += GROUP, data += n * LANES, scales += n) {
+        __m256 made[WORDS][TRIPLES];
+        const __m256(*table)[TRIPLES] = (const __m256(*)[TRIPLES])made;
+        signed_sums(gradient + g, made);
+        ptrdiff_t i = 0;
+        for (; i + 8 <= n; i += 8) add_eight(data + i * LANES, scales + i, table, sums + i);
+        if (i < n) add_fewer(data + i * LANES, scales + i, table, sums + i, n - i);
     }
 }
 #endif
+
+/* ---- What is called: numbers of an offset's group are in SIZE words, those of plain offsets in
+   as many as there are. ---- */
+
+#define TILES(dtype, Word, SIZE)                                                                   \
+    void project_##dtype(const Word *data, const float *scales, const float *gradient,             \
+                         float *sums, ptrdiff_t u, ptrdiff_t n, ptrdiff_t width, int threads) {    \
+        ptrdiff_t groups = width / GROUP * n, size = n * (SIZE);                                   \
+        _Pragma("omp parallel for num_threads(threads)")                                           \
+        for (ptrdiff_t t = 0; t < u; t++)                                                          \
+            project_tile_##dtype(data + t * size, scales ? scales + t * groups : scales,           \
+                                 gradient + t * width, sums + t * n, n, width);                    \
+    }                                                                                              \
+    void combine_##dtype(const Word *data, const float *scales, const float *beta, float total,    \
+                         const float *centre, float *out, ptrdiff_t u, ptrdiff_t n,                \
+                         ptrdiff_t width, int threads) {                                           \
+        ptrdiff_t groups = width / GROUP * n, size = n * (SIZE);                                   \
+        _Pragma("omp parallel for num_threads(threads)")                                           \
+        for (ptrdiff_t t = 0; t < u; t++)                                                          \
+            combine_tile_##dtype(data + t * size, scales ? scales + t * groups : scales, beta,     \
+                                 total, centre + t * width, out + t * width, n, width);            \
+    }
+
+TILES(float32, float, width)
+TILES(bfloat16, uint16_t, width)
+TILES(int8, int8_t, width)
+TILES(int4, int32_t, width / GROUP * LANES)
+TILES(int1, uint8_t, width / GROUP * LANES)

@@ -13,11 +13,8 @@ import shlex
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from ctypes import CDLL, c_float, c_ssize_t, c_void_p
+from ctypes import CDLL, c_float, c_int, c_ssize_t, c_void_p
 from importlib import resources
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -26,16 +23,19 @@ from torch import Tensor
 from .tiles import Tiles
 
 _FLAGS = ("-O3", "-std=gnu11", "-fPIC", "-shared")
-# Not every compiler knows its processor by this name.
-_PROCESSOR = (("-march=native",), ())
+# Not every compiler knows its processor by this name, or has threads.
+_WANTED = (("-march=native", "-fopenmp"), ("-march=native",), ("-fopenmp",), ())
 _COMPILERS = ("cc", "gcc", "clang")
 _PATIENCE = 120.0
 # Numbers of all offsets that are worth a thread of their own.
-_A_THREADS = 1 << 19
+_A_THREADS = 1 << 18
 
 
 class Native:
     """Project and combine in one width; compiled at the first use.
+
+    Every tile is one thread's, so that sums do not depend on their number. The threads are
+    OpenMP's, which torch works with as well: others would compete with those that it keeps ready.
 
     Raises (every method):
         OSError: no compiler works here, or what it made cannot be loaded.
@@ -49,56 +49,35 @@ class Native:
 
     def project(self, tiles: Tiles, gradient: Tensor) -> Tensor:
         """⟨Δ_i, g⟩ of every tile: gradient (u, T) float32 → (u, n) float32."""
-        call, gradient = getattr(_library(), f"project_{self._dtype}"), gradient.contiguous()
-        n = tiles.data.shape[-2]
-        sums = torch.empty(len(tiles), n)
-
-        def some(part: slice) -> None:
-            here = tiles[part]
-            pointers = (*_offsets(here), gradient[part].data_ptr(), sums[part].data_ptr())
-            call(*map(c_void_p, pointers), *map(c_ssize_t, (len(here), n, here.width)))
-
-        _spread(some, tiles)
+        gradient, sums = gradient.contiguous(), torch.empty(len(tiles), tiles.data.shape[-2])
+        call = getattr(_library(), f"project_{self._dtype}")
+        call(*_offsets(tiles), _place(gradient), _place(sums), *_sizes(tiles))
         return sums
 
     def combine(
         self, tiles: Tiles, centre: Tensor, beta: Tensor, total: Tensor, out: Tensor
     ) -> None:
         """out = total·c + Σ β_i Δ_i: (u, T), (n,), (1,), (u, T), all float32."""
-        call, n = getattr(_library(), f"combine_{self._dtype}"), len(beta)
-        centre, beta, factor = centre.contiguous(), beta.contiguous(), float(total)
         assert out.is_contiguous()
-
-        def some(part: slice) -> None:
-            here = tiles[part]
-            places = (centre[part].data_ptr(), out[part].data_ptr())
-            before = map(c_void_p, (*_offsets(here), beta.data_ptr()))
-            sizes = map(c_ssize_t, (len(here), n, here.width))
-            call(*before, c_float(factor), *map(c_void_p, places), *sizes)
-
-        _spread(some, tiles)
+        centre, beta, factor = centre.contiguous(), beta.contiguous(), c_float(float(total))
+        call = getattr(_library(), f"combine_{self._dtype}")
+        places = _place(beta), factor, _place(centre), _place(out)
+        call(*_offsets(tiles), *places, *_sizes(tiles))
 
 
-def _offsets(tiles: Tiles) -> tuple[int, int | None]:
+def _place(numbers: Tensor) -> c_void_p:
+    return c_void_p(numbers.data_ptr())
+
+
+def _offsets(tiles: Tiles) -> tuple[c_void_p, c_void_p]:
     assert tiles.data.is_contiguous()
-    return tiles.data.data_ptr(), None if tiles.scales is None else tiles.scales.data_ptr()
+    return _place(tiles.data), c_void_p() if tiles.scales is None else _place(tiles.scales)
 
 
-def _spread(work: Callable[[slice], None], tiles: Tiles) -> None:
-    """Runs ``work`` on all tiles, by as many threads as torch takes; every tile is one thread's."""
-    numbers = len(tiles) * tiles.width * tiles.data.shape[-2]
-    threads = max(1, min(torch.get_num_threads(), len(tiles), numbers // _A_THREADS))
-    cuts = [len(tiles) * k // threads for k in range(threads + 1)]
-    parts = [slice(a, b) for a, b in pairwise(cuts)]
-    if threads == 1:
-        work(parts[0])
-    else:
-        list(_pool(threads).map(work, parts))
-
-
-@functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "kernels")
+def _sizes(tiles: Tiles) -> tuple[c_ssize_t, c_ssize_t, c_ssize_t, c_int]:
+    u, n = len(tiles), tiles.data.shape[-2]
+    threads = max(1, min(torch.get_num_threads(), u, u * n * tiles.width // _A_THREADS))
+    return c_ssize_t(u), c_ssize_t(n), c_ssize_t(tiles.width), c_int(threads)
 
 
 @functools.cache
@@ -108,8 +87,8 @@ def _library() -> CDLL:
         made = Path(folder, "native.so")
         reason = "cc, gcc and clang are missing"
         for compiler in _compilers():
-            for processor in _PROCESSOR:
-                failed = _compile([*compiler, *_FLAGS, *processor], source, made)
+            for wanted in _WANTED:
+                failed = _compile([*compiler, *_FLAGS, *wanted], source, made)
                 if failed is None:
                     return CDLL(str(made))
                 reason = f"{compiler[0]}: {failed}"
