@@ -11,6 +11,7 @@ from runs import LinearTask, Pairs, save_run
 from torch import nn
 
 from twa_merge import merge
+from twa_merge.batches import Batches
 from twa_merge.checkpoints import open_checkpoints
 from twa_merge.config import FitConfig, StoreConfig
 from twa_merge.distributed import World
@@ -19,7 +20,7 @@ from twa_merge.fit import Fitter
 from twa_merge.ingest import ingest
 from twa_merge.layout import global_block, make_layout, tensor_blocks
 from twa_merge.model import build
-from twa_merge.objective import Batches, Engine, Objective
+from twa_merge.objective import Engine, Objective
 from twa_merge.progress import Noted, silent
 from twa_merge.resume import EvaluationLog
 from twa_merge.store import make_store

@@ -20,6 +20,7 @@ from torch import nn
 
 import twa_merge.pipeline
 from twa_merge import average, merge
+from twa_merge.batches import Batches
 from twa_merge.checkpoints import Checkpoint, open_checkpoints
 from twa_merge.config import (
     DataConfig,
@@ -34,9 +35,10 @@ from twa_merge.errors import ConfigError
 from twa_merge.ingest import ingest
 from twa_merge.layout import global_block, make_layout, tensor_blocks
 from twa_merge.model import build
-from twa_merge.objective import Batches, Engine, Objective
+from twa_merge.objective import Engine, Objective
 from twa_merge.progress import Noted, silent
-from twa_merge.random_directions import DirectionReader, RandomDirections, RandomStore, draw
+from twa_merge.random_directions import DirectionReader, RandomDirections, draw
+from twa_merge.random_store import RandomStore
 from twa_merge.store import make_store
 from twa_merge.subspace import (
     Chart,

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from .objective import Batches, Engine
+from .batches import Batches
+from .objective import Engine
 
 
 def has_batch_norm(module: nn.Module) -> bool:

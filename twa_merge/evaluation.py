@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import report
+from .batches import Batches
 from .checkpoints import open_checkpoints
 from .config import DataConfig, EngineConfig, Selection, StoreConfig
 from .distributed import start
@@ -16,7 +17,7 @@ from .guard import bootstrap_interval
 from .ingest import ingest
 from .layout import global_block, make_layout
 from .model import build
-from .objective import Batches, Engine
+from .objective import Engine
 from .progress import Advanced, Progress, Started, silent
 from .run import note_strangers
 from .store import make_store

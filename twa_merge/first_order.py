@@ -9,8 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from .batches import Batches
 from .config import FitConfig
-from .objective import Batches
 from .optimize import FitResult, schedule_factor
 from .subspace import Chart
 

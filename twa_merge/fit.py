@@ -9,12 +9,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .batches import Batches
 from .candidates import single, window
 from .config import FitConfig
 from .errors import ConfigError
 from .first_order import first_order
 from .guard import finite_mean, paired
-from .objective import Batches, Engine, Objective
+from .objective import Engine, Objective
 from .optimize import FitResult, lbfgs
 from .progress import Advanced, Evaluated, Progress, Started
 from .resume import EvaluationLog

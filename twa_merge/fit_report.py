@@ -1,19 +1,92 @@
-"""The parts of the JSON document that only a fit has: candidates, stages, improvements."""
+"""The JSON document of a trained merge: coefficients, candidates, stages, improvements."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.nn.functional import pad
 
 from . import report
+from .config import as_dict
 from .fit import Fitted
 from .guard import Improvement, Scored, bootstrap_interval
 from .layout import Blocks
 from .report import coefficient_values, finite
+from .run import Run
+from .subspace import Subspace, orthogonality_error
+from .verdict import Verdict
 
 
-def candidate_row(item: Scored, n: int, blocks: Blocks, seed: int) -> dict[str, Any]:
+def fit_document(run: Run, fitted: Sequence[Fitted], verdict: Verdict) -> dict[str, Any]:
+    whole, seed = fitted[0], run.choices.data.seed
+    winner = verdict.winner.candidate
+    subspace = whole.chart.subspaces[0]
+    coefficients = report.coefficients(winner.alphas.numpy(), run.n, run.blocks, run.directions)
+    if winner.alphas.shape[0] > 1:
+        coefficients = {"global": whole.alphas[0].tolist()} | coefficients
+    document = report.header("twa") | {
+        "seed": seed,
+        "checkpoints": report.checkpoint_list(run.checkpoints),
+        "coefficients": coefficients,
+        "subspace": {
+            "rank": subspace.rank,
+            "orthogonality_error": _orthogonality_error(run, subspace),
+            "explained": subspace.explained,
+        },
+        "optimizer": {
+            "name": run.choices.fit.optimizer,
+            "evaluations": round(sum(f.evaluations for f in fitted), 2),
+            "trace": [[k, finite(loss)] for k, loss in whole.result.trace],
+            "converged": whole.result.converged,
+            "stages": [_stage_row(f) for f in fitted if f.examples],
+        },
+        "data": {
+            "fit_examples": len(run.splits.fit),  # type: ignore[arg-type]
+            "guard_examples": len(run.splits.guard),  # type: ignore[arg-type]
+            "fit_examples_used": max(f.examples for f in fitted),
+            "guard_examples_used": len(run.jury.guard_sample),
+            "test_examples": 0 if run.splits.test is None else len(run.splits.test),  # type: ignore[arg-type]
+        },
+        "candidates": [_candidate_row(s, run.n, run.blocks, seed) for s in verdict.shown],
+        "other_candidates": [
+            {"name": s.name, "guard_loss": finite(float(s.guard.mean()))} for s in verdict.others
+        ],
+        "chosen": winner.name,
+        "improvement": _improvement_row(verdict.over_single),
+        "improvement_over_uniform": _improvement_row(verdict.over_uniform)
+        if verdict.over_uniform
+        else None,
+        "options": {
+            "fit": as_dict(run.choices.fit),
+            "data": as_dict(run.choices.data),
+            "guard": as_dict(run.choices.guard),
+            "store": as_dict(run.choices.store),
+            "engine": as_dict(run.choices.engine),
+            "dtype": run.choices.out.dtype,
+            "selection": as_dict(run.choices.selection),
+        },
+        "store": dict(zip(("kind", "dtype"), run.engine.store.place, strict=True)),
+        "timings": run.clock.rounded(),
+        "peak_memory_bytes": int(run.world.max(_peak_memory_bytes(run.world.device))),
+        "world_size": run.world.size,
+        "device": str(run.world.device),
+    }
+    if winner.alphas.shape[0] > 1:
+        document["blocks"] = report.members(run.blocks)
+    return document
+
+
+def _orthogonality_error(run: Run, subspace: Subspace) -> float:
+    grams = run.grams
+    if run.directions_gram is not None:
+        return orthogonality_error(subspace, pad(run.directions_gram, (run.n, 0, run.n, 0)))
+    gram = (grams.exact if grams.stored is None else grams.stored).sum(0)
+    return orthogonality_error(subspace, gram, grams.centre, grams.cross)
+
+
+def _candidate_row(item: Scored, n: int, blocks: Blocks, seed: int) -> dict[str, Any]:
     """One candidate of the document; losses that are not finite become None.
 
     Its coefficients are those of the n checkpoints; random directions are in ``coefficients``.
@@ -41,7 +114,7 @@ def candidate_row(item: Scored, n: int, blocks: Blocks, seed: int) -> dict[str, 
     return row
 
 
-def improvement_row(found: Improvement) -> dict[str, Any]:
+def _improvement_row(found: Improvement) -> dict[str, Any]:
     return {
         "over": found.over,
         "mean": finite(found.mean),
@@ -51,7 +124,7 @@ def improvement_row(found: Improvement) -> dict[str, Any]:
     }
 
 
-def stage_row(fitted: Fitted) -> dict[str, Any]:
+def _stage_row(fitted: Fitted) -> dict[str, Any]:
     """How one stage of the fit went."""
     return {
         "name": fitted.name,
@@ -65,7 +138,7 @@ def stage_row(fitted: Fitted) -> dict[str, Any]:
     }
 
 
-def peak_memory_bytes(device: torch.device) -> int:
+def _peak_memory_bytes(device: torch.device) -> int:
     """The largest memory this process has taken: on the GPU, or resident on the CPU, bytes."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)

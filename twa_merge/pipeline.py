@@ -9,13 +9,9 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-from torch.nn.functional import pad
-
-from . import fit_report, report
-from .candidates import SINGLES, parse_families, window
+from .candidates import SINGLES, parse_families
 from .checkpoints import open_checkpoints
+from .choices import Choices, require_compatible, require_directions, task_and_splits
 from .clock import Clock
 from .config import (
     DataConfig,
@@ -25,42 +21,22 @@ from .config import (
     OutputConfig,
     Selection,
     StoreConfig,
-    as_dict,
-    parse_subspace,
 )
 from .distributed import start
 from .document import decimals, figure
 from .dtypes import Array
 from .errors import NoImprovement, TwaMergeError
 from .fit import Fitted
+from .fit_report import fit_document
 from .guard import Scored, improvement, pick
 from .html_report import html_report
 from .landscape import landscape
 from .layout import dtype_named, make_layout
 from .model_card import model_card
-from .optimize import FitResult
 from .progress import Noted, Progress, silent
 from .resume import EvaluationLog
-from .run import (
-    Choices,
-    Run,
-    fingerprint,
-    require_compatible,
-    require_directions,
-    set_up,
-    several,
-    task_and_splits,
-)
-from .subspace import (
-    Chart,
-    Subspace,
-    add_up,
-    make_subspace,
-    orthogonality_error,
-    random_subspace,
-    root_mean_square,
-    with_centre,
-)
+from .run import Run, fingerprint, set_up, several
+from .stages import train_stages
 from .svg import can_draw
 from .task import Task
 from .tensors import tensor_rows
@@ -137,10 +113,10 @@ def merge(
     run = set_up(found, layout, chosen_task, splits, world, choices, log, clock, progress)
     require_metric(run)
     with clock.part("fit"):
-        fitted = _fit(run)
+        fitted = train_stages(run)
     with clock.part("guard"):
         verdict = _judge(run, fitted)
-    document = _document(run, fitted, verdict)
+    document = fit_document(run, fitted, verdict)
     if choices.guard.require_improvement and not verdict.over_single.certain:
         log.remove()
         raise _no_improvement(run, verdict)
@@ -168,68 +144,6 @@ def merge(
     return document
 
 
-def _fit(run: Run) -> list[Fitted]:
-    """Stage one: the whole model. Stage two: every block, around the solution of stage one.
-
-    Beside single tensors whole layers are tried, around the same solution: fewer coordinates need
-    less data.
-    """
-    whole, wanted = _whole(run), parse_families(run.choices.guard.candidates)
-    if not wanted & {"twa", "twa-layers"}:
-        return [_unfitted(run, whole)]
-    if whole.rank == 0:
-        run.progress(Noted("All checkpoints are identical: there is nothing to train."))
-    elif (parse_subspace(run.choices.fit.subspace)[1] or 0) > whole.rank:
-        run.progress(Noted(f"There are only {whole.rank} directions: all of them are trained."))
-    start_alphas = pad(run.fitter.start(run.n), (0, whole.n - run.n))
-    fitted = [run.fitter.stage("twa", Chart(start_alphas, [whole]))]
-    if len(run.blocks) > 1 and "twa-layers" in wanted:
-        fitted.append(_by_block(run, run.blocks.kind, fitted[0]))
-        if run.layers is not None:
-            folds = fitted[1].path.folds if fitted[1].path else None
-            fitted.append(_by_block(run, "layers", fitted[0], run.layers, folds))
-    for stage in fitted:
-        if not math.isfinite(stage.result.loss):
-            run.progress(Noted(_given_up(stage)))
-    return fitted
-
-
-def _by_block(
-    run: Run, kind: str, whole: Fitted, groups: Tensor | None = None, folds: int | None = None
-) -> Fitted:
-    """A stage around the solution of ``whole``.
-
-    Args:
-        groups: of blocks that share their coordinates, (B,) int64; None: every block has its own.
-        folds: of the cross-validation of its ridge; None: until that is settled.
-    """
-    grams = run.grams.by_block(run.blocks)
-    if groups is not None:
-        grams = add_up(grams, groups, int(groups.max()) + 1)
-    base = whole.alphas.expand(len(run.blocks), -1).clone()
-    chart = Chart(base, [_leading(run, gram) for gram in grams], groups)
-    return run.fitter.stage(f"twa-{kind}", chart, whole, folds)
-
-
-def _given_up(stage: Fitted) -> str:
-    trace = stage.result.trace
-    if trace and math.isfinite(trace[0][1]):
-        met = f"diverged after {len(trace)} evaluations (a smaller --lr may help)"
-    else:
-        met = "met a loss that is not finite at its start"
-    return (
-        f"The fit of {stage.name} {met} and was given up; the guard picks among the remaining "
-        "candidates."
-    )
-
-
-def _unfitted(run: Run, whole: Subspace) -> Fitted:
-    """What stands for the fit where no candidate comes from one: the mean, nothing evaluated."""
-    mean = pad(window(run.n, run.n), (0, whole.n - run.n))[None]
-    result = FitResult(torch.zeros(whole.rank, dtype=torch.float64), math.nan, [], False)
-    return Fitted("twa", Chart(mean, [whole]), mean, 0.0, result)
-
-
 def _judge(run: Run, fitted: Sequence[Fitted]) -> Verdict:
     try:
         return judge(run, fitted)
@@ -238,32 +152,6 @@ def _judge(run: Run, fitted: Sequence[Fitted]) -> Verdict:
         if not any(math.isfinite(stage.result.loss) for stage in fitted):
             run.log.remove()
         raise
-
-
-def _whole(run: Run) -> Subspace:
-    """What the first stage trains in."""
-    gram, fit = run.grams.exact.sum(0), run.choices.fit
-    if run.directions_gram is not None:
-        return random_subspace(run.n, run.directions_gram, root_mean_square(gram))
-    subspace = _leading(run, gram)
-    if fit.span == "linear":
-        subspace = with_centre(subspace, run.grams.centre, run.grams.cross)
-    return subspace
-
-
-def _leading(run: Run, gram: Tensor) -> Subspace:
-    """The span of the offsets with this Gram matrix, or as many of its axes as are wanted."""
-    subspace = make_subspace(gram)
-    word, rank = parse_subspace(run.choices.fit.subspace)
-    return subspace.leading(rank) if word == "pca" and rank else subspace
-
-
-def _orthogonality_error(run: Run, subspace: Subspace) -> float:
-    grams = run.grams
-    if run.directions_gram is not None:
-        return orthogonality_error(subspace, pad(run.directions_gram, (run.n, 0, run.n, 0)))
-    gram = (grams.exact if grams.stored is None else grams.stored).sum(0)
-    return orthogonality_error(subspace, gram, grams.centre, grams.cross)
 
 
 def _no_improvement(run: Run, verdict: Verdict) -> NoImprovement:
@@ -283,66 +171,6 @@ def _no_improvement(run: Run, verdict: Verdict) -> NoImprovement:
         found=f"{closest.name}: {mean} [{low}, {high}]",
         remedy="give more data or other checkpoints, or leave --require-improvement out",
     )
-
-
-def _document(run: Run, fitted: Sequence[Fitted], verdict: Verdict) -> dict[str, Any]:
-    whole, seed = fitted[0], run.choices.data.seed
-    winner = verdict.winner.candidate
-    subspace = whole.chart.subspaces[0]
-    coefficients = report.coefficients(winner.alphas.numpy(), run.n, run.blocks, run.directions)
-    if winner.alphas.shape[0] > 1:
-        coefficients = {"global": whole.alphas[0].tolist()} | coefficients
-    document = report.header("twa") | {
-        "seed": seed,
-        "checkpoints": report.checkpoint_list(run.checkpoints),
-        "coefficients": coefficients,
-        "subspace": {
-            "rank": subspace.rank,
-            "orthogonality_error": _orthogonality_error(run, subspace),
-            "explained": subspace.explained,
-        },
-        "optimizer": {
-            "name": run.choices.fit.optimizer,
-            "evaluations": round(sum(f.evaluations for f in fitted), 2),
-            "trace": [[k, report.finite(loss)] for k, loss in whole.result.trace],
-            "converged": whole.result.converged,
-            "stages": [fit_report.stage_row(f) for f in fitted if f.examples],
-        },
-        "data": {
-            "fit_examples": len(run.splits.fit),  # type: ignore[arg-type]
-            "guard_examples": len(run.splits.guard),  # type: ignore[arg-type]
-            "fit_examples_used": max(f.examples for f in fitted),
-            "guard_examples_used": len(run.jury.guard_sample),
-            "test_examples": 0 if run.splits.test is None else len(run.splits.test),  # type: ignore[arg-type]
-        },
-        "candidates": [fit_report.candidate_row(s, run.n, run.blocks, seed) for s in verdict.shown],
-        "other_candidates": [
-            {"name": s.name, "guard_loss": report.finite(float(s.guard.mean()))}
-            for s in verdict.others
-        ],
-        "chosen": winner.name,
-        "improvement": fit_report.improvement_row(verdict.over_single),
-        "improvement_over_uniform": fit_report.improvement_row(verdict.over_uniform)
-        if verdict.over_uniform
-        else None,
-        "options": {
-            "fit": as_dict(run.choices.fit),
-            "data": as_dict(run.choices.data),
-            "guard": as_dict(run.choices.guard),
-            "store": as_dict(run.choices.store),
-            "engine": as_dict(run.choices.engine),
-            "dtype": run.choices.out.dtype,
-            "selection": as_dict(run.choices.selection),
-        },
-        "store": dict(zip(("kind", "dtype"), run.engine.store.place, strict=True)),
-        "timings": run.clock.rounded(),
-        "peak_memory_bytes": int(run.world.max(fit_report.peak_memory_bytes(run.world.device))),
-        "world_size": run.world.size,
-        "device": str(run.world.device),
-    }
-    if winner.alphas.shape[0] > 1:
-        document["blocks"] = report.members(run.blocks)
-    return document
 
 
 def _statistics(run: Run, winner: Scored) -> dict[str, Array]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,25 +27,16 @@ from .checkpoints.base import Checkpoint, TensorInfo, WeightFile
 from .distributed import World
 from .dtypes import DTYPES, Array, Float64
 from .errors import ConfigError
-from .layout import Blocks, Layout
+from .layout import Layout
 from .progress import Advanced, Progress, Started
-from .stream import RowSlice
+from .random_signs import WORD, key_of, table_of_signs, words_of
 
 if TYPE_CHECKING:
     # A merge with fixed coefficients needs no model and no store.
     from .model import LiveModel
-    from .store.base import Store
 
-# Signs that one hash gives.
-_WORD = 64
 # Signs of all directions together that are made at a time.
 _PIECE_CPU, _PIECE_GPU = 1 << 20, 1 << 26
-
-# SplitMix64 (Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014).
-_GOLDEN, _MIX1, _MIX2 = (
-    constant - (1 << 64)
-    for constant in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB)
-)
 
 Share = Callable[[int], tuple[int, int]]
 
@@ -84,13 +74,13 @@ class RandomDirections:
         self, source: str, of: Sequence[int], start: int, stop: int, device: torch.device
     ) -> Tensor:
         """Signs of the directions ``of`` at flat numbers [start, stop): (len(of), m) float32."""
-        first, last = start // _WORD, -(-stop // _WORD)
-        keys = [_key(self.seed, j, source) for j in of]
-        words = _words(torch.tensor(keys, device=device), first, last - first)
-        shifts = torch.arange(0, _WORD, 8, device=device)
+        first, last = start // WORD, -(-stop // WORD)
+        keys = [key_of(self.seed, j, source) for j in of]
+        words = words_of(torch.tensor(keys, device=device), first, last - first)
+        shifts = torch.arange(0, WORD, 8, device=device)
         indices = ((words[..., None] >> shifts) & 0xFF).reshape(-1)
-        signs = _table(device).index_select(0, indices).view(len(of), -1)
-        return signs[:, start - first * _WORD : stop - first * _WORD]
+        signs = table_of_signs(device).index_select(0, indices).view(len(of), -1)
+        return signs[:, start - first * WORD : stop - first * WORD]
 
     def pieces(
         self, source: str, start: int, stop: int, device: torch.device
@@ -101,8 +91,8 @@ class RandomDirections:
             Where the piece is, counted from ``start``, and the signs (R, m) float32.
         """
         most = _PIECE_CPU if device.type == "cpu" else _PIECE_GPU
-        step = max(1, most // self.count // _WORD) * _WORD
-        for a in range(start // _WORD * _WORD, stop, step):
+        step = max(1, most // self.count // WORD) * WORD
+        for a in range(start // WORD * WORD, stop, step):
             low, high = max(a, start), min(a + step, stop)
             signs = self.signs(source, range(self.count), low, high, device)
             yield slice(low - start, high - start), signs
@@ -110,7 +100,7 @@ class RandomDirections:
     def gram(self, world: World, progress: Progress) -> Tensor:
         """⟨r_j, r_k⟩, (R, R) float64, the same on every rank: sums of signs are exact."""
         names = sorted(set(self.sources.values()))
-        spans = {name: _span(self.layout[name].info, world.share) for name in names}
+        spans = {name: span(self.layout[name].info, world.share) for name in names}
         progress(Started("Drawing random directions", sum(b - a for a, b in spans.values())))
         total = torch.zeros(self.count, self.count, dtype=torch.float64, device=world.device)
         for name, (start, stop) in spans.items():
@@ -205,68 +195,6 @@ def _exceptions(layout: Layout, live: LiveModel) -> dict[str, str | None]:
     return found
 
 
-class RandomStore:
-    """A store whose coefficients go on behind the n checkpoints': R random directions.
-
-    ``combine`` takes (B, n) and (1, n) as the store within does, and (1, n + R); ``project`` gives
-    (1, n + R). The whole model is one block.
-    """
-
-    def __init__(self, store: Store, directions: RandomDirections, n: int, world: World) -> None:
-        assert len(store.blocks) == 1
-        self.blocks: Blocks = store.blocks
-        self._store, self._directions = store, directions
-        self._n, self._world = n, world
-
-    @property
-    def names(self) -> list[str]:
-        return self._store.names
-
-    @property
-    def nbytes(self) -> int:
-        return self._store.nbytes
-
-    @property
-    def place(self) -> tuple[str, str]:
-        return self._store.place
-
-    def put(self, cut: RowSlice, centre: Tensor, offsets: Tensor) -> None:
-        self._store.put(cut, centre, offsets)
-
-    def project(self, gradients: Mapping[str, Tensor | None]) -> Tensor:
-        along = torch.zeros(self._directions.count, dtype=torch.float64, device=self._world.device)
-        given = {name: g for name, g in gradients.items() if g is not None}
-        for flat, pieces in self._pieces(given):
-            for where, signs in pieces:
-                along += signs @ flat[where].float()
-        random = self._directions.scale * along.cpu()
-        return torch.cat([self._store.project(gradients), random[None]], 1)
-
-    def combine(self, alphas: Tensor, targets: Mapping[str, Tensor]) -> None:
-        self._store.combine(alphas[:, : self._n], targets)
-        gamma = alphas[0, self._n :].to(self._world.device) * self._directions.scale
-        if not gamma.any():
-            return
-        for flat, pieces in self._pieces(targets):
-            for where, signs in pieces:
-                flat[where] += gamma.float() @ signs
-
-    def _pieces(
-        self, tensors: Mapping[str, Tensor]
-    ) -> Iterator[tuple[Tensor, Iterator[tuple[slice, Tensor]]]]:
-        """Tensors, this rank's rows, that the directions touch: their numbers, flat, and pieces."""
-        for name, tensor in tensors.items():
-            source = self._directions.sources.get(name)
-            if source is None or not tensor.numel():
-                continue
-            info = self._directions.layout[name].info
-            # Every rank holds a scalar, for the sake of FSDP2.
-            start, stop = _span(info, self._world.share) if info.shape else (0, 1)
-            assert tensor.numel() == stop - start
-            flat = tensor.detach().reshape(-1)
-            yield flat, self._directions.pieces(source, start, stop, tensor.device)
-
-
 class DirectionReader:
     """One direction as a checkpoint of float32 numbers, generated as they are read.
 
@@ -300,35 +228,7 @@ class DirectionReader:
         pass
 
 
-def _span(info: TensorInfo, share: Share) -> tuple[int, int]:
+def span(info: TensorInfo, share: Share) -> tuple[int, int]:
     """Flat numbers [start, stop) of this rank's rows."""
     start, stop = share(info.rows)
     return start * info.row_numel, stop * info.row_numel
-
-
-def _key(seed: int, direction: int, name: str) -> int:
-    """64 bits out of all that tells one sequence of signs from another."""
-    text = f"{seed}\n{direction}\n{name}".encode()
-    digest = hashlib.blake2b(text, digest_size=8).digest()
-    return int.from_bytes(digest, "little", signed=True)
-
-
-def _words(keys: Tensor, first: int, count: int) -> Tensor:
-    """Numbers first … first + count − 1 of SplitMix64 from each key (R,): (R, count) int64."""
-    steps = torch.arange(first + 1, first + count + 1, device=keys.device)
-    x = keys[:, None] + steps * _GOLDEN
-    x = (x ^ _shifted(x, 30)) * _MIX1
-    x = (x ^ _shifted(x, 27)) * _MIX2
-    return x ^ _shifted(x, 31)
-
-
-def _shifted(x: Tensor, bits: int) -> Tensor:
-    """Shifts right as if int64 had no sign."""
-    return (x >> bits) & ((1 << (64 - bits)) - 1)
-
-
-@functools.lru_cache(maxsize=8)
-def _table(device: torch.device) -> Tensor:
-    """Byte → its eight bits as signs, the lowest first, (256, 8) float32."""
-    bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
-    return (2.0 * bits - 1.0).to(device)

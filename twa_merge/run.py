@@ -3,56 +3,39 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor
 
+from .batches import Batches
 from .checkpoints.base import Checkpoint
+from .choices import Choices
 from .clock import Clock
 from .config import (
-    DataConfig,
-    EngineConfig,
     FitConfig,
-    GuardConfig,
-    OutputConfig,
-    Selection,
-    StoreConfig,
     as_dict,
     parse_subspace,
 )
 from .distributed import World
-from .errors import CheckpointError, ConfigError
+from .errors import CheckpointError
 from .fit import Fitter
 from .ingest import Grams, ingest
 from .layers import layer_groups, layers_of_blocks
 from .layout import Blocks, Layout, dtype_named, global_block, grouped_blocks, tensor_blocks
 from .model import LiveModel, build
-from .objective import Batches, Engine
+from .objective import Engine
 from .progress import Noted, Progress
-from .random_directions import RandomDirections, RandomStore, draw
+from .random_directions import RandomDirections, draw
+from .random_store import RandomStore
 from .resume import EvaluationLog
 from .scoring import Jury
 from .store import Store, Work, exact_store, make_store
 from .subspace import root_mean_square
-from .task import Splits, Task, check_task, split
-from .tasks import load_task
+from .task import Splits, Task
 
 # Ratio of norms from which float32 keeps no more than four digits of the smaller.
 _FAR_APART = 1e3
-
-
-@dataclass(frozen=True)
-class Choices:
-    """All choices of one run."""
-
-    selection: Selection = field(default_factory=Selection)
-    data: DataConfig = field(default_factory=DataConfig)
-    fit: FitConfig = field(default_factory=FitConfig)
-    guard: GuardConfig = field(default_factory=GuardConfig)
-    store: StoreConfig = field(default_factory=StoreConfig)
-    engine: EngineConfig = field(default_factory=EngineConfig)
-    out: OutputConfig = field(default_factory=OutputConfig)
 
 
 @dataclass
@@ -186,38 +169,6 @@ def several(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
     return checkpoints
 
 
-def task_and_splits(
-    task: Task | str,
-    data: str | None,
-    test_data: str | None,
-    newest: Checkpoint,
-    options: dict[str, object],
-    choices: Choices,
-) -> tuple[Task, Splits]:
-    seed, fraction = choices.data.seed, choices.data.guard_fraction
-    if not isinstance(task, str):
-        if data is not None or test_data is not None:
-            raise ConfigError(
-                "A task object brings its own data.", remedy="leave data and test_data out"
-            )
-        if choices.fit.label_smoothing:
-            raise ConfigError(
-                "A task object brings its own loss, which label smoothing is a part of.",
-                remedy="smooth inside the task's loss, and leave label_smoothing out",
-            )
-        task = check_task(task, type(task).__name__)
-        return task, split(task, fraction, seed)
-    if choices.fit.label_smoothing:
-        options["label_smoothing"] = choices.fit.label_smoothing
-
-    def load(source: str | None) -> Task:
-        return load_task(task, data=source, checkpoint=newest.path, options=options)
-
-    test = load(test_data) if test_data is not None else None
-    named = load(data)
-    return named, split(named, fraction, seed, test)
-
-
 def fingerprint(
     checkpoints: Sequence[Checkpoint],
     task: Task | str,
@@ -247,47 +198,6 @@ def note_strangers(live: LiveModel, layout: Layout, progress: Progress) -> None:
                 f"{len(strangers)} tensors are no part of the task's model, for instance "
                 f"{strangers[0]}; they are averaged with the coefficients of the whole model."
             )
-        )
-
-
-def require_compatible(fit: FitConfig) -> None:
-    """Checks the choices that random directions leave.
-
-    Raises:
-        ConfigError: blocks, or a span of checkpoints, were asked for as well.
-    """
-    if parse_subspace(fit.subspace)[0] != "random":
-        return
-    if fit.blocks not in ("auto", "global"):
-        raise ConfigError(
-            "Random directions are of the whole model.",
-            expected="--blocks global, or none",
-            found=f"--blocks {fit.blocks} --subspace {fit.subspace}",
-        )
-    if fit.span != "affine":
-        raise ConfigError(
-            "Random directions do not lie in a span of the checkpoints.",
-            expected="--span or --subspace random:R, not both",
-            found=f"--span {fit.span} --subspace {fit.subspace}",
-        )
-
-
-def require_directions(fit: FitConfig, n: int, layout: Layout) -> None:
-    """Checks that there can be as many directions as --subspace names.
-
-    Raises:
-        ConfigError: n checkpoints span fewer, or the model has fewer numbers.
-    """
-    word, wanted = parse_subspace(fit.subspace)
-    most, found = {
-        "pca": (n - 1, f"{n} checkpoints span {n - 1} directions at most"),
-        "random": (layout.trained_numbers, f"a model of {layout.trained_numbers} numbers"),
-    }.get(word, (0, ""))
-    if wanted is not None and wanted > most:
-        raise ConfigError(
-            "--subspace names more directions than there are.",
-            expected=f"at most {word}:{most}",
-            found=f"{fit.subspace}, but {found}",
         )
 
 

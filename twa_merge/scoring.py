@@ -7,11 +7,12 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from .batches import Batches
 from .batchnorm import has_batch_norm, reestimate, statistics, take_newest
 from .candidates import Candidate
 from .dtypes import Dtype
 from .guard import Scored, first_unless_beaten
-from .objective import Batches, Engine
+from .objective import Engine
 
 # Statistics settle after some thousand examples; re-estimating them on all would dominate.
 _STATISTICS_EXAMPLES = 2048

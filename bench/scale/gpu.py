@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from twa_merge.checkpoints import open_checkpoints
+from twa_merge.choices import Choices
 from twa_merge.clock import Clock
 from twa_merge.config import DataConfig, EngineConfig, FitConfig, StoreConfig
 from twa_merge.distributed import World, start
@@ -32,7 +33,7 @@ from twa_merge.layout import make_layout
 from twa_merge.objective import Objective
 from twa_merge.progress import Event, Noted
 from twa_merge.resume import EvaluationLog
-from twa_merge.run import Choices, Run, set_up
+from twa_merge.run import Run, set_up
 from twa_merge.store import memory_plan, this_machine
 from twa_merge.subspace import Chart, make_subspace
 from twa_merge.task import Splits

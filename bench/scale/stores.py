@@ -23,6 +23,7 @@ from launched import machine, mb
 from safetensors.torch import save_file
 
 from twa_merge.checkpoints import open_checkpoints
+from twa_merge.choices import Choices
 from twa_merge.clock import Clock
 from twa_merge.config import DataConfig, EngineConfig, StoreConfig
 from twa_merge.distributed import start
@@ -30,7 +31,7 @@ from twa_merge.layout import make_layout
 from twa_merge.objective import Objective
 from twa_merge.progress import silent
 from twa_merge.resume import EvaluationLog
-from twa_merge.run import Choices, Run, set_up
+from twa_merge.run import Run, set_up
 from twa_merge.subspace import Chart, make_subspace
 from twa_merge.task import Splits
 from twa_merge.tasks.byte_lm import ByteConfig, ByteTask, ByteTransformer, standard_library_text

@@ -28,15 +28,17 @@ from layers_task import Layers, make_run
 from paper_scheme import PaperScheme
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from twa_merge.batches import Batches
 from twa_merge.checkpoints import open_checkpoints
+from twa_merge.choices import Choices
 from twa_merge.clock import Clock
 from twa_merge.config import GATHERS, DataConfig, EngineConfig, FitConfig, StoreConfig
 from twa_merge.distributed import start, stop
 from twa_merge.layout import make_layout
-from twa_merge.objective import Batches, Objective
+from twa_merge.objective import Objective
 from twa_merge.progress import silent
 from twa_merge.resume import EvaluationLog
-from twa_merge.run import Choices, Run, set_up
+from twa_merge.run import Run, set_up
 from twa_merge.subspace import Chart, make_subspace
 from twa_merge.task import Splits
 

@@ -22,6 +22,7 @@ from launched import machine, mb
 from torch import Tensor
 
 from twa_merge.checkpoints import open_checkpoints
+from twa_merge.choices import Choices
 from twa_merge.clock import Clock
 from twa_merge.config import EngineConfig, FitConfig, Selection, StoreConfig
 from twa_merge.demo import task, train_run
@@ -30,7 +31,7 @@ from twa_merge.layout import make_layout
 from twa_merge.objective import Engine
 from twa_merge.progress import silent
 from twa_merge.resume import EvaluationLog
-from twa_merge.run import Choices, Run, set_up
+from twa_merge.run import Run, set_up
 from twa_merge.store import make_store
 from twa_merge.stream import row_slices
 from twa_merge.subspace import Chart, make_subspace

@@ -20,6 +20,7 @@ import torch
 from processes import machine
 
 from twa_merge.checkpoints import open_checkpoints
+from twa_merge.choices import Choices
 from twa_merge.clock import Clock
 from twa_merge.config import DataConfig
 from twa_merge.demo import train_run
@@ -29,7 +30,7 @@ from twa_merge.objective import Objective
 from twa_merge.optimize import FitResult, lbfgs
 from twa_merge.progress import silent
 from twa_merge.resume import EvaluationLog
-from twa_merge.run import Choices, Run, set_up
+from twa_merge.run import Run, set_up
 from twa_merge.subspace import Chart, make_subspace
 from twa_merge.task import split
 from twa_merge.tasks.byte_lm import ByteTask, Text, standard_library_text

@@ -22,6 +22,7 @@ from processes import machine, spread
 from runs import byte_run
 
 from twa_merge.checkpoints import open_checkpoints
+from twa_merge.choices import Choices
 from twa_merge.clock import Clock
 from twa_merge.config import DataConfig, StoreConfig
 from twa_merge.distributed import World
@@ -29,7 +30,7 @@ from twa_merge.layout import make_layout
 from twa_merge.objective import Objective
 from twa_merge.progress import silent
 from twa_merge.resume import EvaluationLog
-from twa_merge.run import Choices, Run, set_up
+from twa_merge.run import Run, set_up
 from twa_merge.subspace import Chart, make_subspace
 from twa_merge.task import Splits
 from twa_merge.tasks.byte_lm import ByteConfig, ByteTask, standard_library_text

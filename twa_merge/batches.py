@@ -1,0 +1,100 @@
+"""A dataset in fixed batches, in a seeded order, dealt over the ranks."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from .distributed import World
+from .task import Task, collate_of, to_device
+from .user_code import user_code
+
+# Collated batches are kept between evaluations up to this size; beyond it they are made again.
+_CACHE_BYTES = 1 << 30
+
+
+class Batches:
+    """Examples of a dataset in fixed batches, dealt over the ranks.
+
+    The order is drawn once from ``seed``, so that any leading part is a fair sample and batch
+    statistics do not follow the order of a sorted dataset. Batch k belongs to rank k mod size;
+    all ranks make the same number of rounds, because the passes of a sharded model are
+    collective, and a rank that has run out repeats a batch with weight zero.
+    """
+
+    def __init__(
+        self, dataset: Dataset[Any], task: Task, batch_size: int, seed: int, world: World
+    ) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.size = len(dataset)  # type: ignore[arg-type]
+        self.order = torch.randperm(self.size, generator=generator).tolist()
+        self.batch_size = batch_size
+        self._dataset = dataset
+        self._collate = collate_of(task)
+        self._seed = seed
+        self._world = world
+        self._cache: dict[tuple[int, ...], Any] = {}
+        self._cached_bytes = 0
+
+    def parts(self, chosen: Sequence[int]) -> list[list[int]]:
+        """``chosen`` batch by batch, over all ranks.
+
+        An example that would be left alone joins the batch before it: batch norm cannot normalise
+        by the statistics of a single one.
+        """
+        size = self.batch_size
+        starts = list(range(0, len(chosen), size))
+        if size > 1 and len(starts) > 1 and len(chosen) - starts[-1] == 1:
+            starts.pop()
+        ends = [*starts[1:], len(chosen)]
+        return [list(chosen[a:b]) for a, b in zip(starts, ends, strict=True)]
+
+    def rounds(self, chosen: Sequence[int]) -> Iterator[tuple[list[int], Any, bool]]:
+        """This rank's batches of the ``chosen`` examples (positions in the seeded order).
+
+        Yields:
+            The batch's positions, the collated batch on the device, and whether it counts.
+        """
+        world, batches = self._world, self.parts(chosen)
+        for first in range(0, len(batches), world.size):
+            k = first + world.rank
+            counts = k < len(batches)
+            positions = batches[k if counts else 0]
+            yield positions, self._batch(positions), counts
+
+    def _batch(self, positions: list[int]) -> Any:
+        key = tuple(positions)
+        batch = self._cache.get(key)
+        if batch is None:
+            batch = self._make(positions)
+            size = _nbytes(batch)
+            if self._cached_bytes + size <= _CACHE_BYTES:
+                self._cache[key] = batch
+                self._cached_bytes += size
+        return to_device(batch, self._world.device)
+
+    def _make(self, positions: list[int]) -> Any:
+        # A dataset that augments at random must show the same examples in every evaluation.
+        with user_code("read its dataset"), torch.random.fork_rng(devices=[]):
+            state = random.getstate()
+            torch.manual_seed(self._seed + positions[0])
+            random.seed(self._seed + positions[0])
+            try:
+                return self._collate([self._dataset[self.order[p]] for p in positions])
+            finally:
+                random.setstate(state)
+
+
+def _nbytes(batch: Any) -> int:
+    if isinstance(batch, Tensor):
+        return batch.nbytes
+    if isinstance(batch, Mapping):
+        return sum(_nbytes(v) for v in batch.values())
+    if isinstance(batch, (list, tuple)):
+        return sum(_nbytes(v) for v in batch)
+    return 64

@@ -1,0 +1,107 @@
+"""All choices of one run, checked against each other, and the task that they name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from .checkpoints.base import Checkpoint
+from .config import (
+    DataConfig,
+    EngineConfig,
+    FitConfig,
+    GuardConfig,
+    OutputConfig,
+    Selection,
+    StoreConfig,
+    parse_subspace,
+)
+from .errors import ConfigError
+from .layout import Layout
+from .task import Splits, Task, check_task, split
+from .tasks import load_task
+
+
+@dataclass(frozen=True)
+class Choices:
+    """All choices of one run."""
+
+    selection: Selection = field(default_factory=Selection)
+    data: DataConfig = field(default_factory=DataConfig)
+    fit: FitConfig = field(default_factory=FitConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    store: StoreConfig = field(default_factory=StoreConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    out: OutputConfig = field(default_factory=OutputConfig)
+
+
+def require_compatible(fit: FitConfig) -> None:
+    """Checks the choices that random directions leave.
+
+    Raises:
+        ConfigError: blocks, or a span of checkpoints, were asked for as well.
+    """
+    if parse_subspace(fit.subspace)[0] != "random":
+        return
+    if fit.blocks not in ("auto", "global"):
+        raise ConfigError(
+            "Random directions are of the whole model.",
+            expected="--blocks global, or none",
+            found=f"--blocks {fit.blocks} --subspace {fit.subspace}",
+        )
+    if fit.span != "affine":
+        raise ConfigError(
+            "Random directions do not lie in a span of the checkpoints.",
+            expected="--span or --subspace random:R, not both",
+            found=f"--span {fit.span} --subspace {fit.subspace}",
+        )
+
+
+def require_directions(fit: FitConfig, n: int, layout: Layout) -> None:
+    """Checks that there can be as many directions as --subspace names.
+
+    Raises:
+        ConfigError: n checkpoints span fewer, or the model has fewer numbers.
+    """
+    word, wanted = parse_subspace(fit.subspace)
+    most, found = {
+        "pca": (n - 1, f"{n} checkpoints span {n - 1} directions at most"),
+        "random": (layout.trained_numbers, f"a model of {layout.trained_numbers} numbers"),
+    }.get(word, (0, ""))
+    if wanted is not None and wanted > most:
+        raise ConfigError(
+            "--subspace names more directions than there are.",
+            expected=f"at most {word}:{most}",
+            found=f"{fit.subspace}, but {found}",
+        )
+
+
+def task_and_splits(
+    task: Task | str,
+    data: str | None,
+    test_data: str | None,
+    newest: Checkpoint,
+    options: dict[str, object],
+    choices: Choices,
+) -> tuple[Task, Splits]:
+    seed, fraction = choices.data.seed, choices.data.guard_fraction
+    if not isinstance(task, str):
+        if data is not None or test_data is not None:
+            raise ConfigError(
+                "A task object brings its own data.", remedy="leave data and test_data out"
+            )
+        if choices.fit.label_smoothing:
+            raise ConfigError(
+                "A task object brings its own loss, which label smoothing is a part of.",
+                remedy="smooth inside the task's loss, and leave label_smoothing out",
+            )
+        task = check_task(task, type(task).__name__)
+        return task, split(task, fraction, seed)
+    if choices.fit.label_smoothing:
+        options["label_smoothing"] = choices.fit.label_smoothing
+
+    def load(source: str | None) -> Task:
+        return load_task(task, data=source, checkpoint=newest.path, options=options)
+
+    test = load(test_data) if test_data is not None else None
+    named = load(data)
+    return named, split(named, fraction, seed, test)

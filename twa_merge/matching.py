@@ -1,0 +1,77 @@
+"""Which tensor of the checkpoints is which of the module's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+from torch import nn
+
+from .checkpoints import resolve_names
+from .errors import TaskError, listing
+from .layout import Layout
+from .task import Task
+from .user_code import user_code
+
+
+def renamed_by(task: Task, module: nn.Module, layout: Layout) -> Mapping[str, str]:
+    rename = getattr(task, "model_names", None)
+    if rename is None:
+        return {}
+    with user_code("name its model's tensors"):
+        return rename(module, list(layout.entries))
+
+
+def match_names(
+    module: nn.Module, layout: Layout, renamed: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Checkpoint tensor → name in the module.
+
+    Names match as they are, as the task has ``renamed`` them, or all after one outer prefix is
+    added or removed (``model.``, ``transformer.``): a base model's checkpoint and the same model
+    under a head.
+    """
+    names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
+    names += [name for name, _ in module.named_buffers(remove_duplicate=False)]
+    # The readers strip the prefixes of wrappers, which may be the name of a real child here.
+    own = {resolved: raw for raw, resolved in resolve_names(names).items()}
+    prefixes = sorted({name.partition(".")[0] + "." for name in own})
+
+    def renamings() -> Iterator[dict[str, str]]:
+        yield {name: name for name in layout.entries}
+        yield {name: renamed.get(name, name) for name in layout.entries} if renamed else {}
+        for prefix in prefixes:
+            yield {name: prefix + name for name in layout.entries}
+        for prefix in sorted({name.partition(".")[0] + "." for name in layout.entries}):
+            yield {name: name.removeprefix(prefix) for name in layout.entries}
+
+    matches = [{n: own[m] for n, m in renaming.items() if m in own} for renaming in renamings()]
+    exact = matches[0]
+    best = max(matches, key=len)
+    return best if len(best) > len(exact) else exact
+
+
+def require_cover(module: nn.Module, names: Mapping[str, str], layout: Layout) -> None:
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    covered = {id(parameters[own]) for own in names.values() if own in parameters}
+    missing = [name for name, p in parameters.items() if id(p) not in covered]
+    if missing:
+        raise TaskError(
+            "The model has parameters that the checkpoints lack.",
+            tensor=listing(missing),
+            expected=f"every parameter in the checkpoints, e.g. {next(iter(layout.entries))}",
+            found=f"{len(missing)} of {len(parameters)} parameters missing",
+            remedy="give the architecture that was trained; where transformers fuses tensors as it "
+            "loads them (mixtures of experts), save the checkpoints once more with "
+            "save_pretrained(..., save_original_format=False)",
+        )
+    buffers = dict(module.named_buffers(remove_duplicate=False))
+    for name, own in names.items():
+        shape = tuple(parameters.get(own, buffers.get(own)).shape)  # type: ignore[union-attr]
+        if shape != layout[name].info.shape:
+            raise TaskError(
+                "The model's tensor has another shape than the checkpoints'.",
+                tensor=name,
+                expected=list(layout[name].info.shape),
+                found=list(shape),
+                remedy="let build_model() return the architecture that was trained",
+            )

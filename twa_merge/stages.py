@@ -1,0 +1,105 @@
+"""The stages of the fit: the whole model, then blocks around its solution."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from .candidates import parse_families, window
+from .config import parse_subspace
+from .fit import Fitted
+from .optimize import FitResult
+from .progress import Noted
+from .run import Run
+from .subspace import (
+    Chart,
+    Subspace,
+    add_up,
+    make_subspace,
+    random_subspace,
+    root_mean_square,
+    with_centre,
+)
+
+
+def train_stages(run: Run) -> list[Fitted]:
+    """Stage one: the whole model. Stage two: every block, around the solution of stage one.
+
+    Beside single tensors whole layers are tried, around the same solution: fewer coordinates need
+    less data.
+    """
+    whole, wanted = _whole(run), parse_families(run.choices.guard.candidates)
+    if not wanted & {"twa", "twa-layers"}:
+        return [_unfitted(run, whole)]
+    if whole.rank == 0:
+        run.progress(Noted("All checkpoints are identical: there is nothing to train."))
+    elif (parse_subspace(run.choices.fit.subspace)[1] or 0) > whole.rank:
+        run.progress(Noted(f"There are only {whole.rank} directions: all of them are trained."))
+    start_alphas = pad(run.fitter.start(run.n), (0, whole.n - run.n))
+    fitted = [run.fitter.stage("twa", Chart(start_alphas, [whole]))]
+    if len(run.blocks) > 1 and "twa-layers" in wanted:
+        fitted.append(_by_block(run, run.blocks.kind, fitted[0]))
+        if run.layers is not None:
+            folds = fitted[1].path.folds if fitted[1].path else None
+            fitted.append(_by_block(run, "layers", fitted[0], run.layers, folds))
+    for stage in fitted:
+        if not math.isfinite(stage.result.loss):
+            run.progress(Noted(_given_up(stage)))
+    return fitted
+
+
+def _by_block(
+    run: Run, kind: str, whole: Fitted, groups: Tensor | None = None, folds: int | None = None
+) -> Fitted:
+    """A stage around the solution of ``whole``.
+
+    Args:
+        groups: of blocks that share their coordinates, (B,) int64; None: every block has its own.
+        folds: of the cross-validation of its ridge; None: until that is settled.
+    """
+    grams = run.grams.by_block(run.blocks)
+    if groups is not None:
+        grams = add_up(grams, groups, int(groups.max()) + 1)
+    base = whole.alphas.expand(len(run.blocks), -1).clone()
+    chart = Chart(base, [_leading(run, gram) for gram in grams], groups)
+    return run.fitter.stage(f"twa-{kind}", chart, whole, folds)
+
+
+def _given_up(stage: Fitted) -> str:
+    trace = stage.result.trace
+    if trace and math.isfinite(trace[0][1]):
+        met = f"diverged after {len(trace)} evaluations (a smaller --lr may help)"
+    else:
+        met = "met a loss that is not finite at its start"
+    return (
+        f"The fit of {stage.name} {met} and was given up; the guard picks among the remaining "
+        "candidates."
+    )
+
+
+def _unfitted(run: Run, whole: Subspace) -> Fitted:
+    """What stands for the fit where no candidate comes from one: the mean, nothing evaluated."""
+    mean = pad(window(run.n, run.n), (0, whole.n - run.n))[None]
+    result = FitResult(torch.zeros(whole.rank, dtype=torch.float64), math.nan, [], False)
+    return Fitted("twa", Chart(mean, [whole]), mean, 0.0, result)
+
+
+def _whole(run: Run) -> Subspace:
+    """What the first stage trains in."""
+    gram, fit = run.grams.exact.sum(0), run.choices.fit
+    if run.directions_gram is not None:
+        return random_subspace(run.n, run.directions_gram, root_mean_square(gram))
+    subspace = _leading(run, gram)
+    if fit.span == "linear":
+        subspace = with_centre(subspace, run.grams.centre, run.grams.cross)
+    return subspace
+
+
+def _leading(run: Run, gram: Tensor) -> Subspace:
+    """The span of the offsets with this Gram matrix, or as many of its axes as are wanted."""
+    subspace = make_subspace(gram)
+    word, rank = parse_subspace(run.choices.fit.subspace)
+    return subspace.leading(rank) if word == "pca" and rank else subspace
