@@ -193,7 +193,7 @@ def agree_with_sums(fast, tiles: Tiles, numbers: Tensor) -> None:
     out = torch.full_like(c, float("nan"))
     fast.combine(tiles, c, beta, torch.tensor([0.5]), out)
     expected = 0.5 * c.double() + torch.einsum("unt,n->ut", x, beta.double())
-    close(out.double(), expected, 1e-6)
+    close(out.double(), expected, 2e-6)
 
 
 @pytest.fixture(scope="module", params=["this", "any"])
@@ -210,7 +210,7 @@ def processor(request):
 
 @pytest.mark.parametrize("dtype", WIDTHS)
 @pytest.mark.parametrize(
-    ("n", "u", "width"), [(1, 40, 128), (8, 3, 1024), (13, 5, 384), (41, 2, 0)]
+    ("n", "u", "width"), [(1, 40, 128), (8, 3, 1024), (13, 5, 384), (49, 2, 0)]
 )
 def test_c_kernels(processor, dtype, n, u, width):
     agree_with_sums(Native(dtype), *tiles_of(dtype, n, u, width or tile_width(dtype)))

@@ -261,61 +261,69 @@ INLINE void combine_tile_int8(const int8_t *data, const float *scales, const flo
 READY(int1, uint8_t)
 PROJECT(int1, uint8_t, LANES, ready_planes)
 #else
-/* Three signed numbers have eight sums: they are made once a group, and looked up by three bits of
-   eight offsets at a time. A group of an offset is four words of 32 bits; bit 8 b + k of word q
-   is the sign of number 16 k + 4 q + b. */
-enum { WORDS = 4, TRIPLES = 11 };
+/* Three signed numbers have eight sums: they are made once for up to 32 offsets, and looked up by
+   three bits of eight offsets at a time. A group of an offset is four words of 32 bits; bit
+   8 b + k of word q is the sign of number 16 k + 4 q + b. */
+enum { WORDS = 4, TRIPLES = 11, EIGHTS_AT_ONCE = 4 };
 
 INLINE __m256 number_of(const float *gradient, int q, int bit) {
     return _mm256_set1_ps(bit < 32 ? gradient[bit % 8 * LANES + 4 * q + bit / 8] : 0.0f);
 }
 
-INLINE void signed_sums(const float *gradient, __m256 sums[WORDS][TRIPLES]) {
-    const __m256 first = {-1, 1, -1, 1, -1, 1, -1, 1}, second = {-1, -1, 1, 1, -1, -1, 1, 1},
-                 third = {-1, -1, -1, -1, 1, 1, 1, 1};
-#pragma GCC unroll 4
-    for (int q = 0; q < WORDS; q++)
-#pragma GCC unroll 11
-        for (int t = 0; t < TRIPLES; t++)
-            sums[q][t] = number_of(gradient, q, 3 * t) * first +
-                         number_of(gradient, q, 3 * t + 1) * second +
-                         number_of(gradient, q, 3 * t + 2) * third;
-}
-
-INLINE __m256 looked_up(__m256i word, const __m256 *sums) {
-    __m256 a = _mm256_permutevar8x32_ps(sums[0], word), b = _mm256_setzero_ps();
-#pragma GCC unroll 5
-    for (int t = 1; t < TRIPLES; t += 2) {
-        b += _mm256_permutevar8x32_ps(sums[t], _mm256_srli_epi32(word, 3 * t));
-        a += _mm256_permutevar8x32_ps(sums[t + 1], _mm256_srli_epi32(word, 3 * t + 3));
-    }
-    return a + b;
-}
-
-/* A group of eight offsets: adds their products to their sums. */
-INLINE void add_eight(const uint8_t *data, const float *scales, const __m256 table[WORDS][TRIPLES],
-                      float *sums) {
+/* The words of a group of eight offsets, which come in the order 0, 2, 4, 6, 1, 3, 5, 7. */
+INLINE void words_of_eight(const uint8_t *data, __m256i words[WORDS]) {
     const __m256i *from = (const __m256i *)data;
     __m256i x0 = _mm256_loadu_si256(from), x1 = _mm256_loadu_si256(from + 1);
     __m256i x2 = _mm256_loadu_si256(from + 2), x3 = _mm256_loadu_si256(from + 3);
     __m256i low01 = _mm256_unpacklo_epi32(x0, x1), low23 = _mm256_unpacklo_epi32(x2, x3);
     __m256i high01 = _mm256_unpackhi_epi32(x0, x1), high23 = _mm256_unpackhi_epi32(x2, x3);
-    __m256 found = looked_up(_mm256_unpacklo_epi64(low01, low23), table[0]) +
-                   looked_up(_mm256_unpackhi_epi64(low01, low23), table[1]) +
-                   looked_up(_mm256_unpacklo_epi64(high01, high23), table[2]) +
-                   looked_up(_mm256_unpackhi_epi64(high01, high23), table[3]);
-    /* That was in the order 0, 2, 4, 6, 1, 3, 5, 7. */
-    found = _mm256_permutevar8x32_ps(found, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
-    _mm256_storeu_ps(sums, _mm256_loadu_ps(sums) + _mm256_loadu_ps(scales) * found);
+    words[0] = _mm256_unpacklo_epi64(low01, low23);
+    words[1] = _mm256_unpackhi_epi64(low01, low23);
+    words[2] = _mm256_unpacklo_epi64(high01, high23);
+    words[3] = _mm256_unpackhi_epi64(high01, high23);
 }
 
-INLINE void add_fewer(const uint8_t *data, const float *scales,
-                      const __m256 table[WORDS][TRIPLES], float *sums, ptrdiff_t count) {
+/* Adds the products of a group of 8 * EIGHTS offsets to their sums. */
+INLINE void add_products(const uint8_t *data, const float *scales, const float *gradient,
+                         float *sums, const int EIGHTS) {
+    const __m256 first = {-1, 1, -1, 1, -1, 1, -1, 1}, second = {-1, -1, 1, 1, -1, -1, 1, 1},
+                 third = {-1, -1, -1, -1, 1, 1, 1, 1};
+    __m256i words[EIGHTS_AT_ONCE][WORDS];
+    __m256 odd[EIGHTS_AT_ONCE], even[EIGHTS_AT_ONCE];
+#pragma GCC unroll 4
+    for (int e = 0; e < EIGHTS; e++) {
+        words_of_eight(data + e * 8 * LANES, words[e]);
+        odd[e] = even[e] = _mm256_setzero_ps();
+    }
+#pragma GCC unroll 4
+    for (int q = 0; q < WORDS; q++)
+#pragma GCC unroll 11
+        for (int t = 0; t < TRIPLES; t++) {
+            __m256 table = number_of(gradient, q, 3 * t) * first +
+                           number_of(gradient, q, 3 * t + 1) * second +
+                           number_of(gradient, q, 3 * t + 2) * third;
+#pragma GCC unroll 4
+            for (int e = 0; e < EIGHTS; e++) {
+                __m256i bits = _mm256_srli_epi32(words[e][q], 3 * t);
+                *(t % 2 ? odd + e : even + e) += _mm256_permutevar8x32_ps(table, bits);
+            }
+        }
+#pragma GCC unroll 4
+    for (int e = 0; e < EIGHTS; e++) {
+        __m256i order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+        __m256 found = _mm256_permutevar8x32_ps(odd[e] + even[e], order);
+        found *= _mm256_loadu_ps(scales + 8 * e);
+        _mm256_storeu_ps(sums + 8 * e, _mm256_loadu_ps(sums + 8 * e) + found);
+    }
+}
+
+INLINE void add_fewer_products(const uint8_t *data, const float *scales, const float *gradient,
+                               float *sums, ptrdiff_t count) {
     uint8_t filled[8 * LANES] = {0};
     float scale[8] = {0}, sum[8] = {0};
     memcpy(filled, data, count * LANES);
     memcpy(scale, scales, count * sizeof *scale);
-    add_eight(filled, scale, table, sum);
+    add_products(filled, scale, gradient, sum, 1);
     for (ptrdiff_t i = 0; i < count; i++) sums[i] += sum[i];
 }
 
@@ -323,12 +331,13 @@ INLINE void project_tile_int1(const uint8_t *data, const float *scales, const fl
                               float *sums, ptrdiff_t n, ptrdiff_t width) {
     memset(sums, 0, n * sizeof *sums);
     for (ptrdiff_t g = 0; g < width; g += GROUP, data += n * LANES, scales += n) {
-        __m256 made[WORDS][TRIPLES];
-        const __m256(*table)[TRIPLES] = (const __m256(*)[TRIPLES])made;
-        signed_sums(gradient + g, made);
+        const float *here = gradient + g;
         ptrdiff_t i = 0;
-        for (; i + 8 <= n; i += 8) add_eight(data + i * LANES, scales + i, table, sums + i);
-        if (i < n) add_fewer(data + i * LANES, scales + i, table, sums + i, n - i);
+        for (; i + 32 <= n; i += 32)
+            add_products(data + i * LANES, scales + i, here, sums + i, EIGHTS_AT_ONCE);
+        for (; i + 16 <= n; i += 16) add_products(data + i * LANES, scales + i, here, sums + i, 2);
+        for (; i + 8 <= n; i += 8) add_products(data + i * LANES, scales + i, here, sums + i, 1);
+        if (i < n) add_fewer_products(data + i * LANES, scales + i, here, sums + i, n - i);
     }
 }
 #endif
