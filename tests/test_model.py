@@ -8,7 +8,7 @@ from runs import LinearTask, Pairs, save_run
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
-from twa_merge import merge
+from twa_merge import evaluate, merge
 from twa_merge.checkpoints import open_checkpoints
 from twa_merge.config import EngineConfig, FitConfig, GuardConfig
 from twa_merge.distributed import World
@@ -140,3 +140,64 @@ def test_scalars_and_parts_of_a_model_that_a_loss_calls_by_itself(tmp_path):
         losses.append({row["name"]: row["guard_loss"] for row in done["candidates"]})
     assert losses[1]["last"] == pytest.approx(losses[0]["last"], rel=0.02)
     assert losses[1].keys() == losses[0].keys()
+
+
+class Normalising(nn.Module):
+    """Its input's mean and deviation are buffers, which no kind of sharding narrows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.full((WIDTH,), 0.1))
+        self.register_buffer("deviation", torch.full((WIDTH,), 2.0))
+        self.layers = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh(), nn.Linear(WIDTH, 4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers((x - self.mean) / self.deviation)
+
+
+class ChannelsLast(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.convolution = nn.Conv2d(2, 4, 2)
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.convolution(x.view(-1, 2, 1, 3).expand(-1, -1, 2, -1)).flatten(1)[:, :4]
+
+
+class OtherTask(LinearTask):
+    def __init__(self, model: type[nn.Module]) -> None:
+        super().__init__()
+        self.model = model
+
+    def build_model(self) -> nn.Module:
+        return self.model()
+
+    def dataset(self) -> Pairs:
+        return Pairs(self.x, self.y)
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        return (model(x).float() - y).square().mean(1)
+
+
+@pytest.mark.parametrize("model", [Normalising, ChannelsLast])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_models_of_other_widths_and_orders_than_fsdp_wants(tmp_path, model, precision):
+    states = []
+    for seed in range(N):
+        torch.manual_seed(seed)
+        states.append({k: v.contiguous() for k, v in model().state_dict().items()})
+    save_run(tmp_path / "run", states)
+    task, engine = OtherTask(model), EngineConfig("cpu", precision)
+    found = [row["loss"] for row in evaluate([tmp_path / "run"], task, engine=engine)["models"]]
+    own = model()
+    for state, loss in zip(states, found, strict=True):
+        own.load_state_dict(state)
+        expected = float(task.loss(own, (task.x, task.y)).detach().mean())
+        assert loss == pytest.approx(expected, rel=0.02 if precision == "bf16" else 1e-6)
+    fit = FitConfig(blocks="global", ridge=0.01, max_evaluations=8)
+    guard = GuardConfig(candidates="last,twa")
+    done = merge([tmp_path / "run"], task, tmp_path / "out", fit=fit, guard=guard, engine=engine)
+    losses = {row["name"]: row["fit_loss"] for row in done["candidates"]}
+    assert losses["twa"] < losses["last"]

@@ -149,6 +149,26 @@ def test_project_and_combine_in_every_width(offsets, dtype):
         close(target.flatten().double(), offsets.combined(delta, alphas, name), 1e-6)
 
 
+@pytest.fixture(params=[torch.float64, torch.bfloat16])
+def default_dtype(request):
+    """What a task's file may have set for all of torch."""
+    torch.set_default_dtype(request.param)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+@pytest.mark.parametrize("dtype", WIDTHS)
+def test_torch_may_default_to_another_dtype(offsets, default_dtype, dtype, compiled):
+    store, delta = offsets.store(dtype=dtype, compiled=compiled), kept(offsets, dtype)
+    gradients = {k: torch.randn(s.shape, dtype=torch.float32) for k, s in offsets.states[0].items()}
+    close(store.project(gradients), offsets.projected(delta, gradients), 4e-6)
+    alphas, targets = alphas_of(len(offsets.blocks)), targets_like(offsets.states[0])
+    store.combine(alphas, targets)
+    for name, target in targets.items():
+        close(target.flatten().double(), offsets.combined(delta, alphas, name), 1e-6)
+
+
 @pytest.mark.parametrize("dtype", WIDTHS)
 @pytest.mark.parametrize(("numel", "threads"), [(100, 1), (130, 4), (5000, 4)])
 def test_what_is_stored_does_not_depend_on_how_it_came(offsets, dtype, numel, threads):

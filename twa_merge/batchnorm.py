@@ -75,7 +75,10 @@ def _average_over_ranks(engine: Engine, norms: Sequence[_BatchNorm], rounds: int
         for tensor in (m.running_mean, m.running_var):
             assert tensor is not None
             weighted = torch.cat(
-                [tensor.double() * rounds, torch.tensor([float(rounds)]).to(tensor.device)]
+                [
+                    tensor.double() * rounds,
+                    torch.tensor([rounds], dtype=torch.float64, device=tensor.device),
+                ]
             )
             summed = engine.world.sum(weighted)
             tensor.copy_(summed[:-1] / summed[-1])

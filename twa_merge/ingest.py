@@ -218,7 +218,7 @@ class _Buffer:
         n = len(self._checkpoints)
         self._offsets = torch.empty(n * m, dtype=torch.float64)
         self._centre = torch.empty(m, dtype=torch.float64)
-        self._single = torch.empty(n * m)
+        self._single = torch.empty(n * m, dtype=torch.float32)
 
     def block_numel(self, name: str) -> int:
         """Numbers of a tensor to read at a time from each checkpoint."""

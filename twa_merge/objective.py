@@ -75,7 +75,6 @@ class Engine:
     blocks: Blocks
     task: Task
     world: World
-    autocast: bool = False
 
     @torch.no_grad()
     def set_weights(self, alphas: Tensor) -> None:

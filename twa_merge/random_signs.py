@@ -43,4 +43,4 @@ def _shifted(x: Tensor, bits: int) -> Tensor:
 def table_of_signs(device: torch.device) -> Tensor:
     """Byte → its eight bits as signs, the lowest first, (256, 8) float32."""
     bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
-    return (2.0 * bits - 1.0).to(device)
+    return (2 * bits - 1).to(device, torch.float32)

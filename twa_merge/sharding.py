@@ -25,15 +25,20 @@ _END = "the end of the pass"
 class Sharded(nn.Module):
     """What is sharded as the root: a loss may call any part of its model, not its forward alone.
 
+    Args:
+        narrow: passes are in bfloat16. FSDP2 narrows parameters and inputs; autocast narrows what a
+            model makes of its buffers, which stay as they are.
+
     Attributes:
         layer_numel: numbers in the largest layer that is gathered by itself, and in what is
             gathered with the root.
     """
 
-    def __init__(self, module: nn.Module, world: World) -> None:
+    def __init__(self, module: nn.Module, world: World, narrow: bool) -> None:
         super().__init__()
         self.module = module
         self.order = _Order(world)
+        self._autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=narrow)
         self.layer_numel = (0, 0)
 
     def forward(self, use: Callable[[nn.Module], T], kind: str) -> T:
@@ -47,7 +52,8 @@ class Sharded(nn.Module):
         """
         self.order.begin(kind)
         try:
-            result = use(self.module)
+            with self._autocast:
+                result = use(self.module)
             return self.order.end(result)
         finally:
             self.order.leave()
@@ -171,7 +177,7 @@ def shard(module: nn.Module, task: Task, world: World, precision: str, *, reshar
         # FSDP2 wants what shares a parameter in one group: here, in the root's.
         if layer not in norms and all(owners[p] == n for p, n in _owners(layer).items())
     ]
-    whole = Sharded(module, world)
+    whole = Sharded(module, world, precision == "bf16")
     sizes = [numbers(layer) for layer in layers]
     whole.layer_numel = max(sizes, default=0), numbers(module) - sum(sizes)
     for layer in layers:

@@ -107,7 +107,7 @@ class DiskStore:
         for name, target, start, rows in self._pass(targets):
             assert target.dtype == torch.float32
             weights = alphas[row_of(len(alphas), self.blocks, name)].tolist()
-            out = torch.empty(rows[0].numel())
+            out = torch.empty(rows[0].numel(), dtype=torch.float32)
             for a in range(0, out.numel(), total.numel()):
                 here = out[a : a + total.numel()]
                 sum_, term_ = total[: here.numel()].zero_(), term[: here.numel()]

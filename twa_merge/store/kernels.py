@@ -93,7 +93,8 @@ class Kernels:
             return None
 
     def _project_eagerly(self, tiles: Tiles, gradient: Tensor) -> Tensor:
-        sums = torch.empty(len(tiles), tiles.data.shape[-2], device=self.device)
+        shape = len(tiles), tiles.data.shape[-2]
+        sums = torch.empty(shape, dtype=torch.float32, device=self.device)
         for part, numbers in self._unpacked(tiles):
             g = gradient[part].view(len(numbers), -1)
             if self.device.type == "cuda":
@@ -129,7 +130,8 @@ class Kernels:
         most = _EAGER_GPU if self.device.type == "cuda" else _EAGER_CPU
         n = tiles.data.shape[-2]
         step = min(len(tiles), max(1, most // (n * tiles.width)))
-        scratch = torch.empty(step * n * tiles.width, device=self.device)
+        size = step * n * tiles.width
+        scratch = torch.empty(size, dtype=torch.float32, device=self.device)
         for a in range(0, len(tiles), step):
             here = tiles[a : a + step]
             numbers = scratch[: len(here) * n * tiles.width]

@@ -119,7 +119,7 @@ class MemoryStore:
             kernels, rows = self._kernels[held.dtype], held.rows
             flat = target.detach().view(-1)
             if rows.room != rows.numel:
-                flat = torch.empty(rows.total, device=self._device)
+                flat = torch.empty(rows.total, dtype=torch.float32, device=self._device)
             row = row_of(len(beta), self.blocks, name)
             for part, tiles, where in self._pieces(held):
                 first = (where.start - part.start) // tiles.width

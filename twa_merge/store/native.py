@@ -49,7 +49,8 @@ class Native:
 
     def project(self, tiles: Tiles, gradient: Tensor) -> Tensor:
         """⟨Δ_i, g⟩ of every tile: gradient (u, T) float32 → (u, n) float32."""
-        gradient, sums = gradient.contiguous(), torch.empty(len(tiles), tiles.data.shape[-2])
+        gradient = gradient.contiguous()
+        sums = torch.empty(len(tiles), tiles.data.shape[-2], dtype=torch.float32)
         call = getattr(_library(), f"project_{self._dtype}")
         call(*_offsets(tiles), _place(gradient), _place(sums), *_sizes(tiles))
         return sums

@@ -52,8 +52,8 @@ def planes(dtype: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor] | 
     masks, factors, zeros = zip(*PLANES[dtype], strict=True)
     return (
         torch.tensor(masks, dtype=torch.int32, device=device)[:, None],
-        torch.tensor(factors, device=device)[:, None],
-        torch.tensor(zeros, device=device)[:, None],
+        torch.tensor(factors, dtype=torch.float32, device=device)[:, None],
+        torch.tensor(zeros, dtype=torch.float32, device=device)[:, None],
     )
 
 

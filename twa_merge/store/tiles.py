@@ -111,7 +111,7 @@ class Rows:
 
     def real(self) -> Tensor:
         """How many numbers of each group of a row are the tensor's: (room / 128,) float32."""
-        groups = torch.full((self.room // GROUP,), float(GROUP))
+        groups = torch.full((self.room // GROUP,), GROUP, dtype=torch.float32)
         groups[-1] -= self.room - self.numel
         return groups
 
