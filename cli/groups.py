@@ -96,9 +96,16 @@ _UNITS = {"": 0, "k": 1, "m": 2, "g": 3, "t": 4}
 
 
 class Bytes(click.ParamType):
-    """``80GB``, ``512 MiB`` or a plain number of bytes."""
+    """``80GB``, ``512 MiB`` or a plain number of bytes.
+
+    Args:
+        least: bytes; what is less must have lost its unit.
+    """
 
     name = "size"
+
+    def __init__(self, least: int = 0) -> None:
+        self._least = least
 
     def convert(self, value: Any, param: Any, ctx: Any) -> int:
         if isinstance(value, int):
@@ -107,4 +114,7 @@ class Bytes(click.ParamType):
         if match is None:
             self.fail(f"{value!r} is not a size such as 80GB or 512MiB.", param, ctx)
         base = 1024 if match[3] else 1000
-        return int(float(match[1]) * base ** _UNITS[match[2].lower()])
+        found = int(float(match[1]) * base ** _UNITS[match[2].lower()])
+        if found < self._least:
+            self.fail(f"{value!r} is only {found} bytes; say {match[1]}GB.", param, ctx)
+        return found

@@ -44,7 +44,7 @@ plan_options = group(
             opt("plan", "--plan", "What `train` would need.", is_flag=True),
             opt("gpus", "--gpus", "One unless given; 0 is this machine's CPU.",
                 type=click.IntRange(0)),
-            opt("gpu_memory", "--gpu-memory", "Of one, such as 80GB.", type=Bytes(),
+            opt("gpu_memory", "--gpu-memory", "Of one, such as 80GB.", type=Bytes(1 << 20),
                 metavar="SIZE"),
             opt("gather", "--gather", "As `train` would.", type=click.Choice(config.GATHERS),
                 default="layer", show_default=True),

@@ -68,6 +68,8 @@ def _show_level(level: Mapping[str, Any], console: Console, indent: str) -> None
     for key, value in level.items():
         name = plain(key).replace("_", " ").replace("minutes", "time")
         if isinstance(value, Mapping):
+            if not any(value.values()):
+                continue  # the CPU is no device of its own
             console.print(Text(f"{indent}{name}"))
             _show_level(
                 {k: _read(f"{key}_{k}" if "bytes" in str(key) else k, v) for k, v in value.items()},

@@ -45,6 +45,9 @@ def relaunch(session: Session, nproc: int, max_restarts: int) -> None:
                 f"Process {rank} of {nproc} was killed by {failure.signal_name()}"
                 f"{_guess(failure.exitcode)}. {how_to_continue(session)}"
             )
+        elif failure.exitcode == INTERRUPTED:
+            # A signal that was sent to it alone: this one would have heard of the terminal's.
+            _say(f"Process {rank} of {nproc} was told to stop. {how_to_continue(session)}")
         raise Exited(failure.exitcode if failure.exitcode > 0 else INTERNAL) from None
     except (SignalException, KeyboardInterrupt):
         _say(f"Interrupted. {how_to_continue(session)}")

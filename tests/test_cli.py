@@ -144,6 +144,7 @@ def test_every_command_has_help_with_an_example(
         [*TRAIN, "--nproc", "0"],
         ["average", "run"],
         ["inspect", "run", "--gpu-memory", "80 parsecs"],
+        ["inspect", "run", "--gpu-memory", "80"],
     ],
 )
 def test_wrong_usage_exits_with_2(

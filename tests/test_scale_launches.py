@@ -124,11 +124,12 @@ def start(k: int, output: Path, *arguments: object) -> subprocess.Popen[str]:
     )
 
 
-def test_a_file_that_is_lost_in_mid_run_ends_all_ranks_with_one_message(tmp_path):
+def test_a_file_that_is_lost_in_mid_run_ends_all_ranks_and_can_be_brought_back(tmp_path):
     train(tmp_path / "run")
     process = start(2, tmp_path / "m", "--store", "disk")
     wait_for_evaluations(process, tmp_path / "m", 3)
     victim = tmp_path / "run" / "checkpoint-300" / "model.safetensors"
+    weights = victim.read_bytes()
     victim.unlink()
     _, said = process.communicate(timeout=60)
     assert process.returncode != 0
@@ -137,6 +138,14 @@ def test_a_file_that_is_lost_in_mid_run_ends_all_ranks_with_one_message(tmp_path
     assert "bring the file back" in said
     assert not (tmp_path / "m").exists()
     assert {path.name for path in tmp_path.iterdir()} == {"run", "m.partial"}
+    victim.write_bytes(weights[:-4] + b"\0\0\0\0")
+    _, said = start(1, tmp_path / "m", "--store", "disk").communicate(timeout=120)
+    assert "other inputs" in said
+    victim.write_bytes(weights)
+    process = start(1, tmp_path / "m", "--store", "disk")
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 0, said
+    assert "evaluations are known" in said
 
 
 def test_a_killed_rank_is_not_blamed_on_the_task(tmp_path):
@@ -150,6 +159,18 @@ def test_a_killed_rank_is_not_blamed_on_the_task(tmp_path):
     assert "The task" not in said
     assert said.count("was killed by SIGKILL") == 1
     assert f"continues from {tmp_path / 'm.partial'}" in said
+
+
+def test_a_rank_that_is_told_to_stop_ends_all_with_one_message_and_no_warnings(tmp_path):
+    train(tmp_path / "run")
+    process = start(1, tmp_path / "m", "--nproc", 2)
+    wait_for_evaluations(process, tmp_path / "m", 3)
+    ranks_of(psutil.Process(process.pid))[1].send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=120)
+    assert process.returncode == 130
+    assert said.count("was told to stop") == 1
+    assert f"continues from {tmp_path / 'm.partial'}" in said
+    assert "Warning" not in said
 
 
 def test_ranks_end_with_a_launcher_that_is_killed(tmp_path):

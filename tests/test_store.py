@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -354,10 +355,22 @@ def test_a_second_width_in_one_process_makes_no_size_but_the_first_dynamic(monke
     assert dynamic == [1, 1]
 
 
-@pytest.mark.parametrize("compiler", ["no-such-compiler", "false"])
-def test_without_a_compiler_says_so_once_and_goes_on(offsets, monkeypatch, compiler):
-    monkeypatch.setenv("CC", compiler)
+@pytest.fixture
+def compilers(monkeypatch):
+    """Sets what is found on the path, and forgets what has been compiled."""
+
+    def only(*names: str) -> None:
+        monkeypatch.setattr(native, "_COMPILERS", names)
+        native._library.cache_clear()
+
+    yield only
     native._library.cache_clear()
+
+
+@pytest.mark.parametrize("asked", ["", "no-such-compiler", "true", "false"])
+def test_without_a_compiler_says_so_once_and_goes_on(offsets, monkeypatch, compilers, asked):
+    compilers()
+    monkeypatch.setenv("CC", asked)
     notes = []
     store = offsets.store(dtype="int8", compiled=True, progress=notes.append)
     gradients = offsets.gradients()
@@ -366,7 +379,29 @@ def test_without_a_compiler_says_so_once_and_goes_on(offsets, monkeypatch, compi
     store.combine(alphas_of(1), targets_like(offsets.states[0]))
     assert len(notes) == 1
     assert isinstance(notes[0], Noted)
-    assert compiler in notes[0].text
+    assert (asked or "missing") in notes[0].text
+
+
+def test_another_compiler_does_where_the_one_that_cc_names_does_not(monkeypatch, compilers):
+    compilers("cc")
+    monkeypatch.setenv("CC", "no-such-compiler --flag")
+    agree_with_sums(Native("int4"), *tiles_of("int4", 3, 2, 128))
+
+
+def test_a_compiler_that_hangs_is_ended_with_all_it_has_started(tmp_path, monkeypatch, compilers):
+    compilers()
+    hanging, child = tmp_path / "hanging", tmp_path / "child"
+    hanging.write_text(f"#!/bin/sh\nsleep 60 &\necho $! > {child}\nwait\n")
+    hanging.chmod(0o755)
+    monkeypatch.setenv("CC", str(hanging))
+    monkeypatch.setattr(native, "_PATIENCE", 0.5)
+    tiles, _ = tiles_of("float32", 3, 2, 128)
+    start = time.monotonic()
+    with pytest.raises(OSError, match="longer than"):
+        Native("float32").project(tiles, torch.zeros(2, 128))
+    assert time.monotonic() - start < 30
+    status = Path("/proc", child.read_text().strip(), "status")
+    assert not status.exists() or "zombie" in status.read_text()
 
 
 def test_float32_products_keep_six_digits_over_a_million_numbers(tmp_path):

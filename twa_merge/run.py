@@ -28,7 +28,7 @@ from .objective import Engine
 from .progress import Noted, Progress
 from .random_directions import RandomDirections, draw
 from .random_store import RandomStore
-from .resume import EvaluationLog
+from .resume import EvaluationLog, sample_of
 from .scoring import Jury
 from .store import Store, Work, exact_store, make_store
 from .subspace import root_mean_square
@@ -177,9 +177,9 @@ def fingerprint(
     choices: Choices,
 ) -> dict[str, Any]:
     """What the evaluations depend on; the number of processes is not part of it."""
-    files = [f.path for c in checkpoints for f in c.files]
+    files = dict.fromkeys(f.path for c in checkpoints for f in c.files)
     return {
-        "checkpoints": [[p.name, p.stat().st_size, p.stat().st_mtime_ns] for p in files],
+        "checkpoints": [[p.name, *sample_of(p)] for p in files],
         "task": task if isinstance(task, str) else type(task).__name__,
         "data": data,
         "examples": [len(splits.fit), len(splits.guard)],  # type: ignore[arg-type]

@@ -129,7 +129,8 @@ class _Reached(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, *outputs: Tensor) -> Tensor:
         ctx.zeros = [(x.shape, x.dtype, x.device) for x in outputs]
-        return loss.view_as(loss)
+        # Not a view: FSDP2 warns of those.
+        return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:

@@ -11,6 +11,7 @@ import functools
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 from ctypes import CDLL, c_float, c_int, c_ssize_t, c_void_p
@@ -36,6 +37,7 @@ class Native:
 
     Every tile is one thread's, so that sums do not depend on their number. The threads are
     OpenMP's, which torch works with as well: others would compete with those that it keeps ready.
+    As with torch, a process that was forked from one that had used them cannot.
 
     Raises (every method):
         OSError: no compiler works here, or what it made cannot be loaded.
@@ -67,12 +69,14 @@ class Native:
 
 
 def _place(numbers: Tensor) -> c_void_p:
+    assert numbers.dtype == torch.float32
     return c_void_p(numbers.data_ptr())
 
 
 def _offsets(tiles: Tiles) -> tuple[c_void_p, c_void_p]:
     assert tiles.data.is_contiguous()
-    return _place(tiles.data), c_void_p() if tiles.scales is None else _place(tiles.scales)
+    data = c_void_p(tiles.data.data_ptr())
+    return data, c_void_p() if tiles.scales is None else _place(tiles.scales)
 
 
 def _sizes(tiles: Tiles) -> tuple[c_ssize_t, c_ssize_t, c_ssize_t, c_int]:
@@ -87,8 +91,8 @@ def _library() -> CDLL:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         made = Path(folder, "native.so")
         reason = "cc, gcc and clang are missing"
-        for compiler in _compilers():
-            for wanted in _WANTED:
+        for wanted in _WANTED:
+            for compiler in _compilers():
                 failed = _compile([*compiler, *_FLAGS, *wanted], source, made)
                 if failed is None:
                     return CDLL(str(made))
@@ -97,22 +101,38 @@ def _library() -> CDLL:
 
 
 def _compilers() -> list[list[str]]:
-    """What CC names, or else whatever there is."""
-    if asked := shlex.split(os.environ.get("CC", "")):
-        return [asked]
-    return [[found] for name in _COMPILERS if (found := shutil.which(name))]
+    """What CC names, then whatever there is."""
+    asked = shlex.split(os.environ.get("CC", ""))
+    found = [[path] for name in _COMPILERS if (path := shutil.which(name))]
+    return [asked, *found] if asked else found
 
 
 def _compile(command: list[str], source: str, made: Path) -> str | None:
-    """Compiles ``source`` to the file ``made``; returns what was wrong."""
+    """Compiles ``source`` to the file ``made``; returns what was wrong.
+
+    Raises:
+        OSError: it takes for ever.
+    """
     command = [*command, "-x", "c", "-", "-o", str(made)]
     try:
-        done = subprocess.run(
-            command, input=source, capture_output=True, text=True, timeout=_PATIENCE, check=False
+        # In a group of its own, so that what a compiler has started ends with it.
+        process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
         )
-    except (OSError, subprocess.TimeoutExpired) as error:
+    except OSError as error:
         return str(error)
-    if done.returncode == 0:
+    with process:
+        try:
+            _, said = process.communicate(source, _PATIENCE)
+        except subprocess.TimeoutExpired as error:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise OSError(f"{command[0]} takes longer than {_PATIENCE:g} s") from error
+    if process.returncode == 0 and made.exists():
         return None
-    errors = done.stderr.strip().splitlines()
-    return next((line for line in errors if "error" in line), f"exit code {done.returncode}")
+    errors = [line for line in said.strip().splitlines() if "error" in line]
+    return errors[0] if errors else f"no library, and exit code {process.returncode}"

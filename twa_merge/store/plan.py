@@ -247,7 +247,12 @@ class _Planner:
             if (kind, dtype) not in tried and self.plan(plan.machine, kind, dtype).fits:
                 option = "" if kind == "disk" else f" --store-dtype {dtype}"
                 yield f"--store {kind}{option} fits."
-        yield "--activation-checkpointing and a smaller --batch-size lower what activations take."
+        if plan.machine.size > 1 or fewest is None:
+            yield "Layers are counted in float32: --precision bf16 gathers about half of that."
+        yield (
+            "What activations take comes on top; --activation-checkpointing and a smaller "
+            "--batch-size lower it."
+        )
 
     def _processes_for(self, wished: Plan) -> int | None:
         """The least doubling of the processes, on more nodes alike, with which ``wished`` fits."""
