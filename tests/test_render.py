@@ -191,7 +191,7 @@ def test_a_winner_by_a_metric_is_explained_by_it(train: dict[str, Any]) -> None:
 
 
 def test_few_examples_are_said_to_be_too_few(train: dict[str, Any]) -> None:
-    train["improvement"] |= {"certain": False, "examples": 3}
+    train["improvement"] |= {"certain": False, "enough": False, "examples": 3}
     assert "of 3 examples: too few, within noise." in " ".join(train_text(train).split())
 
 

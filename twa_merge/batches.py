@@ -36,7 +36,7 @@ class Batches:
         self.batch_size = batch_size
         self._dataset = dataset
         self._collate = collate_of(task)
-        self._seed = seed
+        self.seed = seed
         self._world = world
         self._cache: dict[tuple[int, ...], Any] = {}
         self._cached_bytes = 0
@@ -82,8 +82,8 @@ class Batches:
         # A dataset that augments at random must show the same examples in every evaluation.
         with user_code("read its dataset"), torch.random.fork_rng(devices=[]):
             state = random.getstate()
-            torch.manual_seed(self._seed + positions[0])
-            random.seed(self._seed + positions[0])
+            torch.manual_seed(self.seed + positions[0])
+            random.seed(self.seed + positions[0])
             try:
                 return self._collate([self._dataset[self.order[p]] for p in positions])
             finally:

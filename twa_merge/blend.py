@@ -28,7 +28,8 @@ def likelihoods(costs: Tensor) -> Tensor:
     means = costs.mean(1).nan_to_num(torch.inf)
     differences = costs - costs[means.argmin()]
     count = costs.shape[1]
-    error = differences.std(1, correction=int(count > 1)) / count**0.5
+    # One difference says nothing of its error.
+    error = differences.std(1) / count**0.5 if count > 1 else torch.full_like(means, torch.inf)
     z = torch.where(differences.eq(0.0).all(1), 0.0, differences.mean(1) / error)
     weights = torch.special.ndtr(-z).nan_to_num(0.0)
     return weights / weights.sum()

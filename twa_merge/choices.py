@@ -34,12 +34,22 @@ class Choices:
     out: OutputConfig = field(default_factory=OutputConfig)
 
 
-def require_compatible(fit: FitConfig) -> None:
-    """Checks the choices that random directions leave.
+def require_compatible(fit: FitConfig, candidates: str) -> None:
+    """Checks that choices of blocks go together with the others.
+
+    Args:
+        candidates: as ``GuardConfig`` has them.
 
     Raises:
-        ConfigError: blocks, or a span of checkpoints, were asked for as well.
+        ConfigError: blocks, or a span of checkpoints, were asked for as well; or a candidate by
+            block where there are no blocks.
     """
+    if fit.blocks == "global" and "twa-layers" in candidates.split(","):
+        raise ConfigError(
+            "There is no fit by block with one block for the whole model.",
+            expected="--blocks auto, tensors or layers, or other --candidates",
+            found=f"--blocks {fit.blocks} --candidates {candidates}",
+        )
     if parse_subspace(fit.subspace)[0] != "random":
         return
     if fit.blocks not in ("auto", "global"):

@@ -217,6 +217,9 @@ def _how_it_was_picked(document: Document, chosen: str) -> list[str]:
         return []
     if sortable(mine.get("guard_loss")) <= sortable(least.get("guard_loss")):
         return []
+    used = (document.get("data") or {}).get("guard_examples_used")
+    if mine.get("selection_examples") == used:
+        return []  # nothing but the guard split counted
     loss = figure(mine["selection_loss"], decimals([row.get("selection_loss") for row in rows]))
     return [
         f"{chosen} was picked by its loss on {mine['selection_examples']} examples, {loss}: the "
@@ -272,7 +275,7 @@ def _sentence(chosen: str, improvement: Document, selected: str | None) -> str:
     if low is None or high is None:
         return f"{text}."
     text += f" (95 % interval {span((low, high), places)})"
-    if low > 0 and improvement.get("certain") is False:
+    if (low > 0 or high < 0) and improvement.get("enough") is False:
         return f"{text}, of {improvement['examples']} examples: too few, within noise."
     return f"{text}." if low > 0 or high < 0 else f"{text}: within noise."
 

@@ -50,7 +50,7 @@ def first_order(
     trace: list[tuple[int, float]] = []
     path: list[Tensor] = []
     best = math.inf
-    order = random.Random(0)
+    order = random.Random(batches.seed)
     for step in range(steps):
         if step % len(parts) == 0:
             order.shuffle(parts)
@@ -66,9 +66,9 @@ def first_order(
         optimizer.step()
         if step % len(parts) == len(parts) - 1:
             path.append(y.detach() / scale)
-    last = trace[-len(parts) :]
+    last, z = trace[-len(parts) :], y.detach() / scale
     mean = sum(loss for _, loss in last) / max(1, len(last))
-    return FitResult(y.detach() / scale, mean, trace, True, path)
+    return FitResult(z, mean if bool(z.isfinite().all()) else math.inf, trace, True, path)
 
 
 def _gradient(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -91,7 +92,9 @@ def _candidate_row(item: Scored, n: int, blocks: Blocks, seed: int) -> dict[str,
 
     Its coefficients are those of the n checkpoints; random directions are in ``coefficients``.
     """
-    low, high = bootstrap_interval(item.guard, seed)
+    # A single loss has no interval.
+    alone = len(item.guard) < 2
+    low, high = (math.nan, math.nan) if alone else bootstrap_interval(item.guard, seed)
     row: dict[str, Any] = {
         "name": item.name,
         "coefficients": coefficient_values(item.candidate.alphas[:, :n].numpy(), blocks),
@@ -120,6 +123,7 @@ def _improvement_row(found: Improvement) -> dict[str, Any]:
         "mean": finite(found.mean),
         "ci95": [finite(found.low), finite(found.high)],
         "certain": found.certain,
+        "enough": found.enough,
         "examples": found.examples,
     }
 

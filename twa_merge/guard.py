@@ -68,10 +68,11 @@ def finite_mean(losses: Tensor) -> float:
 def first_unless_beaten(variants: Sequence[Scored], select: str) -> Scored:
     """The first of one candidate's variants, or one that beats it by two standard errors.
 
-    The least of several means on a small guard split is luck more often than not.
+    The least of several means on a small guard split is luck more often than not, and the error of
+    very few differences is itself a guess.
     """
     beating = [variants[0]]
-    for other in variants[1:]:
+    for other in variants[1:] if len(variants[0].guard) >= _FEWEST else ():
         gain, error = paired(variants[0].cost_of(select), other.cost_of(select))
         if gain > 2.0 * error:
             beating.append(other)
@@ -104,8 +105,13 @@ class Improvement:
     examples: int
 
     @property
+    def enough(self) -> bool:
+        """Whether there are examples enough for the interval to mean anything."""
+        return self.examples >= _FEWEST
+
+    @property
     def certain(self) -> bool:
-        return self.low > 0.0 and self.examples >= _FEWEST
+        return self.low > 0.0 and self.enough
 
 
 def pick(scored: Sequence[Scored], select: str) -> Scored:

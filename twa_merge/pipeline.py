@@ -92,7 +92,7 @@ def merge(
     clock, target = Clock(), Path(output)
     with clock.part("open"):
         parse_families(choices.guard.candidates)
-        require_compatible(choices.fit)
+        require_compatible(choices.fit, choices.guard.candidates)
         found = open_checkpoints(checkpoints, choices.selection)
         layout = make_layout(several(found))
         require_directions(choices.fit, len(found), layout)
@@ -197,5 +197,10 @@ def _documents(
         return files
     plane = landscape(run.fitter, fitted[0], verdict.shown, run.progress)
     if run.world.is_zero:
-        files["report.html"] = html_report(document, plane)
+        try:
+            files["report.html"] = html_report(document, plane)
+        except Exception as error:
+            # An installation that cannot draw must not cost the merge.
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            run.progress(Noted(f"No report.html: it could not be drawn: {reason}"))
     return files

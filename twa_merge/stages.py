@@ -45,6 +45,13 @@ def train_stages(run: Run) -> list[Fitted]:
         if run.layers is not None:
             folds = fitted[1].path.folds if fitted[1].path else None
             fitted.append(_by_block(run, "layers", fitted[0], run.layers, folds))
+    elif run.choices.fit.blocks in ("layers", "tensors") and "twa-layers" in wanted:
+        run.progress(
+            Noted(
+                f"--blocks {run.choices.fit.blocks}: the model has no layers to tell apart, so one "
+                "set of coefficients is trained for all of it."
+            )
+        )
     for stage in fitted:
         if not math.isfinite(stage.result.loss):
             run.progress(Noted(_given_up(stage)))

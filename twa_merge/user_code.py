@@ -22,6 +22,10 @@ _NOT_THE_USERS = (
 )
 
 
+# What torch says of batch norm in training on a batch of one.
+_ALONE = "more than 1 value per channel"
+
+
 @contextmanager
 def user_code(doing: str, *, expected: str | None = None) -> Iterator[None]:
     """Turns an exception of the user's task into an error that says where it came from.
@@ -32,6 +36,14 @@ def user_code(doing: str, *, expected: str | None = None) -> Iterator[None]:
     with blamed(f"The task failed to {doing}.", expected=expected):
         try:
             yield
+        except ValueError as error:
+            if _ALONE not in str(error):
+                raise
+            raise TaskError(
+                "Batch norm cannot normalise a single example.",
+                expected="two examples in a batch, or more",
+                remedy="a --batch-size of 2 or more, and as many examples to fit",
+            ) from error
         except torch.OutOfMemoryError as error:
             raise TaskError(
                 "The device ran out of memory.",

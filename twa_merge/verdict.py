@@ -116,7 +116,7 @@ class _HeldOut:
     """
 
     def __init__(self, run: Run, fitted: Sequence[Fitted], soups: _Soups | None) -> None:
-        self._fitter = run.fitter
+        self._fitter, self._jury = run.fitter, run.jury
         # A metric other than the loss is known on the guard split alone, and so are exact losses
         # where the fit's store rounds.
         known = run.choices.guard.select == "loss" and run.jury.engine is run.engine
@@ -142,18 +142,25 @@ class _HeldOut:
         """Its coefficients without each fold; what has not been fitted stays as it is."""
         return self._alphas.get(candidate.name) or [candidate.alphas] * len(self.parts)
 
-    def losses(self, candidate: Candidate) -> Tensor:
+    def losses(self, item: Scored) -> Tensor:
         """Its losses on the parts, one after the other, (M,)."""
-        if candidate.name in self._losses:
+        candidate, mode = item.candidate, item.batch_norm
+        if candidate.name in self._losses and mode is None:
             return self._losses[candidate.name]
         if candidate.name in self._alphas:
-            return self.measured(self._alphas[candidate.name])
-        return self._fitter.losses(candidate.alphas, [p for part in self.parts for p in part])
+            return self.measured(self._alphas[candidate.name], mode)
+        return self._losses_of(candidate.alphas, [p for part in self.parts for p in part], mode)
 
-    def measured(self, alphas: Sequence[Tensor]) -> Tensor:
+    def measured(self, alphas: Sequence[Tensor], mode: str | None) -> Tensor:
         """Losses on the parts with other coefficients for each, (M,)."""
         found = zip(alphas, self.parts, strict=True)
-        return torch.cat([self._fitter.losses(a, part) for a, part in found])
+        return torch.cat([self._losses_of(a, part, mode) for a, part in found])
+
+    def _losses_of(self, alphas: Tensor, chosen: Sequence[int], mode: str | None) -> Tensor:
+        """As it would be written: the fit's own losses normalise by the statistics of batches."""
+        if mode is None:
+            return self._fitter.losses(alphas, chosen)
+        return self._jury.losses(alphas, mode, chosen)
 
 
 def _cross_validate(run: Run, scored: Sequence[Scored], held_out: _HeldOut) -> None:
@@ -164,7 +171,7 @@ def _cross_validate(run: Run, scored: Sequence[Scored], held_out: _HeldOut) -> N
     """
     run.progress(Started("Comparing them on held-out fit examples", len(scored), "candidates"))
     for item in scored:
-        item.unseen = held_out.losses(item.candidate)
+        item.unseen = held_out.losses(item)
         run.progress(Advanced())
 
 
@@ -182,7 +189,7 @@ def _blend(run: Run, shown: Sequence[Scored], held_out: _HeldOut, cost: float) -
     item = run.jury.score(Candidate("blend", alphas, 10, cost, parts))
     if held_out.parts:
         without = zip(*(held_out.alphas(c) for c in candidates), strict=True)
-        item.unseen = held_out.measured([blended(weights, a) for a in without])
+        item.unseen = held_out.measured([blended(weights, a) for a in without], item.batch_norm)
     return [item]
 
 
