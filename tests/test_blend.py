@@ -47,9 +47,9 @@ def test_equal_candidates_share():
     assert likelihoods(costs).tolist() == [0.25] * 4
 
 
-def test_one_example_tells_the_best_and_nothing_more():
-    costs = torch.tensor([[1.0], [0.5], [0.7]], dtype=torch.float64)
-    assert likelihoods(costs).tolist() == [0.0, 1.0, 0.0]
+def test_one_example_tells_nothing():
+    costs = torch.tensor([[1.0], [0.5], [math.inf], [0.7]], dtype=torch.float64)
+    assert likelihoods(costs).tolist() == [1 / 3, 1 / 3, 0.0, 1 / 3]
 
 
 def test_the_same_model_under_two_names_counts_once():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import sys
 
 import pytest
 import torch
@@ -383,6 +384,28 @@ def test_the_newest_statistics_are_written_as_they_are_saved(tmp_path):
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "were taken from the newest checkpoint" in card
     assert "come out averaged that way" in card
+
+
+def test_matplotlib_that_cannot_be_imported_costs_the_picture_alone(tmp_path, monkeypatch):
+    broken = tmp_path / "site" / "matplotlib"
+    broken.mkdir(parents=True)
+    (broken / "__init__.py").write_text("raise AttributeError('_ARRAY_API not found')\n")
+    for name in [name for name in sys.modules if name.partition(".")[0] == "matplotlib"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    task, _, run, out = make(tmp_path)
+    said = []
+    fit = FitConfig(blocks="global", ridge=0.1, max_evaluations=2)
+    merge([run], task, out, fit=fit, progress=said.append)
+    assert (out / "model.safetensors").exists()
+    assert not (out / "report.html").exists()
+    assert any("_ARRAY_API not found" in event.text for event in said if isinstance(event, Noted))
+
+
+def test_without_held_out_folds_nothing_is_said_of_any(tmp_path):
+    task, _, run, out = make(tmp_path, n=6)
+    merge([run], task, out, fit=FitConfig(blocks="global", ridge=0.1, max_evaluations=2))
+    assert "held out in turn" not in (out / "README.md").read_text()
 
 
 def test_an_earlier_merge_in_the_run_folder_is_no_checkpoint(tmp_path):

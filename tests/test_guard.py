@@ -149,8 +149,10 @@ def test_statistics_change_hands_only_for_a_certain_gain():
     assert first_unless_beaten([first, lucky, better], "loss").name == "better"
     assert first_unless_beaten([ruined, lucky], "loss").name == "lucky"
     # One example says nothing about how certain its difference is.
-    one = [scored("first", base[:1], 0), scored("other", base[:1] - 1.0, 0)]
-    assert first_unless_beaten(one, "loss").name == "first"
+    for few in (1, 2, 5):
+        less = base[:few] - 1.0 - 1e-3 * base[:few]
+        variants = [scored("first", base[:few], 0), scored("other", less, 0)]
+        assert first_unless_beaten(variants, "loss").name == "first"
 
 
 def test_paired_differences():

@@ -13,9 +13,9 @@ from torch import nn
 from twa_merge import merge
 from twa_merge.batches import Batches
 from twa_merge.checkpoints import open_checkpoints
-from twa_merge.config import FitConfig, StoreConfig
+from twa_merge.config import DataConfig, FitConfig, GuardConfig, StoreConfig
 from twa_merge.distributed import World
-from twa_merge.errors import TaskError
+from twa_merge.errors import ConfigError, TaskError
 from twa_merge.fit import Fitter
 from twa_merge.ingest import ingest
 from twa_merge.layout import global_block, make_layout, tensor_blocks
@@ -270,6 +270,58 @@ def test_no_example_is_left_alone_with_batch_norm(tmp_path, optimizer, examples)
     assert [len(part) for part in batches.parts(range(97))] == [32, 32, 33]
     assert [len(part) for part in batches.parts(range(98))] == [32, 32, 32, 2]
     assert [len(part) for part in batches.parts(range(1))] == [1]
+
+
+def test_statistics_of_few_examples_are_not_trusted_and_candidates_judged_as_written(tmp_path):
+    task = Normed(examples=44)
+    save_run(tmp_path / "run", task.states(4))
+    document = merge([tmp_path / "run"], task, tmp_path / "out")
+    rows = {row["name"]: row for row in document["candidates"]}
+    assert {row["batch_norm"] for row in rows.values()} == {"average"}
+    # With all four folds the evidence is the loss of all examples, by the statistics as saved.
+    assert rows["last"]["selection_examples"] == 44
+    model = task.build_model().eval()
+    model.load_state_dict(task.states(4)[-1])
+    own = float(task.loss(model, (task.x, task.y)).detach().double().mean())
+    assert rows["last"]["selection_loss"] == pytest.approx(own, rel=1e-5)
+
+
+def test_a_batch_of_one_with_batch_norm_is_said(tmp_path):
+    task = Normed(examples=20)
+    save_run(tmp_path / "run", task.states(4))
+    with pytest.raises(TaskError, match="cannot normalise a single example") as error:
+        merge([tmp_path / "run"], task, tmp_path / "out", data_config=DataConfig(batch_size=1))
+    assert "--batch-size" in error.value.details["what to do"]
+
+
+@pytest.mark.parametrize("blocks", ["layers", "tensors"])
+def test_blocks_of_a_model_that_has_none_are_said(tmp_path, blocks):
+    task = LinearTask()
+    task.build_model = lambda: nn.Sequential(nn.Linear(task.inputs, task.outputs, bias=False))
+    save_run(tmp_path / "run", [{"0.weight": s["0.weight"]} for s in task.states(4)])
+    said: list[object] = []
+    fit = FitConfig(blocks=blocks, ridge=0.1, max_evaluations=2)
+    merge([tmp_path / "run"], task, tmp_path / "out", fit=fit, progress=said.append)
+    notes = [event.text for event in said if isinstance(event, Noted)]
+    assert any(f"--blocks {blocks}: the model has no layers" in note for note in notes)
+    with pytest.raises(ConfigError, match="no fit by block"):
+        merge(
+            [tmp_path / "run"],
+            task,
+            tmp_path / "other",
+            fit=FitConfig(blocks="global"),
+            guard=GuardConfig(candidates="last,twa-layers"),
+        )
+
+
+def test_a_last_step_to_nowhere_ends_in_another_candidate(tmp_path):
+    task = LinearTask()
+    save_run(tmp_path / "run", task.states(4))
+    fit = FitConfig(optimizer="adamw", lr=1e200, weight_decay=1e200, epochs=1)
+    document = merge(
+        [tmp_path / "run"], task, tmp_path / "out", fit=fit, data_config=DataConfig(batch_size=512)
+    )
+    assert all(math.isfinite(row["guard_loss"]) for row in document["candidates"])
 
 
 def test_a_learning_rate_that_is_too_high_is_said_and_ends_in_another_candidate(tmp_path):
