@@ -402,12 +402,6 @@ def test_matplotlib_that_cannot_be_imported_costs_the_picture_alone(tmp_path, mo
     assert any("_ARRAY_API not found" in event.text for event in said if isinstance(event, Noted))
 
 
-def test_without_held_out_folds_nothing_is_said_of_any(tmp_path):
-    task, _, run, out = make(tmp_path, n=6)
-    merge([run], task, out, fit=FitConfig(blocks="global", ridge=0.1, max_evaluations=2))
-    assert "held out in turn" not in (out / "README.md").read_text()
-
-
 def test_an_earlier_merge_in_the_run_folder_is_no_checkpoint(tmp_path):
     _, states, run, _ = make(tmp_path)
     for _ in range(2):

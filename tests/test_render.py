@@ -172,6 +172,9 @@ def test_a_winner_that_the_guard_split_alone_would_not_pick_is_explained(
     text = " ".join(train_text(train).split())
     assert "twa was picked by its loss on 96 examples, 1.2500" in text
     assert "On the guard split alone the uniform mean is best." in text
+    # Without a cross-validation nothing but the guard split counted.
+    train["data"]["guard_examples_used"] = 96
+    assert "held out in turn" not in train_text(train)
 
 
 def test_a_winner_by_a_metric_is_explained_by_it(train: dict[str, Any]) -> None:
