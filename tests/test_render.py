@@ -116,6 +116,7 @@ def test_a_long_list_of_candidates_is_cut_but_keeps_the_named_ones(train: dict[s
 
 
 def test_the_verdict_is_in_plain_words(train: dict[str, Any]) -> None:
+    assert "The best single checkpoint is checkpoint-250." in " ".join(train_text(train).split())
     sentence = "twa is better than the best single checkpoint by 0.0616 (95 % interval 0.0571 to"
     assert sentence in train_text(train)
     train["improvement"] |= {"mean": 0.0003, "ci95": [-0.001, 0.0015]}

@@ -199,10 +199,25 @@ def verdict(document: Document) -> list[str]:
     if len(others) < len(found) and chosen in ("last", "best_single"):
         said.insert(0, f"No candidate beat {spoken(chosen)}.")
     said = said or [f"{spoken(chosen)} was written."]
+    said += _which_single(document, [i["over"] for i in others])
     said += _how_it_was_picked(document, chosen) + _what_it_is_made_of(document, chosen)
     if source := statistics_source(document):
         said.append(f"Its running statistics of batch norm were {source}.")
     return [_capital(sentence) for sentence in said]
+
+
+def _which_single(document: Document, compared: Sequence[str]) -> list[str]:
+    """Which checkpoint the best single one is, where the winner was compared with it.
+
+    It is picked as the others are, so that on the guard split alone another may be ahead of it.
+    """
+    rows = document.get("candidates") or []
+    row: Document = next((c for c in rows if c["name"] == "best_single"), {})
+    values = next(iter(_by_block(row.get("coefficients")).values()), [])
+    labels = checkpoint_labels(document.get("checkpoints") or [])
+    if "best_single" not in compared or len(values) != len(labels) or 1.0 not in values:
+        return []
+    return [f"The best single checkpoint is {labels[values.index(1.0)]}."]
 
 
 def _how_it_was_picked(document: Document, chosen: str) -> list[str]:
