@@ -326,9 +326,9 @@ def test_fast_kernels_agree_with_eager_ones(offsets, dtype):
     assert notes == []
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int4"])
-def test_torch_compile_takes_the_expressions(dtype):
+def test_torch_compile_takes_the_expressions():
     """Those for GPUs, compiled for this CPU."""
+    dtype = "int4"
     compiled = Fused(dtype, torch.device("cpu"))
     agree_with_sums(compiled, *tiles_of(dtype, 3, 9, tile_width(dtype)))
     tiles, numbers = tiles_of(dtype, 3, 5, tile_width(dtype))
