@@ -148,28 +148,29 @@ def test_a_file_that_is_lost_in_mid_run_ends_all_ranks_and_can_be_brought_back(t
     assert "evaluations are known" in said
 
 
+def signalled(folder: Path, signum: signal.Signals) -> tuple[int, str]:
+    """Exit code and errors of two processes, the second of which gets a signal in mid-run."""
+    train(folder / "run")
+    process = start(1, folder / "m", "--nproc", 2)
+    wait_for_evaluations(process, folder / "m", 3)
+    ranks_of(psutil.Process(process.pid))[1].send_signal(signum)
+    _, said = process.communicate(timeout=120)
+    assert f"continues from {folder / 'm.partial'}" in said
+    return process.returncode, said
+
+
 def test_a_killed_rank_is_not_blamed_on_the_task(tmp_path):
     """The other rank is in the middle of the task's loss, waiting for rows of the dead one."""
-    train(tmp_path / "run")
-    process = start(1, tmp_path / "m", "--nproc", 2)
-    wait_for_evaluations(process, tmp_path / "m", 3)
-    ranks_of(psutil.Process(process.pid))[1].send_signal(signal.SIGKILL)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 1
+    code, said = signalled(tmp_path, signal.SIGKILL)
+    assert code == 1
     assert "The task" not in said
     assert said.count("was killed by SIGKILL") == 1
-    assert f"continues from {tmp_path / 'm.partial'}" in said
 
 
 def test_a_rank_that_is_told_to_stop_ends_all_with_one_message_and_no_warnings(tmp_path):
-    train(tmp_path / "run")
-    process = start(1, tmp_path / "m", "--nproc", 2)
-    wait_for_evaluations(process, tmp_path / "m", 3)
-    ranks_of(psutil.Process(process.pid))[1].send_signal(signal.SIGTERM)
-    _, said = process.communicate(timeout=120)
-    assert process.returncode == 130
+    code, said = signalled(tmp_path, signal.SIGTERM)
+    assert code == 130
     assert said.count("was told to stop") == 1
-    assert f"continues from {tmp_path / 'm.partial'}" in said
     assert "Warning" not in said
 
 

@@ -76,7 +76,10 @@ class Offsets:
 
     def gradients(self, seed: int = 1) -> dict[str, Tensor]:
         generator = torch.Generator().manual_seed(seed)
-        return {k: torch.randn(s.shape, generator=generator) for k, s in self.states[0].items()}
+        return {
+            k: torch.randn(s.shape, generator=generator, dtype=torch.float32)
+            for k, s in self.states[0].items()
+        }
 
     def projected(self, delta, gradients) -> Tensor:
         return torch.stack([delta[k] @ gradients[k].double().flatten() for k in self.blocks.names])
@@ -136,9 +139,8 @@ def close(found: Tensor, expected: Tensor, tolerance: float) -> None:
     assert float((found - expected).norm()) <= tolerance * float(expected.norm())
 
 
-@pytest.mark.parametrize("dtype", WIDTHS)
-def test_project_and_combine_in_every_width(offsets, dtype):
-    store = offsets.store(dtype=dtype)
+def project_and_combine(offsets, store, dtype: str) -> None:
+    """A store against float64, block by block and tensor by tensor."""
     delta, gradients = kept(offsets, dtype), offsets.gradients()
     found, expected = store.project(gradients), offsets.projected(delta, gradients)
     assert found.dtype == torch.float64
@@ -148,6 +150,11 @@ def test_project_and_combine_in_every_width(offsets, dtype):
     store.combine(alphas, targets)
     for name, target in targets.items():
         close(target.flatten().double(), offsets.combined(delta, alphas, name), 1e-6)
+
+
+@pytest.mark.parametrize("dtype", WIDTHS)
+def test_project_and_combine_in_every_width(offsets, dtype):
+    project_and_combine(offsets, offsets.store(dtype=dtype), dtype)
 
 
 @pytest.fixture(params=[torch.float64, torch.bfloat16])
@@ -161,13 +168,7 @@ def default_dtype(request):
 @pytest.mark.parametrize("compiled", [True, False])
 @pytest.mark.parametrize("dtype", WIDTHS)
 def test_torch_may_default_to_another_dtype(offsets, default_dtype, dtype, compiled):
-    store, delta = offsets.store(dtype=dtype, compiled=compiled), kept(offsets, dtype)
-    gradients = {k: torch.randn(s.shape, dtype=torch.float32) for k, s in offsets.states[0].items()}
-    close(store.project(gradients), offsets.projected(delta, gradients), 4e-6)
-    alphas, targets = alphas_of(len(offsets.blocks)), targets_like(offsets.states[0])
-    store.combine(alphas, targets)
-    for name, target in targets.items():
-        close(target.flatten().double(), offsets.combined(delta, alphas, name), 1e-6)
+    project_and_combine(offsets, offsets.store(dtype=dtype, compiled=compiled), dtype)
 
 
 @pytest.mark.parametrize("dtype", WIDTHS)

@@ -44,7 +44,7 @@ def require_compatible(fit: FitConfig, candidates: str) -> None:
         ConfigError: blocks, or a span of checkpoints, were asked for as well; or a candidate by
             block where there are no blocks.
     """
-    if fit.blocks == "global" and "twa-layers" in candidates.split(","):
+    if fit.blocks == "global" and "twa-layers" in candidates:
         raise ConfigError(
             "There is no fit by block with one block for the whole model.",
             expected="--blocks auto, tensors or layers, or other --candidates",

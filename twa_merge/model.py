@@ -182,20 +182,18 @@ def build(
     names = match_names(module, layout, renamed_by(task, module, layout))
     require_cover(module, names, layout)
     for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+    for tensor in (*module.parameters(), *module.buffers()):
         # The store and FSDP2 take numbers in order, not channels last.
-        wide = parameter.data.float() if parameter.is_floating_point() else parameter.data
-        parameter.data = wide.contiguous()
+        tensor.data = tensor.data.contiguous()
     if activation_checkpointing:
         checkpoint_activations(module, task)
     whole = None
     if meta or precision == "bf16":
         whole = shard(module, task, world, precision, reshard=not once)
     module._apply(
-        lambda t: (
-            torch.empty_like(t, device=world.device)
-            if t.is_meta
-            else t.to(world.device).contiguous()
-        )
+        lambda t: torch.empty_like(t, device=world.device) if t.is_meta else t.to(world.device)
     )
     module.eval()
     live = LiveModel(module, names, layout, whole=whole, gathered_once=once)

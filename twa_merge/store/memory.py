@@ -143,9 +143,9 @@ class MemoryStore:
                 compiled = worth_compiling(numbers, self._device)
             for dtype in {held.dtype for held in self._held.values()}:
                 # Rows too short to be packed are few: not worth the compiler's time.
-                fused = compiled and dtype == self._dtype
+                fast = compiled and dtype == self._dtype
                 self._kernels[dtype] = Kernels(
-                    dtype, self._device, compiled=fused, progress=self._progress
+                    dtype, self._device, compiled=fast, progress=self._progress
                 )
 
     def _complete(self, name: str, numel: int) -> Held:
