@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 
 from twa_merge.optimize import lbfgs, schedule_factor
@@ -40,6 +41,33 @@ def test_the_limit_of_evaluations_is_kept_and_the_best_point_returned():
     assert not result.converged
     assert result.loss == min(loss for _, loss in result.trace)
     assert function(result.z)[0] == result.loss
+
+
+def test_what_is_known_under_one_ridge_saves_an_evaluation_under_the_next():
+    plain, _ = quadratic()
+
+    def ridged(ridge):
+        def function(z):
+            loss, gradient = plain(z)
+            return loss + ridge / 2 * float(z @ z), gradient + ridge * z
+
+        return function
+
+    strong = lbfgs(ridged(0.1), zeros(20), max_evaluations=6, tolerance=0.0, ridge=0.1)
+    known = strong.with_ridge(0.01)
+    loss, gradient = ridged(0.01)(strong.z)
+    assert known is not None
+    assert known[0] == pytest.approx(loss, rel=1e-13)
+    torch.testing.assert_close(known[1], gradient, rtol=1e-12, atol=1e-12)
+
+    told, asked = (
+        lbfgs(
+            ridged(0.01), strong.z, max_evaluations=6, tolerance=0.0, ridge=0.01, at_start=at_start
+        )
+        for at_start in (known, None)
+    )
+    assert [len(told.trace), len(asked.trace)] == [5, 6]
+    torch.testing.assert_close(told.z, asked.z, rtol=1e-9, atol=1e-9)
 
 
 def test_a_wall_of_nan_is_backed_away_from():

@@ -223,12 +223,12 @@ class Fitter:
         train, unseen = fold_of(path.size, fold)
         z = torch.zeros(chart.size, dtype=torch.float64)
         path.add(math.inf, z, self.losses(chart.alphas(z), unseen))
+        stage, limit, end = f"{name}/fold{fold}", _PATH_EVALUATIONS, None
         for ridge in path.ridges:
             if path.hopeless(ridge):
                 break
-            stage = f"{name}/fold{fold}"
-            z = self._minimise(stage, chart, train, ridge, z, _PATH_EVALUATIONS, _PATH_TOLERANCE).z
-            path.add(ridge, z, self.losses(chart.alphas(z), unseen))
+            end = self._minimise(stage, chart, train, ridge, end or z, limit, _PATH_TOLERANCE)
+            path.add(ridge, end.z, self.losses(chart.alphas(end.z), unseen))
 
     def _minimise(
         self,
@@ -236,10 +236,15 @@ class Fitter:
         chart: Chart,
         chosen: Sequence[int],
         ridge: float,
-        start: Tensor,
+        start: Tensor | FitResult,
         limit: int,
         tolerance: float,
     ) -> FitResult:
+        """Fits the chosen examples.
+
+        Args:
+            start: coordinates, or where a fit of the same examples with another ridge ended.
+        """
         objective = Objective(self.engine, chart, self.batches, chosen, ridge)
         share = len(chosen) / self.limit
         function = self.log.answer(f"{name}/ridge{ridge:g}", chart, objective)
@@ -249,13 +254,15 @@ class Fitter:
             self._number += 1
             self.progress(Evaluated(self._number, loss, best))
 
+        known = start.with_ridge(ridge) if isinstance(start, FitResult) else None
         return lbfgs(
             function,
-            start,
+            start.z if isinstance(start, FitResult) else start,
             max_evaluations=limit,
             tolerance=tolerance,
             ridge=ridge,
             observe=observe,
+            at_start=known,
         )
 
     def _first_order(self, name: str, chart: Chart) -> FitResult:

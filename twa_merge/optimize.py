@@ -23,6 +23,8 @@ class FitResult:
         trace: (evaluation, loss) of every evaluation, in order; non-finite losses as they came.
         converged: whether the optimizer stopped by itself rather than at its limit.
         path: the points at which the best loss so far was improved.
+        ridge: that the objective held.
+        gradient: of the objective at ``z``, (size,) float64; None where it is not known.
     """
 
     z: Tensor
@@ -30,6 +32,15 @@ class FitResult:
     trace: list[tuple[int, float]]
     converged: bool
     path: list[Tensor] = field(default_factory=list)
+    ridge: float = 0.0
+    gradient: Tensor | None = None
+
+    def with_ridge(self, ridge: float) -> tuple[float, Tensor] | None:
+        """Loss and gradient of the objective at ``z`` if its ridge were another one."""
+        if self.gradient is None:
+            return None
+        more = ridge - self.ridge
+        return self.loss + more / 2 * float(self.z @ self.z), self.gradient + more * self.z
 
 
 class _Stop(Exception):
@@ -42,11 +53,13 @@ class _Recorder:
 
     function: Function
     limit: int
+    ridge: float
     observe: Callable[[int, float, float], None]
     best: float = math.inf
     z: Tensor = field(default_factory=lambda: torch.zeros(0, dtype=torch.float64))
     trace: list[tuple[int, float]] = field(default_factory=list)
     path: list[Tensor] = field(default_factory=list)
+    gradient: Tensor | None = None
 
     def __call__(self, z: Tensor) -> tuple[float, Tensor]:
         if len(self.trace) >= self.limit:
@@ -60,14 +73,17 @@ class _Recorder:
             self.observe(len(self.trace), loss, self.best)
             return self.best + 1e3 * (1.0 + abs(self.best)), torch.zeros_like(z)
         if loss < self.best:
-            self.best, self.z = loss, z.clone()
-            self.path.append(self.z)
+            self.take(z, loss, gradient)
         self.observe(len(self.trace), loss, self.best)
         return loss, gradient
 
+    def take(self, z: Tensor, loss: float, gradient: Tensor) -> None:
+        self.best, self.z, self.gradient = loss, z.clone(), gradient.clone()
+        self.path.append(self.z)
+
     def result(self, start: Tensor, converged: bool) -> FitResult:
         z = self.z if self.path else start
-        return FitResult(z, self.best, self.trace, converged, self.path)
+        return FitResult(z, self.best, self.trace, converged, self.path, self.ridge, self.gradient)
 
 
 def ignore(number: int, loss: float, best: float) -> None:
@@ -82,6 +98,7 @@ def lbfgs(
     tolerance: float,
     ridge: float = 0.0,
     observe: Callable[[int, float, float], None] = ignore,
+    at_start: tuple[float, Tensor] | None = None,
 ) -> FitResult:
     """Full-batch L-BFGS with strong-Wolfe line search (Nocedal and Wright, algorithm 7.5).
 
@@ -93,8 +110,9 @@ def lbfgs(
         function: z (size,) float64 → loss and gradient (size,) float64.
         tolerance: stops when an iteration lowers the loss by less than this share of it.
         ridge: that the function holds, a least curvature.
+        at_start: loss and gradient at the start where they are known, one of the evaluations.
     """
-    record = _Recorder(function, max_evaluations, observe)
+    record = _Recorder(function, max_evaluations - (at_start is not None), ridge, observe)
     if start.numel() == 0:
         with contextlib.suppress(_Stop):
             record(start)
@@ -111,6 +129,9 @@ def lbfgs(
         line_search_fn="strong_wolfe",
     )
     known: dict[tuple[float, ...], tuple[float, Tensor]] = {}
+    if at_start is not None:
+        record.take(start, *at_start)
+        known[tuple(start.tolist())] = at_start
 
     def closure() -> Tensor:
         # Each call of step() asks again for the point that the line search ended at.
