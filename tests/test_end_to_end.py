@@ -469,10 +469,20 @@ def test_layers_are_tried_beside_tensors(tmp_path):
     assert of_block["0.weight"] == of_block["0.bias"]
     assert of_block["3.weight"] == of_block["3.bias"]
     assert of_block["0.weight"] != of_block["3.weight"]
-    # One of the two takes part in the choice: twice as many votes would be for the same thing.
-    blend = next(c for c in document["candidates"] if c["name"] == "blend")
-    assert len([name for name in blend["blend_of"] if name.startswith("twa-")]) == 1
-    assert blend["cost"] == pytest.approx(sum(spent), abs=0.02)
+    # Both take part as one: twice as many votes would be for the same thing.
+    rows = {c["name"]: c for c in document["candidates"]}
+    mixed = rows["twa-blocks"]
+    weights = mixed["blend_of"]
+    assert sorted(weights) == ["twa-layers", "twa-tensors"]
+    assert sum(weights.values()) == pytest.approx(1.0)
+    for block, values in mixed["coefficients"].items():
+        parts = [[w * a for a in rows[k]["coefficients"][block]] for k, w in weights.items()]
+        assert values == pytest.approx([sum(p) for p in zip(*parts, strict=True)], abs=1e-6)
+    assert mixed["cost"] == rows["blend"]["cost"] == pytest.approx(sum(spent), abs=0.02)
+    shares = rows["blend"]["blend_of"]
+    assert sum(shares.values()) == pytest.approx(1.0)
+    ratio = weights["twa-layers"] / weights["twa-tensors"]
+    assert shares["twa-layers"] / shares["twa-tensors"] == pytest.approx(ratio)
 
 
 class TwoLayers(LinearTask):

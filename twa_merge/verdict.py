@@ -3,29 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .blend import blended, distinct, likelihoods
-from .candidates import Candidate, fixed, greedy, parse_families, single
+from .candidates import Candidate, fixed, parse_families, single
 from .errors import ConfigError, TaskError
 from .fit import Fitted
 from .guard import Improvement, Scored, finite_mean, improvement, pick, stands
+from .held_out import HeldOut, Soups
 from .progress import Advanced, Started
-from .ridge import fold_of
 from .run import Run
 
-# A greedy soup takes 2n evaluations; on more examples it would cost more than the fit. Three
-# quarters of these are the 128 that are left without a fold.
-_GREEDY_EXAMPLES = 171
-# A blend so much of which is one candidate is that candidate: the rest would dilute it.
+# A mixture so much of which is one candidate is that candidate: the rest would dilute it.
 _ALONE = 0.9
-# What the names of stages by layer and by tensor begin with.
+# What the names of stages by layer and by tensor begin with, and the mixture of both.
 _BY_BLOCK = "twa-"
+_MIXED = "twa-blocks"
 
 
 @dataclass
@@ -34,7 +31,7 @@ class Verdict:
 
     Attributes:
         shown: the best of each family, with fit and test losses; of stages by layer and by tensor
-            both, although only the better one of them took part in the choice.
+            both and their mixture, although only one of them took part in the choice.
         others: all that were tried besides.
     """
 
@@ -68,7 +65,7 @@ def require_metric(run: Run) -> None:
 def judge(run: Run, fitted: Sequence[Fitted]) -> Verdict:
     families = parse_families(run.choices.guard.candidates)
     candidates = fixed(run.n, families)
-    soups = _Soups(run) if "greedy" in families and run.n > 2 else None
+    soups = Soups(run) if "greedy" in families and run.n > 2 else None
     if soups:
         candidates.append(soups.without(()))
     whole, *by_block = fitted
@@ -83,87 +80,20 @@ def judge(run: Run, fitted: Sequence[Fitted]) -> Verdict:
     for candidate in candidates:
         scored.append(run.jury.score(candidate))
         run.progress(Advanced())
-    held_out = _HeldOut(run, fitted, soups)
+    held_out = HeldOut(run, fitted, soups)
     if held_out.parts:
         _cross_validate(run, scored, held_out)
+    cost = sum(stage.evaluations for stage in fitted)
+    if "blend" in families and len(by_block) > 1:
+        both = [s for s in scored if _family(s.name) == _BY_BLOCK]
+        scored += _mixture(run, _MIXED, 10, both, held_out, cost)
     shown, best_single = _headlines(run, scored)
     if "blend" in families:
-        shown += _blend(run, shown, held_out, sum(stage.evaluations for stage in fitted))
+        shown += _mixture(run, "blend", 11, shown, held_out, cost)
     return _verdict(run, scored, shown, best_single)
 
 
-class _Soups:
-    """Greedy soups of the single checkpoints: of all fit examples, and without a fold of them."""
-
-    def __init__(self, run: Run) -> None:
-        self._fitter = run.fitter
-        self._sample = range(min(run.fitter.limit, _GREEDY_EXAMPLES))
-        self._losses = torch.stack(
-            [run.fitter.losses(single(run.n, i)[None], self._sample) for i in range(run.n)]
-        )
-
-    def without(self, unseen: Collection[int]) -> Candidate:
-        """The soup that is chosen without the examples at these positions."""
-        kept = [p for p in self._sample if p not in unseen]
-        return greedy(self._losses[:, kept].mean(1), lambda a: self._fitter.score(a, kept))
-
-
-class _HeldOut:
-    """Candidates as they come out without each fold of the ridge's cross-validation.
-
-    Attributes:
-        parts: positions of the fit examples of each fold; none without a cross-validation.
-    """
-
-    def __init__(self, run: Run, fitted: Sequence[Fitted], soups: _Soups | None) -> None:
-        self._fitter, self._jury = run.fitter, run.jury
-        # A metric other than the loss is known on the guard split alone, and so are exact losses
-        # where the fit's store rounds.
-        known = run.choices.guard.select == "loss" and run.jury.engine is run.engine
-        whole, *by_block = fitted
-        last = fitted[-1].path if known else None
-        self.parts = [fold_of(last.size, k)[1] for k in range(last.folds)] if last else []
-        self._losses: dict[str, Tensor] = {}
-        self._alphas: dict[str, list[Tensor]] = {}
-        if last is None or not self.parts:
-            return
-        folds = range(len(self.parts))
-        self._alphas[whole.name] = [whole.without(k) for k in folds]
-        # The base of the other stages' folds.
-        self._losses[whole.name] = torch.cat(last.losses[math.inf if by_block else last.choice()])
-        for stage in by_block:
-            assert stage.path is not None
-            self._alphas[stage.name] = [stage.without(k, whole) for k in folds]
-            self._losses[stage.name] = torch.cat(stage.path.losses[stage.path.choice()])
-        if soups:
-            self._alphas["greedy"] = [soups.without(part).alphas for part in self.parts]
-
-    def alphas(self, candidate: Candidate) -> list[Tensor]:
-        """Its coefficients without each fold; what has not been fitted stays as it is."""
-        return self._alphas.get(candidate.name) or [candidate.alphas] * len(self.parts)
-
-    def losses(self, item: Scored) -> Tensor:
-        """Its losses on the parts, one after the other, (M,)."""
-        candidate, mode = item.candidate, item.batch_norm
-        if candidate.name in self._losses and mode is None:
-            return self._losses[candidate.name]
-        if candidate.name in self._alphas:
-            return self.measured(self._alphas[candidate.name], mode)
-        return self._losses_of(candidate.alphas, [p for part in self.parts for p in part], mode)
-
-    def measured(self, alphas: Sequence[Tensor], mode: str | None) -> Tensor:
-        """Losses on the parts with other coefficients for each, (M,)."""
-        found = zip(alphas, self.parts, strict=True)
-        return torch.cat([self._losses_of(a, part, mode) for a, part in found])
-
-    def _losses_of(self, alphas: Tensor, chosen: Sequence[int], mode: str | None) -> Tensor:
-        """As it would be written: the fit's own losses normalise by the statistics of batches."""
-        if mode is None:
-            return self._fitter.losses(alphas, chosen)
-        return self._jury.losses(alphas, mode, chosen)
-
-
-def _cross_validate(run: Run, scored: Sequence[Scored], held_out: _HeldOut) -> None:
+def _cross_validate(run: Run, scored: Sequence[Scored], held_out: HeldOut) -> None:
     """Adds losses on the fit examples that the cross-validation of the ridge held out.
 
     The guard split alone is often too small to tell a good merge from a lucky one. What has been
@@ -175,22 +105,33 @@ def _cross_validate(run: Run, scored: Sequence[Scored], held_out: _HeldOut) -> N
         run.progress(Advanced())
 
 
-def _blend(run: Run, shown: Sequence[Scored], held_out: _HeldOut, cost: float) -> list[Scored]:
-    """The mean of ``shown`` by likelihood; nothing where that is one of them."""
+def _mixture(
+    run: Run, name: str, rank: int, parts: Sequence[Scored], held_out: HeldOut, cost: float
+) -> list[Scored]:
+    """The mean of ``parts`` by likelihood; nothing where that is one of them."""
     select = run.choices.guard.select
     # The last checkpoint is often the best one as well, and a greedy soup a window.
-    shown = [shown[i] for i in distinct([s.candidate.alphas for s in shown])]
-    weights = likelihoods(torch.stack([s.evidence(select) for s in shown]))
+    parts = [parts[i] for i in distinct([s.candidate.alphas for s in parts])]
+    weights = likelihoods(torch.stack([s.evidence(select) for s in parts]))
     if not float(weights.max()) < _ALONE:
         return []
-    candidates = [s.candidate for s in shown]
-    parts = dict(zip((c.name for c in candidates), weights.tolist(), strict=True))
-    alphas = blended(weights, [c.alphas for c in candidates])
-    item = run.jury.score(Candidate("blend", alphas, 10, cost, parts))
+    candidates = [s.candidate for s in parts]
+    alphas, shares = blended(weights, [c.alphas for c in candidates]), _shares(weights, candidates)
+    item = run.jury.score(Candidate(name, alphas, rank, cost, shares))
     if held_out.parts:
         without = zip(*(held_out.alphas(c) for c in candidates), strict=True)
-        item.unseen = held_out.measured([blended(weights, a) for a in without], item.batch_norm)
+        held_out.add(name, [blended(weights, a) for a in without])
+        item.unseen = held_out.losses(item)
     return [item]
+
+
+def _shares(weights: Tensor, candidates: Sequence[Candidate]) -> dict[str, float]:
+    """Name → share of the mean; of what is itself a mean, the names that it is made of."""
+    found: dict[str, float] = {}
+    for weight, candidate in zip(weights.tolist(), candidates, strict=True):
+        for name, share in (candidate.blend_of or {candidate.name: 1.0}).items():
+            found[name] = found.get(name, 0.0) + weight * share
+    return found
 
 
 def _headlines(run: Run, scored: Sequence[Scored]) -> tuple[list[Scored], Scored]:
@@ -204,7 +145,7 @@ def _headlines(run: Run, scored: Sequence[Scored]) -> tuple[list[Scored], Scored
     families.pop("single", None)
     # Between two of nearly the same fit there is little luck to correct for.
     shown = [
-        (pick if family == _BY_BLOCK else best_of)(group, select)
+        winner_of(group, select, _MIXED) if family == _BY_BLOCK else best_of(group, select)
         for family, group in families.items()
     ]
     shown.insert(1, best_single)
@@ -240,14 +181,14 @@ def best_single_of(singles: Sequence[Scored], select: str) -> Scored:
     return dataclasses.replace(best, crossed=None) if behind else best
 
 
-def winner_of(shown: Sequence[Scored], select: str) -> Scored:
-    """The candidate of least mean cost, or the blend where that is not ahead of it for certain.
+def winner_of(shown: Sequence[Scored], select: str, mixture: str = "blend") -> Scored:
+    """The candidate of least mean cost, or the mixture where that is not ahead of it for certain.
 
     A metric is what was asked for, so it is taken at its word.
     """
     best = pick(shown, select)
-    blend = next((s for s in shown if s.name == "blend"), None)
-    return blend if select == "loss" and blend and stands(blend, best) else best
+    mixed = next((s for s in shown if s.name == mixture), None)
+    return mixed if select == "loss" and mixed and stands(mixed, best) else best
 
 
 def _verdict(

@@ -54,6 +54,7 @@ ROWS = {
     "twa": "TWA",
     "twa-tensors": "TWA by tensor",
     "twa-layers": "TWA by layer",
+    "twa-blocks": "TWA by tensor and by layer",
     "blend": "blend of all",
     "written": "**written (defaults)**",
 }
@@ -100,8 +101,10 @@ def measure(bench: Bench, suite: Suite) -> dict[str, Any]:
     seconds = time.perf_counter() - began
     losses = {c["name"].partition(":")[0]: c["test_loss"] for c in document["candidates"]}
     losses["written"] = chosen_loss(document)
-    # There is none where it would be the winner itself.
+    # There is none where it would be the winner itself, or one of its two parts.
     losses.setdefault("blend", losses["written"])
+    rows = [c for c in document["candidates"] if c["name"] in ("twa-tensors", "twa-layers")]
+    losses.setdefault("twa-blocks", min(rows, key=lambda c: c["selection_loss"])["test_loss"])
     losses["twa-layers"] = layers_loss(suite)
     losses["authors"] = authors_loss(bench, suite)
     return {
