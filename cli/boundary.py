@@ -154,6 +154,11 @@ def _report(error: TwaMergeError) -> None:
     console.print(text, soft_wrap=True)
 
 
+def _is_lost_rank(error: BaseException) -> bool:
+    distributed = sys.modules.get("twa_merge.distributed")
+    return distributed is not None and distributed.is_lost_rank(error)
+
+
 def _report_internal(error: BaseException, session: Session) -> None:
     from rich.text import Text
 
@@ -164,7 +169,11 @@ def _report_internal(error: BaseException, session: Session) -> None:
     kind = "out of memory" if _is_out_of_memory(error) else "internal error"
     first = str(error).strip().partition("\n")[0]
     said = f"{type(error).__name__}: {first}" if first else type(error).__name__
-    text = Text.assemble((f"{kind}: ", "bold red"), plain(said))
+    if _is_lost_rank(error):
+        # One that was killed says nothing itself, and its launcher may be on another node.
+        kind, said = "error", "Another process of this run has ended; its own output says why."
+        said = f"{said}\n{how_to_continue(session)}".rstrip()
+    text = Text.assemble((f"{kind}: ", "bold red"), _lines(said, "  "))
     if kind == "out of memory":
         text.append("\n  try a smaller --batch-size, --activation-checkpointing or --store disk")
     if session.debug:
@@ -180,7 +189,9 @@ def _say_interrupted(session: Session, error: KeyboardInterrupt) -> None:
     if not is_rank_zero() or LAUNCHED in os.environ:
         return
     by_launcher = "RANK" in os.environ and getattr(error, "signum", None) == signal.SIGTERM
-    said = "Stopped by the launcher." if by_launcher else "Interrupted."
+    said = "Interrupted."
+    if by_launcher:
+        said = "Stopped by the launcher, because of another process or because it was told to."
     with contextlib.suppress(BrokenPipeError):
         make_console(stderr=True).print(plain(f"{said} {how_to_continue(session)}".strip()))
 

@@ -16,7 +16,8 @@ head_node=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # (pytorch/pytorch issue 135712).
 export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
 
-srun torchrun \
+# srun has not asked sbatch how many cores a task has since Slurm 22.05.
+srun --cpus-per-task "$SLURM_CPUS_PER_TASK" torchrun \
   --nnodes "$SLURM_NNODES" --nproc-per-node 8 --max-restarts 3 \
   --rdzv-id "$SLURM_JOB_ID" --rdzv-backend c10d --rdzv-endpoint "$head_node:29500" \
   -m twa_merge_cli train "$1" --task causal-lm --data "$2" -o "$3" --precision bf16

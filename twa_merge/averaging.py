@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from . import report
+from .agreement import require_same_choices, require_same_files, require_shared_place
 from .checkpoints import open_checkpoints
 from .clock import Clock
 from .config import OutputConfig, Selection, as_dict
@@ -54,6 +55,8 @@ def average(
         dtype = dtype_named(out.dtype)
         check_output(target, found, out.overwrite, dtype=dtype)
         world = _join()
+        require_same_files(found, world)
+        require_shared_place(target, world)
         directions = None
         if weights.startswith("@"):
             path = Path(weights[1:])
@@ -68,6 +71,7 @@ def average(
                 alphas = np.concatenate([alphas, values[None]], 1)
         else:
             blocks, alphas = global_block(layout), parse_weights(weights, len(found))[None]
+    require_same_choices({"coefficients": alphas.tolist(), "dtype": out.dtype}, world)
     document = report.header("average") | {
         "weights": weights,
         "checkpoints": report.checkpoint_list(found),

@@ -292,6 +292,8 @@ def _sentence(chosen: str, improvement: Document, selected: str | None) -> str:
     text += f" (95 % interval {span((low, high), places)})"
     if (low > 0 or high < 0) and improvement.get("enough") is False:
         return f"{text}, of {improvement['examples']} examples: too few, within noise."
+    if low == high and mean:
+        return f"{text}: every example says the same, as if there were only one."
     return f"{text}." if low > 0 or high < 0 else f"{text}: within noise."
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from . import report
+from .agreement import require_same_files
 from .batches import Batches
 from .checkpoints import open_checkpoints
 from .config import DataConfig, EngineConfig, Selection, StoreConfig
@@ -49,6 +50,7 @@ def evaluate(
     engine, data_config = engine or EngineConfig(), data_config or DataConfig()
     found = [c for path in models for c in open_checkpoints([path], selection or Selection())]
     world = start(engine.device)
+    require_same_files(found, world)
     rows = []
     progress(Started("Evaluating", len(found), "models"))
     examples = 0

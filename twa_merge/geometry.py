@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from .agreement import require_same_files
 from .checkpoints.base import Checkpoint
 from .distributed import start
 from .ingest import ingest
@@ -18,6 +19,7 @@ def geometry(
 ) -> dict[str, Any]:
     """Distances, cosines and spectrum, all from the Gram matrix of the offsets."""
     world = start("cpu")
+    require_same_files(checkpoints, world)
     grams = ingest(checkpoints, layout, world, check=True, progress=progress)
     gram = grams.exact.sum(0)
     squares = gram.diagonal()

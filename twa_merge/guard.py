@@ -111,7 +111,8 @@ class Improvement:
 
     @property
     def certain(self) -> bool:
-        return self.low > 0.0 and self.enough
+        """Whether the interval lies above zero. One without width is of one example, repeated."""
+        return self.high > self.low > 0.0 and self.enough
 
 
 def pick(scored: Sequence[Scored], select: str) -> Scored:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import queue
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -67,6 +67,7 @@ def ingest(
     *,
     store: Store | None = None,
     shared: Mapping[str, bool] | None = None,
+    still: Collection[str] = (),
     check: bool = False,
     progress: Progress = silent,
 ) -> Grams:
@@ -76,13 +77,15 @@ def ingest(
         store: takes every slice; statistics too, which are in no Gram matrix.
         shared: tensors of which every rank holds all rows (buffers): they are stored whole and
             counted once.
+        still: tensors that are stored alone, in no Gram matrix: the model's buffers, which no
+            gradient moves. One that counts steps would be longer than all weights.
         check: add up the Gram matrix of the rounded offsets as well.
 
     Raises:
         CheckpointError: a number is not finite.
     """
     n = len(checkpoints)
-    names = layout.in_subspace
+    names = [name for name in layout.in_subspace if name not in still]
     number = {name: i for i, name in enumerate(names)}
     shared = shared or {}
     wanted = [
@@ -189,7 +192,8 @@ class _Pass:
                 square = float(centre @ centre)
                 if not math.isfinite(square) and not bool(centre.isfinite().all()):
                     raise blame(self._checkpoints, piece)
-                if self._store is not None:
+                # A model cannot hold it, see ``model.build``.
+                if self._store is not None and not rows.is_complex():
                     self._store.put(piece, centre, offsets)
                 squares += square
                 exact.add(0, offsets)
@@ -237,7 +241,12 @@ class _Buffer:
         return as_tensor(rows, dtype)
 
     def centred(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Centre (m,) and offsets (n, m) in float64; overwritten by the next call."""
+        """Centre (m,) and offsets (n, m) in float64; overwritten by the next call.
+
+        A complex number counts as two.
+        """
+        if rows.is_complex():
+            rows = torch.view_as_real(rows).flatten(1)
         n, m = rows.shape
         if m > self._centre.numel():
             self._grow(m)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import importlib.util
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
 
@@ -10,15 +12,26 @@ from .checkpoints import resolve_names
 from .errors import TaskError, listing
 from .layout import Layout
 from .task import Task
+from .tasks.pretrained import renamings
 from .user_code import user_code
 
 
 def renamed_by(task: Task, module: nn.Module, layout: Layout) -> Mapping[str, str]:
+    """Checkpoint tensor → name in the module, as the task says, or transformers for its models."""
     rename = getattr(task, "model_names", None)
     if rename is None:
-        return {}
+        return renamings(module, list(layout.entries)) if _of_transformers(module) else {}
     with user_code("name its model's tensors"):
         return rename(module, list(layout.entries))
+
+
+def _of_transformers(module: nn.Module) -> bool:
+    """Whether transformers may save the module under other names than it has."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None or not isinstance(module, modeling.PreTrainedModel):
+        return False
+    # Older ones have no such names.
+    return importlib.util.find_spec("transformers.conversion_mapping") is not None
 
 
 def match_names(
@@ -36,7 +49,7 @@ def match_names(
     own = {resolved: raw for raw, resolved in resolve_names(names).items()}
     prefixes = sorted({name.partition(".")[0] + "." for name in own})
 
-    def renamings() -> Iterator[dict[str, str]]:
+    def ways() -> Iterator[dict[str, str]]:
         yield {name: name for name in layout.entries}
         yield {name: renamed.get(name, name) for name in layout.entries} if renamed else {}
         for prefix in prefixes:
@@ -44,13 +57,42 @@ def match_names(
         for prefix in sorted({name.partition(".")[0] + "." for name in layout.entries}):
             yield {name: name.removeprefix(prefix) for name in layout.entries}
 
-    matches = [{n: own[m] for n, m in renaming.items() if m in own} for renaming in renamings()]
+    matches = [{n: own[m] for n, m in renaming.items() if m in own} for renaming in ways()]
     exact = matches[0]
     best = max(matches, key=len)
-    return best if len(best) > len(exact) else exact
+    if len(best) == len(exact):
+        return exact
+    _require_one(module, best, [m for m in matches if len(m) == len(best) and m != best])
+    return best
+
+
+def _require_one(
+    module: nn.Module, best: Mapping[str, str], others: Sequence[Mapping[str, str]]
+) -> None:
+    """Raises TaskError where the checkpoints hold the whole module more than once."""
+    if others and {name for name, _ in module.named_parameters()} <= set(best.values()):
+        either, other = (next(iter(found)) for found in (best, others[0]))
+        raise TaskError(
+            "The checkpoints hold the task's model more than once.",
+            tensor=f"{either} or {other}",
+            expected="one network that the tensors' names fit",
+            found=f"{1 + len(others)} of them",
+            remedy="say which with the task's model_names(model, names): a dictionary from names "
+            "in the checkpoints to names in the model",
+        )
 
 
 def require_cover(module: nn.Module, names: Mapping[str, str], layout: Layout) -> None:
+    for name in names:
+        if layout[name].info.dtype.is_complex:
+            raise TaskError(
+                "Coefficients cannot be trained for a model with complex tensors.",
+                tensor=name,
+                expected="real tensors, pairs of them perhaps (torch.view_as_real)",
+                found=layout[name].info.dtype,
+                remedy="if it never changes, build the model with persistent=False for it; or "
+                "choose coefficients yourself, with twa-merge average",
+            )
     parameters = dict(module.named_parameters(remove_duplicate=False))
     covered = {id(parameters[own]) for own in names.values() if own in parameters}
     missing = [name for name, p in parameters.items() if id(p) not in covered]

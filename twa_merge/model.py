@@ -126,6 +126,14 @@ class LiveModel:
     def zero_gradients(self) -> None:
         self.module.zero_grad(set_to_none=False)
 
+    def copied(self) -> dict[str, Tensor]:
+        """Tensors that are not averaged: name → tensor of the module, written to in place."""
+        return {
+            name: self._parameters.get(own, self._buffers.get(own)).detach()  # type: ignore[union-attr]
+            for name, own in self.names.items()
+            if not self._layout[name].averaged
+        }
+
     def is_statistic(self, name: str) -> bool:
         """Whether the tensor is a running statistic of batch norm."""
         return self._layout[name].statistic
@@ -134,12 +142,17 @@ class LiveModel:
         return self.names.get(name) in self._buffers
 
     def is_shared(self, name: str) -> bool:
-        """Whether every rank holds all rows of this tensor: buffers and scalars are not sharded.
+        """Whether every rank holds all rows of this tensor.
+
+        Buffers are not sharded, nor are scalars, parameters without any numbers, and those that
+        are copied.
 
         The gradient of such a parameter is of the rank's own batches; only sums over the ranks of
         what is projected from it mean anything.
         """
-        return self.is_buffer(name) or (name in self.names and not self._layout[name].info.shape)
+        info = self._layout[name].info
+        whole = not info.shape or not info.numel or not info.dtype.is_float
+        return self.is_buffer(name) or (name in self.names and whole)
 
     def tied_groups(self) -> dict[str, str]:
         """Checkpoint tensor → the first one that the module keeps in the same parameter."""
@@ -184,6 +197,12 @@ def build(
     for parameter in module.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.float()
+    averaged = {own for name, own in names.items() if layout[name].averaged}
+    for own, buffer in module.named_buffers(remove_duplicate=False):
+        # Narrow ones are of a model that was narrowed as a whole: its parameters are wide now.
+        narrow = buffer.element_size() < 4
+        if buffer.is_floating_point() and (own in averaged or narrow):
+            buffer.data = buffer.data.float()
     for tensor in (*module.parameters(), *module.buffers()):
         # The store and FSDP2 take numbers in order, not channels last.
         tensor.data = tensor.data.contiguous()
@@ -197,7 +216,9 @@ def build(
     )
     module.eval()
     live = LiveModel(module, names, layout, whole=whole, gathered_once=once)
-    _load_copied(live, layout, newest)
+    with torch.no_grad():
+        for name, target in live.copied().items():
+            target.copy_(tensor_rows(newest, name))
     return live
 
 
@@ -242,12 +263,3 @@ def parameters_on_meta() -> Iterator[None]:
 def _local(tensor: Tensor) -> Tensor:
     # Only what is sharded has it; to import DTensor takes a second.
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
-
-
-@torch.no_grad()
-def _load_copied(live: LiveModel, layout: Layout, newest: Checkpoint) -> None:
-    buffers = dict(live.module.named_buffers(remove_duplicate=False))
-    for name in layout.copied:
-        own = live.names.get(name)
-        if own in buffers:
-            buffers[own].copy_(tensor_rows(newest, name))

@@ -31,7 +31,7 @@ def require_place(output: Path, checkpoints: Sequence[Checkpoint], overwrite: bo
         for checkpoint in checkpoints:
             _require_apart(output, target, checkpoint)
         _require_replaceable(output, target, overwrite)
-        parent = _existing_parent(target)
+        parent = existing_parent(output)
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             raise OutputError(
                 f"{output} cannot be written.",
@@ -44,7 +44,7 @@ def require_place(output: Path, checkpoints: Sequence[Checkpoint], overwrite: bo
 def require_space(output: Path, needed: int) -> None:
     """Raises OutputError if fewer than ``needed`` bytes are free where ``output`` will be."""
     with writing(output):
-        free = shutil.disk_usage(_existing_parent(_real(output))).free
+        free = shutil.disk_usage(existing_parent(output)).free
     if free < needed:
         raise _full(output, needed)
 
@@ -196,14 +196,15 @@ def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
-def _existing_parent(target: Path) -> Path:
-    return next(p for p in target.parents if os.path.lexists(p))
+def existing_parent(output: Path) -> Path:
+    """The folder that is there already of those that ``output`` will lie in."""
+    return next(p for p in _real(output).parents if os.path.lexists(p))
 
 
 def _full(output: Path, needed: int, error: OSError | None = None) -> OutputError:
     free: object = "unknown"
     with contextlib.suppress(OSError):
-        free = f"{shutil.disk_usage(_existing_parent(_real(output))).free:,} bytes free"
+        free = f"{shutil.disk_usage(existing_parent(output)).free:,} bytes free"
     return OutputError(
         f"There is too little space to write {output}; nothing was written.",
         expected=f"{needed:,} bytes free" if needed else None,

@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from .agreement import require_shared_place
 from .candidates import SINGLES, parse_families
 from .checkpoints import open_checkpoints
 from .choices import Choices, require_compatible, require_directions, task_and_splits
@@ -35,7 +36,7 @@ from .layout import dtype_named, make_layout
 from .model_card import model_card
 from .progress import Noted, Progress, silent
 from .resume import EvaluationLog
-from .run import Run, fingerprint, set_up, several
+from .run import Run, fingerprint, require_agreement, set_up, several
 from .stages import train_stages
 from .svg import can_draw
 from .task import Task
@@ -101,6 +102,8 @@ def merge(
         chosen_task, splits = task_and_splits(
             task, data, test_data, found[-1], dict(task_options or {}), choices
         )
+        require_agreement(found, splits, choices, world)
+        require_shared_place(target, world)
     log = EvaluationLog(
         target.with_name(target.name + ".partial"),
         fingerprint(found, task, data, splits, choices),
@@ -192,7 +195,8 @@ def _documents(
         "twa_merge.json": json.dumps(document, indent=1, allow_nan=False) + "\n",
         "README.md": model_card(document),
     }
-    if not can_draw():
+    # On another node it may be missing, and all processes evaluate what is drawn.
+    if not run.world.broadcast(can_draw()):
         run.progress(Noted('No report.html: it needs pip install "twa-merge[report]".'))
         return files
     plane = landscape(run.fitter, fitted[0], verdict.shown, run.progress)

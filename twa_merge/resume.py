@@ -8,7 +8,6 @@ once more all the same: a task whose code or data has changed gives another loss
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -27,28 +26,11 @@ from .progress import Noted, Progress, silent
 from .subspace import Chart
 
 _STATE = "state.jsonl"
-# Bytes of a file, at its start, middle and end, that tell it from another one of its size.
-_SAMPLED = 1 << 16
 _ALIKE = 1e-3
 _CHANGED = (
     "The first known evaluation has another loss now: the task or its data has changed, and the "
     "run starts over."
 )
-
-
-def sample_of(file: Path) -> tuple[int, str]:
-    """What tells a file from another: its size, and a hash of parts of it.
-
-    Not its time: one that was lost and copied back is the same. Weights that have been trained on
-    differ everywhere.
-    """
-    digest = hashlib.blake2b(digest_size=16)
-    with file.open("rb") as opened:
-        size = opened.seek(0, os.SEEK_END)
-        for start in (0, size // 2, max(0, size - _SAMPLED)):
-            opened.seek(start)
-            digest.update(opened.read(_SAMPLED))
-    return size, digest.hexdigest()
 
 
 class EvaluationLog:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .agreement import files_of, require_same_choices, require_same_files, sample_of
 from .batches import Batches
 from .checkpoints.base import Checkpoint
 from .choices import Choices
@@ -28,7 +29,7 @@ from .objective import Engine
 from .progress import Noted, Progress
 from .random_directions import RandomDirections, draw
 from .random_store import RandomStore
-from .resume import EvaluationLog, sample_of
+from .resume import EvaluationLog
 from .scoring import Jury
 from .store import Store, Work, exact_store, make_store
 from .subspace import root_mean_square
@@ -110,8 +111,10 @@ def set_up(
     )
     with clock.part("ingest"):
         grams = ingest(
-            checkpoints, layout, world, store=store, shared=shared, check=True, progress=progress
-        )
+            checkpoints, layout, world, store=store, shared=shared,
+            still=[name for name in layout.averaged if live.is_buffer(name)],
+            check=True, progress=progress,
+        )  # fmt: skip
     far_apart = _far_apart(checkpoints, grams, progress)
     exact = exact_store(store, checkpoints, layout, world, shared=shared, far_apart=far_apart)
     directions, directions_gram = _directions(live, layout, grams, choices), None
@@ -177,9 +180,8 @@ def fingerprint(
     choices: Choices,
 ) -> dict[str, Any]:
     """What the evaluations depend on; the number of processes is not part of it."""
-    files = dict.fromkeys(f.path for c in checkpoints for f in c.files)
     return {
-        "checkpoints": [[p.name, *sample_of(p)] for p in files],
+        "checkpoints": [[p.name, *sample_of(p)] for p in files_of(checkpoints)],
         "task": task if isinstance(task, str) else type(task).__name__,
         "data": data,
         "examples": [len(splits.fit), len(splits.guard)],  # type: ignore[arg-type]
@@ -188,6 +190,24 @@ def fingerprint(
         "precision": choices.engine.precision,
         "store": as_dict(choices.store),
     }
+
+
+def require_agreement(
+    checkpoints: Sequence[Checkpoint], splits: Splits, choices: Choices, world: World
+) -> None:
+    """Checks that all processes are about to do the same.
+
+    Raises:
+        CheckpointError, ConfigError: they read other files, or were asked for something else.
+    """
+    parts = (splits.fit, splits.guard, *([] if splits.test is None else [splits.test]))
+    asked: dict[str, Any] = {"number of examples": [len(part) for part in parts]}  # type: ignore[arg-type]
+    for some in (choices.data, choices.fit, choices.guard, choices.store, choices.engine):
+        asked |= {f"choice of {name}": value for name, value in as_dict(some).items()}
+    # A node may have its own devices.
+    del asked["choice of device"]
+    require_same_files(checkpoints, world)
+    require_same_choices(asked | {"choice of dtype": choices.out.dtype}, world)
 
 
 def note_strangers(live: LiveModel, layout: Layout, progress: Progress) -> None:

@@ -156,13 +156,16 @@ def shard(module: nn.Module, task: Task, world: World, precision: str, *, reshar
         param_dtype=torch.bfloat16 if precision == "bf16" else None,
         reduce_dtype=torch.float32 if precision == "bf16" else None,
     )
-    # Temperatures and gates: FSDP2 refuses scalars.
-    scalars = {parameter for parameter in module.parameters() if parameter.ndim == 0}
+    # FSDP2 refuses scalars, as temperatures and gates are, fails on what is empty, and has nothing
+    # to do with what no gradient moves: integers.
+    whole_ones = {
+        p for p in module.parameters() if not (p.ndim and p.numel() and p.is_floating_point())
+    }
     options: dict[str, Any] = {
         "mesh": mesh,
         "mp_policy": policy,
         "reshard_after_forward": reshard,
-        "ignored_params": scalars,
+        "ignored_params": whole_ones,
     }
     norms: list[nn.Module] = []
     if precision == "bf16":

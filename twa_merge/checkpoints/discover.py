@@ -28,6 +28,8 @@ from .steps import in_order, is_step_folder, named_step, select, trainer_step
 
 _KINDS = f"Hugging Face folders, {SAFETENSORS} files, or torch.save files ({', '.join(PICKLES)})"
 _ALL = Selection()
+# Lightning's name for a copy of the newest checkpoint.
+_LAST = re.compile(r"last(-v\d+)?\.ckpt")
 # Beside the weights of every merge.
 _REPORT = "twa_merge.json"
 
@@ -68,6 +70,9 @@ def open_checkpoints(
     them again (to have it nevertheless, name its file). Given among other paths it means the
     final model.
 
+    So it is with the ``last.ckpt`` of Lightning: of the same step as another checkpoint of the run
+    it is that one again.
+
     Where safetensors and pickles of one model lie together, safetensors are read. A path that
     comes twice counts once.
 
@@ -100,7 +105,7 @@ def open_checkpoints(
     listed = len(given) > 1 or not given[0].is_dir()
     opened: list[Checkpoint] = []
     try:
-        for chosen in select(in_order(found, listed=listed), selection):
+        for chosen in select(in_order(_distinct(found, given), listed=listed), selection):
             opened.append(_open(chosen))
         return opened
     except BaseException:
@@ -197,6 +202,13 @@ def _once(found: Sequence[_Found]) -> list[_Found]:
         if place not in places or (places[place].path.is_symlink() and not each.path.is_symlink()):
             places[place] = each
     return list(places.values())
+
+
+def _distinct(found: Sequence[_Found], given: Sequence[Path]) -> list[_Found]:
+    """Without files in a run folder that are called the last, where another one is of its step."""
+    lasts = [f for f in found if _LAST.fullmatch(f.path.name) and f.path not in given]
+    steps = {f.step for f in found if f not in lasts} - {None}
+    return [f for f in found if f not in lasts or f.step not in steps]
 
 
 def _with_step(found: _Found) -> _Found:

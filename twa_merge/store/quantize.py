@@ -43,6 +43,7 @@ PLANES: dict[str, tuple[tuple[int, float, float], ...]] = {
     "int1": tuple((1 << k, 2.0 ** (1 - k), 1.0) for k in range(8)),
 }
 LANES = 16
+_TINY = torch.finfo(torch.float32).tiny
 
 
 def planes(dtype: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -70,17 +71,19 @@ def pack(groups: Tensor, dtype: str, real: Tensor | None = None) -> tuple[Tensor
         (..., 128 or 16) in the container's dtype, and the scales (...,) float32.
     """
     if dtype == "int1":
-        scale = groups.square().mean(-1)
+        # Squares of what is far from one leave the range of float32.
+        largest = groups.abs().amax(-1)
+        scale = (groups / largest.clamp(min=_TINY)[..., None]).square_().mean(-1)
         if real is not None:
             scale *= GROUP / real
-        scale = scale.sqrt_()
+        scale = scale.sqrt_().mul_(largest)
         bits = (groups >= 0).view(torch.uint8).unflatten(-1, (8, LANES))
         places = torch.arange(8, dtype=torch.uint8, device=groups.device)[:, None]
         return (bits << places).sum(-2, dtype=torch.uint8), scale
-    largest = 127.0 if dtype == "int8" else 7.0
-    scale = groups.abs().amax(-1).div_(largest)
+    steps = 127.0 if dtype == "int8" else 7.0
+    scale = groups.abs().amax(-1).div_(steps)
     # A group of zeros has the scale 0; its numbers must become 0, not 0 / 0.
-    q = (groups / scale.clamp(min=torch.finfo(torch.float32).tiny)[..., None]).round_()
+    q = (groups / scale.clamp(min=_TINY)[..., None]).round_()
     if dtype == "int8":
         return q.to(torch.int8), scale
     nibbles = q.to(torch.int32).unflatten(-1, (8, LANES))

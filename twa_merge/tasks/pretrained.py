@@ -45,6 +45,15 @@ def load_config(source: str | None, near: Sequence[Path], trust_remote_code: boo
     Raises:
         TaskError: there is none, or it cannot be read.
     """
+    if near and (near[0] / "adapter_config.json").is_file():
+        raise TaskError(
+            "The checkpoints are adapters, whose coefficients cannot be trained.",
+            checkpoint=near[0],
+            expected="checkpoints of whole models",
+            found="adapter_config.json",
+            remedy="choose coefficients yourself, with twa-merge average; or save whole models, "
+            "with PEFT's merge_and_unload(), and merge those",
+        )
     source = source or _having(near, ("config.json",))
     if source is None:
         raise TaskError(

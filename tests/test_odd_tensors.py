@@ -1,0 +1,65 @@
+"""Tensors that few models have: judged as they are, and alike by several processes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from launches import assert_same_tensors, document, run
+from odd_task import OddTask, train
+from runs import save_run
+from torch import nn
+
+from twa_merge import merge
+from twa_merge.config import EngineConfig, FitConfig, GuardConfig
+from twa_merge.errors import TaskError
+
+TASK = Path(__file__).with_name("odd_task.py")
+
+
+def test_the_losses_are_those_of_the_model_that_was_saved(tmp_path):
+    states = train(tmp_path / "run")
+    fit, guard = FitConfig(ridge=0.01), GuardConfig(candidates="last,uniform,twa,twa-layers")
+    found = merge([tmp_path / "run"], OddTask(), tmp_path / "m", fit=fit, guard=guard)
+    data = OddTask()
+    model = data.build_model()
+    model.load_state_dict(states[-1])
+    held_out = data.x[60:], data.y[60:]
+    with torch.no_grad():
+        loss = float(data.loss(model, held_out).mean())
+    last = next(c for c in found["candidates"] if c["name"] == "last")
+    assert last["test_loss"] == pytest.approx(loss, abs=1e-6)
+    # What counts steps is longer than all weights: in the subspace it would be all there is.
+    assert found["subspace"]["rank"] == 4
+
+
+def test_two_processes_merge_them_as_one_does(tmp_path):
+    train(tmp_path / "run")
+    # fmt: off
+    options = ["train", tmp_path / "run", "--task", TASK, "--ridge", "0.01", "--device", "cpu",
+               "--candidates", "last,twa,twa-layers", "-o"]
+    # fmt: on
+    for k in (1, 2):
+        done = run(k, *options, tmp_path / f"m{k}")
+        assert done.returncode == 0, done.stderr
+    one, two = (document(tmp_path / f"m{k}")["coefficients"] for k in (1, 2))
+    for block, values in one.items():
+        assert two[block] == pytest.approx(values, abs=1e-5)
+    assert_same_tensors(tmp_path / "m1", tmp_path / "m2")
+
+
+def test_complex_tensors_are_refused_in_words(tmp_path):
+    class Spectral(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.randn(6, 3))
+            self.register_buffer("phase", torch.ones(3, dtype=torch.complex64))
+
+    task = OddTask()
+    task.build_model = Spectral
+    save_run(tmp_path / "run", [Spectral().state_dict() for _ in range(3)])
+    with pytest.raises(TaskError, match="complex") as caught:
+        merge([tmp_path / "run"], task, tmp_path / "m", engine=EngineConfig(device="cpu"))
+    assert caught.value.details["tensor"] == "phase"
+    assert "twa-merge average" in caught.value.details["what to do"]
