@@ -15,6 +15,7 @@ from typing import Any
 import hf_run
 import pytest
 import torch
+from runs import LinearTask, Pairs
 from safetensors import safe_open
 from torch import Tensor
 from torch.nn import functional as F
@@ -464,6 +465,47 @@ def test_tensors_that_transformers_renames_as_it_loads_them(
     rows = task.dataset()
     losses = task.loss(model, default_collate([rows[i] for i in range(len(rows))]))
     assert document["models"][0]["loss"] == pytest.approx(losses.mean().item(), abs=1e-5)
+
+
+def test_a_task_file_may_bring_a_model_that_transformers_saves_under_other_names(
+    tmp_path: Path,
+) -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    config = ViTConfig(
+        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16,
+        image_size=8, patch_size=4, num_labels=3,
+    )  # fmt: skip
+
+    class Images(LinearTask):
+        def build_model(self) -> Any:
+            return ViTForImageClassification(config)
+
+        def dataset(self) -> Pairs:
+            generator = torch.Generator().manual_seed(0)
+            return Pairs(torch.randn(9, 3, 8, 8, generator=generator), torch.arange(9) % 3)
+
+        def loss(self, model: Any, batch: tuple[Tensor, Tensor]) -> Tensor:
+            logits = model(pixel_values=batch[0]).logits
+            return torch.nn.functional.cross_entropy(logits, batch[1], reduction="none")
+
+    torch.manual_seed(0)
+    saved = ViTForImageClassification(config)
+    saved.save_pretrained(tmp_path / "vit")
+    with safe_open(tmp_path / "vit" / "model.safetensors", "pt") as file:
+        assert set(file.keys()) != set(saved.state_dict())
+    task = Images()
+    found = evaluate([tmp_path / "vit"], task)["models"][0]["loss"]
+    loss = task.loss(saved.eval(), default_collate(list(task.dataset())))
+    assert found == pytest.approx(loss.mean().item(), abs=1e-5)
+
+
+def test_adapters_are_said_to_be_for_average(make: Any, saved: Path, tmp_path: Path) -> None:
+    (tmp_path / "lora").mkdir()
+    (tmp_path / "lora" / "adapter_config.json").write_text("{}")
+    with pytest.raises(TaskError, match="adapters") as caught:
+        make("text " * 50, checkpoint=tmp_path / "lora", model=str(saved)).build_model()
+    assert "merge_and_unload" in caught.value.details["what to do"]
 
 
 def test_one_text_again_and_again_cannot_be_split(make: Any) -> None:

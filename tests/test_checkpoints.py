@@ -109,6 +109,17 @@ def test_a_pickle_tells_its_step_where_the_name_does_not(tmp_path: Path) -> None
     ]
 
 
+def test_lightnings_last_is_the_checkpoint_of_its_step_once_more(tmp_path: Path) -> None:
+    for name, step in (("step=200.ckpt", 200), ("step=300.ckpt", 300), ("last.ckpt", 300)):
+        put(tmp_path / name, global_step=step)
+    names = [c.path.name for c in open_checkpoints([tmp_path])]
+    assert names == ["step=200.ckpt", "step=300.ckpt"]
+    given = [tmp_path / "step=200.ckpt", tmp_path / "last.ckpt", tmp_path / "step=300.ckpt"]
+    assert len(open_checkpoints(given)) == 3
+    put(tmp_path / "last.ckpt", global_step=350)
+    assert [c.step for c in open_checkpoints([tmp_path])] == [200, 300, 350]
+
+
 def test_order_without_steps(tmp_path: Path) -> None:
     files = [put(tmp_path / f"{name}.safetensors") for name in ("first", "second", "third", "an")]
     for age, file in enumerate(reversed(files)):

@@ -125,6 +125,14 @@ def test_a_handful_of_examples_is_never_certain():
         assert improvement(better, worse, "loss", seed=0).certain == (count >= 6)
 
 
+def test_one_example_again_and_again_is_never_certain():
+    found = improvement(
+        scored("a", torch.zeros(200), 0), scored("b", torch.ones(200), 0), "loss", 0
+    )
+    assert (found.low, found.high) == (1.0, 1.0)
+    assert not found.certain
+
+
 def test_a_paired_difference_is_far_surer_than_the_losses():
     generator = torch.Generator().manual_seed(0)
     losses = torch.randn(100, generator=generator, dtype=torch.float64)

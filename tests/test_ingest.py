@@ -88,6 +88,21 @@ def test_the_sums_do_not_depend_on_threads(tmp_path, threads):
             assert torch.equal(getattr(other, what), getattr(results[0], what))
 
 
+def test_a_complex_number_counts_as_two(tmp_path):
+    generator = torch.Generator().manual_seed(0)
+    states = [
+        {"w": torch.randn(5, 3, generator=generator), "z": torch.randn(4, 2, generator=generator)}
+        for _ in range(3)
+    ]
+    save_run(tmp_path, [{"w": s["w"], "z": torch.view_as_complex(s["z"])} for s in states])
+    checkpoints = open_checkpoints([tmp_path])
+    grams = ingest(checkpoints, make_layout(checkpoints), World())
+    for k, name in enumerate(grams.names):
+        weights = torch.stack([s[name].double().reshape(-1) for s in states])
+        offsets = weights - weights.mean(0)
+        torch.testing.assert_close(grams.exact[k], offsets @ offsets.T)
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_a_number_that_is_not_finite_is_blamed_on_its_place(tmp_path, threads, value):
     states = states_of(3, shapes=SHAPES)

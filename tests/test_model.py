@@ -16,6 +16,7 @@ from twa_merge.errors import TaskError
 from twa_merge.layers import gathered_layers
 from twa_merge.layout import make_layout
 from twa_merge.model import LiveModel, build
+from twa_merge.task import Task
 
 N, WIDTH = 3, 6
 
@@ -84,9 +85,9 @@ def save_odd(folder) -> None:
     save_run(folder, states)
 
 
-def live_of(folder, precision: str) -> LiveModel:
+def live_of(folder, precision: str = "fp32", task: Task | None = None) -> LiveModel:
     found = open_checkpoints([folder])
-    return build(OddTask(), make_layout(found), found[-1], World(), precision=precision)
+    return build(task or OddTask(), make_layout(found), found[-1], World(), precision=precision)
 
 
 def test_every_stack_is_sharded_layer_by_layer_but_for_what_shares_a_weight(tmp_path):
@@ -186,3 +187,18 @@ def test_models_of_other_widths_and_orders_than_fsdp_wants(tmp_path, model, prec
     done = merge([tmp_path / "run"], task, tmp_path / "out", fit=fit, guard=guard, engine=engine)
     losses = {row["name"]: row["fit_loss"] for row in done["candidates"]}
     assert losses["twa"] < losses["last"]
+
+
+def test_a_model_that_the_checkpoints_hold_twice_is_not_guessed(tmp_path):
+    task = LinearTask()
+    state = task.build_model().state_dict()
+    networks = "ema_model", "online_model"
+    both = {f"{network}.{k}": v.clone() for network in networks for k, v in state.items()}
+    save_run(tmp_path, [both] * 2)
+    with pytest.raises(TaskError, match="more than once") as caught:
+        live_of(tmp_path, task=task)
+    assert "model_names" in caught.value.details["what to do"]
+    task.model_names = lambda module, names: {
+        n: n.removeprefix("online_model.") for n in names if n.startswith("online_model.")
+    }
+    assert set(live_of(tmp_path, task=task).names) == {f"online_model.{k}" for k in state}

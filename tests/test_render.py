@@ -205,6 +205,11 @@ def test_coefficients_that_are_not_the_whole_model_say_so(train: dict[str, Any])
     assert "they add up to 1; 2 random directions are added" in train_text(train)
 
 
+def test_an_interval_without_width_is_not_taken_for_certainty(train: dict[str, Any]) -> None:
+    train["improvement"] |= {"mean": 0.5, "ci95": [0.5, 0.5], "certain": False}
+    assert "every example says the same" in " ".join(verdict(train))
+
+
 def test_a_blend_says_what_it_is_made_of(train: dict[str, Any]) -> None:
     assert "is a mean of candidates" not in train_text(train)
     chosen = next(row for row in train["candidates"] if row["name"] == train["chosen"])

@@ -557,6 +557,14 @@ def test_groups_of_zeros_stay_zero(dtype):
     assert not unpack(packed, scale, dtype, torch.empty(2, 3, 128)).any()
 
 
+@pytest.mark.parametrize("size", [1e30, 1e-30])
+def test_one_bit_keeps_the_norm_of_numbers_whose_squares_float32_cannot_hold(size):
+    numbers = torch.linspace(-1.0, 2.0, 128) * size
+    packed, scale = pack(numbers[None], "int1")
+    found = unpack(packed, scale, "int1", torch.empty(1, 128))
+    assert float(found.double().norm()) == pytest.approx(float(numbers.double().norm()), rel=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64])
 def test_disk_is_exact(tmp_path, dtype):
     run = Offsets(tmp_path, dtype=dtype)
