@@ -9,20 +9,22 @@ import torch
 from launches import assert_same_tensors, document, run
 from odd_task import OddTask, train
 from runs import save_run
+from safetensors.torch import load_file
 from torch import nn
 
-from twa_merge import merge
-from twa_merge.config import EngineConfig, FitConfig, GuardConfig
-from twa_merge.errors import TaskError
+from twa_merge import average, merge
+from twa_merge.config import EngineConfig, FitConfig, GuardConfig, StoreConfig
+from twa_merge.errors import CheckpointError, TaskError
 
 TASK = Path(__file__).with_name("odd_task.py")
 
 
-def test_the_losses_are_those_of_the_model_that_was_saved(tmp_path):
+@pytest.mark.parametrize("store", ["device", "disk"])
+def test_the_losses_are_those_of_the_model_that_was_saved(tmp_path, store):
     states = train(tmp_path / "run")
     fit, guard = FitConfig(ridge=0.01), GuardConfig(candidates="last,uniform,twa,twa-layers")
-    found = merge([tmp_path / "run"], OddTask(), tmp_path / "m", fit=fit, guard=guard)
-    data = OddTask()
+    data, offsets = OddTask(), StoreConfig(store)
+    found = merge([tmp_path / "run"], data, tmp_path / "m", fit=fit, guard=guard, store=offsets)
     model = data.build_model()
     model.load_state_dict(states[-1])
     held_out = data.x[60:], data.y[60:]
@@ -30,6 +32,8 @@ def test_the_losses_are_those_of_the_model_that_was_saved(tmp_path):
         loss = float(data.loss(model, held_out).mean())
     last = next(c for c in found["candidates"] if c["name"] == "last")
     assert last["test_loss"] == pytest.approx(loss, abs=1e-6)
+    written = load_file(tmp_path / "m" / "model.safetensors")
+    assert torch.equal(written["mask"], states[-1]["mask"])
     # What counts steps is longer than all weights: in the subspace it would be all there is.
     assert found["subspace"]["rank"] == 4
 
@@ -63,3 +67,15 @@ def test_complex_tensors_are_refused_in_words(tmp_path):
         merge([tmp_path / "run"], task, tmp_path / "m", engine=EngineConfig(device="cpu"))
     assert caught.value.details["tensor"] == "phase"
     assert "twa-merge average" in caught.value.details["what to do"]
+
+
+def test_infinities_are_those_of_a_mask_where_all_checkpoints_have_them(tmp_path):
+    mask = torch.tensor([0.0, -torch.inf, torch.inf, 1.0])
+    states = [{"w": torch.full((3,), float(i)), "mask": mask + 0.0} for i in range(3)]
+    save_run(tmp_path / "run", states)
+    average([tmp_path / "run"], tmp_path / "m", weights="0.9,-0.4,0.5")
+    assert torch.equal(load_file(tmp_path / "m" / "model.safetensors")["mask"], mask)
+    states[1]["mask"][1] = torch.inf
+    save_run(tmp_path / "other", states)
+    with pytest.raises(CheckpointError, match="not finite"):
+        average([tmp_path / "other"], tmp_path / "n")

@@ -32,6 +32,21 @@ class Source(Protocol):
 Terms = Sequence[tuple[Source, float]]
 
 
+class _Without:
+    """A source with zeros at some numbers, counted from ``start``."""
+
+    def __init__(self, source: Source, zeros: np.ndarray, start: int) -> None:
+        self._source, self._zeros, self._start = source, zeros, start
+
+    @property
+    def dtype(self) -> Dtype:
+        return self._source.dtype
+
+    def read(self, first: int, out: Array) -> None:
+        self._source.read(first, out)
+        out[self._zeros[first - self._start :][: len(out)]] = 0
+
+
 class Accumulator:
     """One thread's buffers for Σ α w, so that nothing is allocated slice by slice.
 
@@ -48,6 +63,8 @@ class Accumulator:
     def fill(self, terms: Terms, first: int, count: int, dtype: Dtype) -> tuple[memoryview, bool]:
         """The bytes of Σ α w in a float or complex dtype, and whether all numbers are finite.
 
+        An infinity that all terms share is itself, as in masks, and none of them.
+
         Args:
             first, count: numbers of the tensor, at most ``SLICE_NUMEL``.
         """
@@ -57,7 +74,9 @@ class Accumulator:
         for start in range(0, count, step):
             stop = min(start + step, count)
             out = np.frombuffer(data[start * dtype.itemsize : stop * dtype.itemsize], dtype.array)
-            finite &= self._fill_piece(terms, first + start, out, dtype)
+            finite &= self._fill_piece(terms, first + start, out, dtype) or (
+                self._fill_around_infinities(terms, first + start, out, dtype)
+            )
         return data, finite
 
     def copy(self, source: Source, first: int, count: int, dtype: Dtype) -> memoryview:
@@ -66,6 +85,30 @@ class Accumulator:
         data = memoryview(self._raw)[: count * dtype.itemsize]
         source.read(first, np.frombuffer(data, dtype.array))
         return data
+
+    def _fill_around_infinities(self, terms: Terms, first: int, out: Array, dtype: Dtype) -> bool:
+        """As ``_fill_piece``, where the infinities that all terms share are taken over."""
+        if dtype.is_complex or not terms:
+            return False
+        shared = self._shared_infinities(terms, first, len(out))
+        if not shared.any():
+            return False
+        kept = [(_Without(source, shared, first), alpha) for source, alpha in terms]
+        finite = self._fill_piece(kept, first, out, dtype)
+        rows = np.empty(len(out), dtype.array)
+        terms[0][0].read(first, rows)
+        out[shared] = rows[shared]
+        return finite
+
+    def _shared_infinities(self, terms: Terms, first: int, size: int) -> np.ndarray:
+        """Which numbers are infinite and the same in all terms, (size,) bool."""
+        single, numbers, other = self._single[:size], self._sum[:size], self._product[:size]
+        self._widened(terms[0][0], first, size, numbers, single)
+        shared = np.isinf(numbers)
+        for source, _ in terms[1:]:
+            self._widened(source, first, size, other, single)
+            shared &= numbers == other
+        return shared
 
     @np.errstate(all="ignore")
     def _fill_piece(self, terms: Terms, first: int, out: Array, dtype: Dtype) -> bool:

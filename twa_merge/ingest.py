@@ -190,17 +190,30 @@ class _Pass:
                 a, b = ((row - block.start) * width for row in (piece.start, piece.stop))
                 centre, offsets = buffer.centred(rows[:, a:b])
                 square = float(centre @ centre)
+                masked = None
                 if not math.isfinite(square) and not bool(centre.isfinite().all()):
-                    raise blame(self._checkpoints, piece)
+                    masked = _shared_infinities(rows[:, a:b])
+                    if not bool((centre.isfinite() | masked).all()):
+                        raise blame(self._checkpoints, piece)
+                    offsets[:, masked] = 0.0
                 # A model cannot hold it, see ``model.build``.
                 if self._store is not None and not rows.is_complex():
                     self._store.put(piece, centre, offsets)
+                if masked is not None:
+                    centre[masked] = 0.0
+                    square = float(centre @ centre)
                 squares += square
                 exact.add(0, offsets)
                 cross += offsets @ centre
                 if self._check:
                     stored.add(0, buffer.rounded(offsets))
         return _Sums(exact.gram[0], stored.gram[0], squares, cross)
+
+
+def _shared_infinities(rows: Tensor) -> Tensor:
+    """Which numbers of rows (n, m) are infinite and the same in all, as in masks: (m,) bool."""
+    numbers = torch.view_as_real(rows).flatten(1) if rows.is_complex() else rows.double()
+    return numbers[0].isinf() & (numbers == numbers[0]).all(0)
 
 
 def _parts(cut: RowSlice, numel: int, width: int) -> Iterator[RowSlice]:

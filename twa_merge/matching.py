@@ -58,10 +58,9 @@ def match_names(
             yield {name: name.removeprefix(prefix) for name in layout.entries}
 
     matches = [{n: own[m] for n, m in renaming.items() if m in own} for renaming in ways()]
-    exact = matches[0]
-    best = max(matches, key=len)
-    if len(best) == len(exact):
-        return exact
+    as_said, best = max(matches[:2], key=len), max(matches, key=len)
+    if len(best) == len(as_said):
+        return as_said
     _require_one(module, best, [m for m in matches if len(m) == len(best) and m != best])
     return best
 

@@ -114,6 +114,10 @@ class DiskStore:
                 for row, weight in zip(rows, weights, strict=True):
                     term_.copy_(row[a : a + here.numel()])
                     sum_.add_(term_, alpha=weight)
+                if not bool(sum_.isfinite().all()):
+                    # As in masks: infinities that all share, of which there is no weighted sum.
+                    term_.copy_(rows[0][a : a + here.numel()])
+                    sum_ = torch.where(term_.isinf(), term_, sum_)
                 here.copy_(sum_)
             target.detach().view(-1)[start : start + out.numel()].copy_(out)
 
