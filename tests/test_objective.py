@@ -9,6 +9,8 @@ import pytest
 import torch
 from runs import LinearTask, Pairs, save_run
 from torch import nn
+from torch.utils.data import default_collate
+from transformers import BatchEncoding
 
 from twa_merge import merge
 from twa_merge.batches import Batches
@@ -169,6 +171,36 @@ def test_random_augmentation_is_the_same_in_every_evaluation(tmp_path):
     batches._cache.clear()
     two = [b[0] for _, b, _ in batches.rounds(range(60))]
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_loss_may_edit_and_empty_its_batch(tmp_path, together):
+    class Encoded(LinearTask):
+        def collate(self, examples):
+            x, y = default_collate(examples)
+            return BatchEncoding({"x": x, "parts": [y]})
+
+        def loss(self, model, batch):
+            x = batch.pop("x").sub_(0.1)
+            return super().loss(model, (x, batch["parts"].pop().mul_(2.0)))
+
+        def metrics(self, model, batch):
+            return {"again": self.loss(model, batch)}
+
+    task = Encoded()
+    if together:
+        task.loss_and_metrics = lambda model, batch: (
+            (losses := task.loss(model, batch)),
+            {"again": losses},
+        )
+    save_run(tmp_path, task.states(2))
+    engine, _, batches = engine_for(task, tmp_path)
+    alphas = torch.full((1, 2), 0.5, dtype=torch.float64)
+    loss, _ = engine.loss_and_products(alphas, batches, range(60))
+    for _ in range(2):
+        losses, metrics = engine.example_losses(batches, range(60), with_metrics=True)
+        assert torch.equal(metrics["again"], losses)
+        assert float(losses.mean()) == pytest.approx(loss)
 
 
 def test_a_loss_that_is_not_per_example_is_explained(tmp_path):

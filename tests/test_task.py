@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -169,6 +170,11 @@ def test_batches_move_in_one_piece() -> None:
 
     meta = torch.device("meta")
     x = torch.ones(2)
+    lock = threading.Lock()
+    stayed = to_device([x, lock], torch.device("cpu"))
+    stayed[0].zero_()
+    assert x.sum() == 2.0
+    assert stayed[1] is lock, "what cannot be copied is shared"
     moved = to_device({"a": [x, (x, "text")], "b": Encoding()}, meta)
     assert moved["a"][0].is_meta
     assert moved["a"][1][0].is_meta

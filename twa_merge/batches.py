@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -58,7 +59,7 @@ class Batches:
         """This rank's batches of the ``chosen`` examples (positions in the seeded order).
 
         Yields:
-            The batch's positions, the collated batch on the device, and whether it counts.
+            The batch's positions, the collated batch as it is kept, and whether it counts.
         """
         world, batches = self._world, self.parts(chosen)
         for first in range(0, len(batches), world.size):
@@ -66,6 +67,11 @@ class Batches:
             counts = k < len(batches)
             positions = batches[k if counts else 0]
             yield positions, self._batch(positions), counts
+
+    @contextmanager
+    def use(self, batch: Any) -> Iterator[Any]:
+        """The kept ``batch`` on the device, in a copy: losses may edit or empty what they get."""
+        yield to_device(batch, self._world.device)
 
     def _batch(self, positions: list[int]) -> Any:
         key = tuple(positions)
@@ -76,7 +82,7 @@ class Batches:
             if self._cached_bytes + size <= _CACHE_BYTES:
                 self._cache[key] = batch
                 self._cached_bytes += size
-        return to_device(batch, self._world.device)
+        return batch
 
     def _make(self, positions: list[int]) -> Any:
         # A dataset that augments at random must show the same examples in every evaluation.

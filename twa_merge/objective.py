@@ -114,10 +114,11 @@ class Engine:
             rounds = -(-len(batches.parts(chosen)) // self.world.size)
             for number, (positions, batch, counts) in enumerate(batches.rounds(chosen), 1):
                 self.live.before_pass(last=number == rounds)
-                losses = self.losses_of(batch, len(positions))
-                _require_gradient(losses)
-                with user_code("compute gradients"):
-                    self.live.backward(losses.sum() * (float(counts) / len(chosen)))
+                with batches.use(batch) as own:
+                    losses = self.losses_of(own, len(positions))
+                    _require_gradient(losses)
+                    with user_code("compute gradients"):
+                        self.live.backward(losses.sum() * (float(counts) / len(chosen)))
                 if counts:
                     total += losses.detach().double().sum().cpu()
         products = self.store.project(self.live.gradients())
@@ -171,7 +172,7 @@ class Engine:
         alone = len(chosen) == 1
         with batch_statistics(self.live.module) if by_batch and not alone else _nothing():
             for positions, batch, counts in batches.rounds(chosen):
-                found = self._columns(batch, len(positions), with_metrics)
+                found = self._columns(batches, batch, len(positions), with_metrics)
                 where = torch.tensor([place[p] for p in positions])
                 for name, values in found.items():
                     column = columns.setdefault(name, torch.zeros(len(chosen), dtype=torch.float64))
@@ -182,19 +183,22 @@ class Engine:
         result = dict(zip(names, summed, strict=True))
         return result.pop(""), result
 
-    def _columns(self, batch: Any, size: int, with_metrics: bool) -> dict[str, Tensor]:
+    def _columns(
+        self, batches: Batches, batch: Any, size: int, with_metrics: bool
+    ) -> dict[str, Tensor]:
         """The batch's losses under the empty name, and its metrics under theirs."""
         together = getattr(self.task, "loss_and_metrics", None)
         if with_metrics and together is not None:
-            with user_code("compute its loss"):
-                losses, metrics = self.live.run(lambda model: together(model, batch), "both")
+            with batches.use(batch) as own, user_code("compute its loss"):
+                losses, metrics = self.live.run(lambda model: together(model, own), "both")
             _require_per_example("loss", losses, size)
             return {"": losses, **_checked_metrics(metrics, size)}
-        columns = {"": self.losses_of(batch, size)}
+        with batches.use(batch) as own:
+            columns = {"": self.losses_of(own, size)}
         metrics_alone = metrics_of(self.task)
         if with_metrics and metrics_alone is not None:
-            with user_code("compute its metrics"):
-                metrics = self.live.run(lambda model: metrics_alone(model, batch), "metrics")
+            with batches.use(batch) as own, user_code("compute its metrics"):
+                metrics = self.live.run(lambda model: metrics_alone(model, own), "metrics")
             columns |= _checked_metrics(metrics, size)
         return columns
 

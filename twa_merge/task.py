@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 import random
 from collections.abc import Callable, Hashable, Mapping, Sequence
@@ -198,17 +199,28 @@ def metrics_of(task: Task) -> Callable[[nn.Module, Any], Mapping[str, Tensor]] |
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
-    """The batch with every tensor in it on ``device``; tuples, lists and mappings are walked."""
-    # Tensors, packed sequences, transformers' encodings, graphs: what moves itself knows how.
+    """A copy of the batch on ``device``; tuples, lists and mappings are walked."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, copy=True)
+    # Packed sequences, transformers' encodings, graphs: what moves itself knows how, but may move
+    # itself in place.
     if callable(getattr(batch, "to", None)):
-        return batch.to(device)
+        return _copied(batch).to(device)
     if isinstance(batch, Mapping):
         return {k: to_device(v, device) for k, v in batch.items()}
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(v, device) for v in batch))
     if isinstance(batch, (list, tuple)):
         return type(batch)(to_device(v, device) for v in batch)
-    return batch
+    return _copied(batch)
+
+
+def _copied(thing: Any) -> Any:
+    try:
+        return copy.deepcopy(thing)
+    except Exception:
+        # A lock, an open file, a tensor with a history: a loss is unlikely to edit those.
+        return thing
 
 
 def _labels(task: Task, data: Dataset[Any]) -> list[Any]:
