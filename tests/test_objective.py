@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from runs import LinearTask, Pairs, save_run
@@ -159,7 +161,7 @@ def test_random_augmentation_is_the_same_in_every_evaluation(tmp_path):
     class Augmenting(Pairs):
         def __getitem__(self, i):
             x, y = super().__getitem__(i)
-            return x + torch.randn_like(x), y
+            return x + torch.randn_like(x) + random.random() + np.random.rand(), y
 
     class Task(LinearTask):
         def dataset(self):
@@ -201,6 +203,39 @@ def test_a_loss_may_edit_and_empty_its_batch(tmp_path, together):
         losses, metrics = engine.example_losses(batches, range(60), with_metrics=True)
         assert torch.equal(metrics["again"], losses)
         assert float(losses.mean()) == pytest.approx(loss)
+
+
+@pytest.mark.parametrize("together", [False, True])
+def test_a_loss_that_draws_is_a_function_of_the_weights(tmp_path, together):
+    class Noisy(LinearTask):
+        def loss(self, model, batch):
+            x, y = batch
+            drawn.append((torch.randn_like(x), torch.rand(1), np.random.rand(), random.random()))
+            x = x + drawn[-1][0] * sum(drawn[-1][1:])
+            return super().loss(model, (x, y))
+
+        def metrics(self, model, batch):
+            return {"again": self.loss(model, batch)}
+
+    def state():
+        return torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()
+
+    task, drawn = Noisy(), []
+    if together:
+        task.loss_and_metrics = lambda model, batch: (
+            (losses := task.loss(model, batch)),
+            {"again": losses},
+        )
+    save_run(tmp_path, task.states(2))
+    engine, _, batches = engine_for(task, tmp_path)
+    alphas, before = torch.full((1, 2), 0.5, dtype=torch.float64), state()
+    loss, products = engine.loss_and_products(alphas, batches, range(60))
+    assert len({d[1:] for d in drawn}) == 4, "each batch has noise of its own"
+    assert torch.equal(engine.loss_and_products(alphas, batches, range(60))[1], products)
+    losses, metrics = engine.example_losses(batches, range(60), with_metrics=True)
+    assert torch.equal(metrics["again"], losses)
+    assert float(losses.mean()) == pytest.approx(loss)
+    assert state() == before
 
 
 def test_a_loss_that_is_not_per_example_is_explained(tmp_path):

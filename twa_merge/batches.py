@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -12,11 +11,14 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from .distributed import World
+from .seeding import seeded
 from .task import Task, collate_of, to_device
 from .user_code import user_code
 
 # Collated batches are kept between evaluations up to this size; beyond it they are made again.
 _CACHE_BYTES = 1 << 30
+# Between the seeds of a dataset and of a loss: the noise of one must not repeat the other's.
+_APART = 0x9E3779B9
 
 
 class Batches:
@@ -69,9 +71,15 @@ class Batches:
             yield positions, self._batch(positions), counts
 
     @contextmanager
-    def use(self, batch: Any) -> Iterator[Any]:
-        """The kept ``batch`` on the device, in a copy: losses may edit or empty what they get."""
-        yield to_device(batch, self._world.device)
+    def use(self, positions: Sequence[int], batch: Any) -> Iterator[Any]:
+        """The kept ``batch`` on the device, in a copy: losses may edit or empty what they get.
+
+        A loss that draws at random (noise, masks) draws the same for a batch in every use, so that
+        candidates differ by their weights alone and the fit has a function to minimise.
+        """
+        own = to_device(batch, self._world.device)
+        with seeded(self.seed + positions[0] + _APART, self._world.device):
+            yield own
 
     def _batch(self, positions: list[int]) -> Any:
         key = tuple(positions)
@@ -86,14 +94,9 @@ class Batches:
 
     def _make(self, positions: list[int]) -> Any:
         # A dataset that augments at random must show the same examples in every evaluation.
-        with user_code("read its dataset"), torch.random.fork_rng(devices=[]):
-            state = random.getstate()
-            torch.manual_seed(self.seed + positions[0])
-            random.seed(self.seed + positions[0])
-            try:
-                return self._collate([self._dataset[self.order[p]] for p in positions])
-            finally:
-                random.setstate(state)
+        again = seeded(self.seed + positions[0], self._world.device)
+        with user_code("read its dataset"), again:
+            return self._collate([self._dataset[self.order[p]] for p in positions])
 
 
 def _nbytes(batch: Any) -> int:

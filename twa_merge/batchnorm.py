@@ -36,7 +36,7 @@ def reestimate(engine: Engine, batches: Batches, chosen: Sequence[int]) -> None:
             for m in norms:
                 # A cumulative mean; a batch that does not count moves nothing.
                 m.momentum = 1.0 / rounds if counts else 0.0
-            with batches.use(batch) as own:
+            with batches.use(positions, batch) as own:
                 engine.losses_of(own, len(positions))
     finally:
         for m, momentum, training in saved:

@@ -114,7 +114,7 @@ class Engine:
             rounds = -(-len(batches.parts(chosen)) // self.world.size)
             for number, (positions, batch, counts) in enumerate(batches.rounds(chosen), 1):
                 self.live.before_pass(last=number == rounds)
-                with batches.use(batch) as own:
+                with batches.use(positions, batch) as own:
                     losses = self.losses_of(own, len(positions))
                     _require_gradient(losses)
                     with user_code("compute gradients"):
@@ -172,7 +172,7 @@ class Engine:
         alone = len(chosen) == 1
         with batch_statistics(self.live.module) if by_batch and not alone else _nothing():
             for positions, batch, counts in batches.rounds(chosen):
-                found = self._columns(batches, batch, len(positions), with_metrics)
+                found = self._columns(batches, positions, batch, with_metrics)
                 where = torch.tensor([place[p] for p in positions])
                 for name, values in found.items():
                     column = columns.setdefault(name, torch.zeros(len(chosen), dtype=torch.float64))
@@ -184,20 +184,21 @@ class Engine:
         return result.pop(""), result
 
     def _columns(
-        self, batches: Batches, batch: Any, size: int, with_metrics: bool
+        self, batches: Batches, positions: Sequence[int], batch: Any, with_metrics: bool
     ) -> dict[str, Tensor]:
         """The batch's losses under the empty name, and its metrics under theirs."""
+        size = len(positions)
         together = getattr(self.task, "loss_and_metrics", None)
         if with_metrics and together is not None:
-            with batches.use(batch) as own, user_code("compute its loss"):
+            with batches.use(positions, batch) as own, user_code("compute its loss"):
                 losses, metrics = self.live.run(lambda model: together(model, own), "both")
             _require_per_example("loss", losses, size)
             return {"": losses, **_checked_metrics(metrics, size)}
-        with batches.use(batch) as own:
+        with batches.use(positions, batch) as own:
             columns = {"": self.losses_of(own, size)}
         metrics_alone = metrics_of(self.task)
         if with_metrics and metrics_alone is not None:
-            with batches.use(batch) as own, user_code("compute its metrics"):
+            with batches.use(positions, batch) as own, user_code("compute its metrics"):
                 metrics = self.live.run(lambda model: metrics_alone(model, own), "metrics")
             columns |= _checked_metrics(metrics, size)
         return columns
