@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from twa_merge.candidates import Candidate, single
@@ -100,6 +101,13 @@ def test_what_is_not_finite_never_wins():
     a = scored("twa", torch.tensor([float("nan"), -9.0]), 7)
     b = scored("last", torch.tensor([5.0, 5.0]), 0)
     assert pick([a, b], "loss") is b
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_metric_that_is_not_finite_never_wins(value):
+    a = scored("a", torch.ones(2), 0, metrics={"iou": torch.tensor([0.9, value])})
+    b = scored("b", torch.ones(2), 1, metrics={"iou": torch.tensor([0.1, 0.1])})
+    assert winner_of([a, b], "metric:iou") is b
 
 
 def test_a_metric_may_decide():

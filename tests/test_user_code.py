@@ -9,7 +9,7 @@ import torch
 from runs import LinearTask, save_run
 
 from twa_merge import evaluate, merge
-from twa_merge.config import DataConfig, GuardConfig
+from twa_merge.config import DataConfig, FitConfig, GuardConfig
 from twa_merge.errors import TaskError
 
 METHODS = ["build_model", "dataset", "groups", "test_dataset", "split", "collate", "loss",
@@ -105,6 +105,21 @@ def test_a_metric_is_one_number_per_example(tmp_path, metrics, found, together) 
     assert found in said
     assert "expected: " in said
     assert "60" in said
+
+
+def test_a_metric_that_is_nan_for_some_examples_picks_no_winner(tmp_path) -> None:
+    task = LinearTask()
+    task.metrics = lambda m, b: {"iou": torch.where(b[0][:, 0] > 0.0, torch.nan, 1.0)}
+    save_run(tmp_path / "run", task.states(3))
+    with pytest.raises(TaskError, match=r"metric iou .*\n.*finite.*\n.*\d of 15 values of last"):
+        merge(
+            [tmp_path / "run"],
+            task,
+            tmp_path / "merged",
+            fit=FitConfig(blocks="global", max_evaluations=2),
+            guard=GuardConfig(select="metric:iou", candidates="quick"),
+        )
+    assert not (tmp_path / "merged").exists()
 
 
 def test_a_loss_that_comes_with_metrics_is_one_number_per_example_too(tmp_path) -> None:

@@ -118,12 +118,12 @@ class Improvement:
 def pick(scored: Sequence[Scored], select: str) -> Scored:
     """The candidate of least mean cost; ties go to the simpler one, then to the earlier one.
 
-    Candidates whose guard loss is not finite cannot win.
+    Candidates whose guard loss or mean cost is not finite cannot win.
     """
 
     def key(item: Scored) -> tuple[bool, float, int]:
         mean = _mean_cost(item, select)
-        finite = bool(item.guard.isfinite().all()) and mean == mean
+        finite = bool(item.guard.isfinite().all()) and math.isfinite(mean)
         return not finite, mean, item.candidate.rank
 
     return min(scored, key=key)

@@ -204,6 +204,15 @@ def _verdict(
             f"{winner.name} are not",
             remedy="look at the task's loss and data, or try --precision fp32",
         )
+    broken = int((~winner.cost_of(select).isfinite()).sum())
+    if broken:
+        raise TaskError(
+            f"The metric {select.removeprefix('metric:')} is not finite for any candidate.",
+            expected="a finite value for every example of the guard split",
+            found=f"{broken} of {len(winner.guard)} values of {winner.name} are not",
+            remedy="let the task's metrics give a number for every example, or leave out of its "
+            "data those that have none",
+        )
     names = {s.name for s in shown}
     rest = [s for s in scored if s.name not in names]
     shown = [*shown, *(s for s in rest if _family(s.name) == _BY_BLOCK)]
