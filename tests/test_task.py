@@ -149,6 +149,23 @@ def test_data_that_cannot_be_split(task: Any, said: str) -> None:
         split(task, 0.25, 0)
 
 
+@pytest.mark.parametrize(("data", "said"), [(Endless(), "map-style"), ([], "is empty")])
+def test_test_data_that_cannot_be_evaluated(data: Any, said: str) -> None:
+    task = Mine([1, 2])
+    with pytest.raises(TaskError, match=said):
+        split(task, 0.5, 0, test=Mine(data))
+    task.test_dataset = lambda: data  # type: ignore[attr-defined]
+    with pytest.raises(TaskError, match=said):
+        split(task, 0.5, 0)
+
+
+def test_parts_that_a_task_split_off_are_checked() -> None:
+    task = Mine()
+    task.split = lambda guard_fraction, seed: ([1], Endless())  # type: ignore[attr-defined]
+    with pytest.raises(TaskError, match="map-style"):
+        split(task, 0.5, 0)
+
+
 def test_a_task_may_split_by_itself_and_bring_test_data() -> None:
     class Own(Mine):
         def split(self, guard_fraction: float, seed: int) -> tuple[list[int], list[int]]:

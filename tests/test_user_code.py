@@ -66,6 +66,15 @@ def test_eval_tells_it_too(tmp_path, method) -> None:
         evaluate([tmp_path], broken(method, gives_up))
 
 
+@pytest.mark.parametrize(("data", "said"), [(iter([1]), "map-style"), ([], "is empty")])
+def test_eval_needs_examples(tmp_path, data, said) -> None:
+    task = LinearTask()
+    task.dataset = lambda: data
+    save_run(tmp_path, task.states(2))
+    with pytest.raises(TaskError, match=said):
+        evaluate([tmp_path], task)
+
+
 def test_the_line_is_the_tasks_own_not_the_librarys_that_it_called(tmp_path) -> None:
     class Torn(LinearTask):
         def loss(self, model, batch):

@@ -22,7 +22,7 @@ from .objective import Engine
 from .progress import Advanced, Progress, Started, silent
 from .run import note_strangers
 from .store import make_store
-from .task import Task, check_task, dataset_of
+from .task import Task, check_task, dataset_of, require_examples
 from .tasks import load_task
 
 Paths = Sequence[str | PathLike[str]]
@@ -62,13 +62,15 @@ def evaluate(
             )
         else:
             named = check_task(task, type(task).__name__)
+        dataset = dataset_of(named)
+        require_examples(dataset, "dataset")
         live = build(named, layout, checkpoint, world, precision=engine.precision)
         note_strangers(live, layout, progress)
         blocks = global_block(layout)
         shared = {name: live.is_shared(name) for name in layout.averaged}
         store = make_store([checkpoint], layout, blocks, world, StoreConfig("disk"), shared=shared)
         ingest([checkpoint], layout, world, store=store, shared=shared)
-        batches = Batches(dataset_of(named), named, data_config.batch_size, data_config.seed, world)
+        batches = Batches(dataset, named, data_config.batch_size, data_config.seed, world)
         examples = batches.size
         runner = Engine(live, store, blocks, named, world)
         runner.set_weights(torch.ones(1, 1, dtype=torch.float64))

@@ -11,7 +11,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset, Subset, default_collate
+from torch.utils.data import Dataset, IterableDataset, Subset, default_collate
 
 from .errors import TaskError, listing
 from .user_code import user_code
@@ -123,13 +123,17 @@ def split(task: Task, guard_fraction: float, seed: int, test: Task | None = None
         test: a second task whose whole dataset is the test data.
 
     Raises:
-        TaskError: there are too few examples for two parts.
+        TaskError: there are too few examples for two parts, or data cannot be read by index.
     """
     with user_code("give its test data"):
         test_data = test.dataset() if test is not None else _call(task, "test_dataset")
+    if test_data is not None:
+        require_examples(test_data, "test data")
     if callable(getattr(task, "split", None)):
         with user_code("split its data"):
             fit, guard = task.split(guard_fraction, seed)  # type: ignore[attr-defined]
+        for part in (fit, guard):
+            _require_map_style(part, "split")
     else:
         data = dataset_of(task)
         fit_index, guard_index = split_groups(_labels(task, data), guard_fraction, seed)
@@ -184,10 +188,38 @@ def dataset_of(task: Task) -> Dataset[Any]:
     """All of the task's examples.
 
     Raises:
-        TaskError: the task's own code fails.
+        TaskError: the task's own code fails, or the dataset cannot be read by index.
     """
     with user_code("give its dataset"):
-        return task.dataset()
+        data = task.dataset()
+    _require_map_style(data, "dataset")
+    return data
+
+
+def require_examples(data: Any, what: str) -> None:
+    """Checks that there is something to evaluate on.
+
+    Raises:
+        TaskError: ``data`` cannot be read by index, or is empty.
+    """
+    _require_map_style(data, what)
+    if len(data) < 1:
+        raise TaskError(
+            f"The task's {what} is empty.",
+            expected="at least one example",
+            found=f"a {type(data).__name__} of length 0",
+        )
+
+
+def _require_map_style(data: Any, what: str) -> None:
+    sized = hasattr(data, "__len__") and hasattr(data, "__getitem__")
+    if not sized or isinstance(data, IterableDataset):
+        raise TaskError(
+            f"The task's {what} cannot be read by index.",
+            expected="a map-style dataset: len(d) and d[i]",
+            found=type(data).__name__,
+            remedy="return a list or a torch.utils.data.Dataset with __len__",
+        )
 
 
 def collate_of(task: Task) -> Callable[[list[Any]], Any]:
@@ -225,23 +257,17 @@ def _copied(thing: Any) -> Any:
 
 def _labels(task: Task, data: Dataset[Any]) -> list[Any]:
     """One label per example that decides which examples stay together."""
-    if not hasattr(data, "__len__") or not hasattr(data, "__getitem__"):
-        raise TaskError(
-            "The task's dataset cannot be split.",
-            expected="a map-style dataset: len(d) and d[i]",
-            found=type(data).__name__,
-            remedy="return a list or a torch.utils.data.Dataset with __len__",
-        )
     with user_code("group its examples"):
         groups = _call(task, "groups")
+    count = len(data)  # type: ignore[arg-type]
     if groups is None:
-        return list(range(len(data)))
+        return list(range(count))
     # Tensors are hashed by identity: every example would be a group of its own.
     labels = [g.tolist() if isinstance(g, Tensor) else g for g in groups]
-    if len(labels) != len(data) or not all(isinstance(label, Hashable) for label in labels):
+    if len(labels) != count or not all(isinstance(label, Hashable) for label in labels):
         raise TaskError(
             "The task's groups do not fit its dataset.",
-            expected=f"{len(data)} hashable labels, one an example",
+            expected=f"{count} hashable labels, one an example",
             found=f"{len(labels)} of type {listing({type(label).__name__ for label in labels})}",
         )
     return labels
