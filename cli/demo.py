@@ -72,12 +72,13 @@ def command(folder: Path, seed: int, as_json: bool) -> None:
     def work(progress: Progress) -> Document:
         from twa_merge import merge
 
+        data_config = DataConfig(seed=seed)
         _prepare_run(folder, run, seed, progress)
         return merge(
             [run],
             _TASK,
             output,
-            data_config=DataConfig(seed=seed),
+            data_config=data_config,
             out=OutputConfig(overwrite=True),
             progress=progress,
         )

@@ -138,7 +138,12 @@ def test_every_command_has_help_with_an_example(
         [*TRAIN, "--blocks", "rows"],
         [*TRAIN, "--last", "0"],
         [*TRAIN, "--start", "somewhere"],
+        [*TRAIN, "--start", "²"],
         [*TRAIN, "--subspace", "pca"],
+        [*TRAIN, "--subspace", "pca:²"],
+        [*TRAIN, "--subspace", "random:²"],
+        [*TRAIN, "--seed", "99999999999999999999999"],
+        [*TRAIN, "--seed", "-1"],
         [*TRAIN, "--guard-fraction", "1"],
         [*TRAIN, "--lr", "nan"],
         [*TRAIN, "--nproc", "0"],
@@ -159,6 +164,11 @@ def test_wrong_usage_exits_with_2(
     assert "rror: " in captured.err
     assert "Traceback" not in captured.err
     assert calls == []
+
+
+def test_the_demo_checks_its_seed_first(tmp_path: Path) -> None:
+    assert run(cli, ["demo", "--output", str(tmp_path / "demo"), "--seed", str(2**63)]) == 2
+    assert not (tmp_path / "demo").exists()
 
 
 def test_options_reach_the_library(library: Callable[..., list[dict[str, Any]]]) -> None:

@@ -40,10 +40,19 @@ def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
 
 
 def _at_least(option: str, value: float | None, least: float) -> None:
-    if value is not None and not (math.isfinite(value) and value >= least):
-        raise ConfigError(
-            f"{option} is out of range.", expected=f"a number of at least {least}", found=value
-        )
+    if value is not None:
+        # Not math.isfinite, which integers can be too large for.
+        _in_range(option, least <= value < math.inf, f"a number of at least {least}", value)
+
+
+def _in_range(option: str, holds: bool, expected: str, value: float) -> None:
+    if not holds:
+        raise ConfigError(f"{option} is out of range.", expected=expected, found=value)
+
+
+def _is_number(text: str) -> bool:
+    """Whether digits alone: ``isdigit`` knows ² too, which ``int`` does not."""
+    return text.isascii() and text.isdecimal()
 
 
 @dataclass(frozen=True)
@@ -83,12 +92,9 @@ class DataConfig:
     sample: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0.0 < self.guard_fraction < 1.0:
-            raise ConfigError(
-                "--guard-fraction is out of range.",
-                expected="a number between 0 and 1",
-                found=self.guard_fraction,
-            )
+        share = self.guard_fraction
+        _in_range("--guard-fraction", 0.0 < share < 1.0, "a number between 0 and 1", share)
+        _in_range("--seed", 0 <= self.seed < 2**63, "0 to 2⁶³ - 1", self.seed)
         _at_least("--batch-size", self.batch_size, 1)
         _at_least("--fit-examples", self.sample, 1)
 
@@ -146,7 +152,7 @@ class FitConfig:
         _at_least("--epochs", self.epochs, 1)
         _at_least("--label-smoothing", self.label_smoothing, 0.0)
         _at_least("--sharpness", self.sharpness, 0.0)
-        if self.start not in ("auto", "mean", "last") and not self.start.isdigit():
+        if self.start not in ("auto", "mean", "last") and not _is_number(self.start):
             raise ConfigError(
                 "--start is not known.", expected="auto, mean, last or a step", found=self.start
             )
@@ -265,7 +271,7 @@ def parse_subspace(text: str) -> tuple[str, int | None]:
     word, _, number = text.partition(":")
     if word == "checkpoints" and not number:
         return word, None
-    if word in ("pca", "random") and number.isdigit() and int(number) > 0:
+    if word in ("pca", "random") and _is_number(number) and int(number) > 0:
         return word, int(number)
     raise ConfigError(
         "--subspace is not known.", expected="checkpoints, pca:R or random:R", found=text

@@ -138,7 +138,7 @@ class Staging:
             mark = own.name.removesuffix(str(os.getpid()))
             for path in self._output.parent.iterdir():
                 pid = path.name.removeprefix(mark)
-                if pid == path.name or not pid.isdigit() or _is_alive(int(pid)):
+                if pid == path.name or not pid.isdecimal() or _is_alive(int(pid)):
                     continue
                 if word == "replaced" and not self._output.exists():
                     # Killed between the two renames: the earlier merge is still whole.
