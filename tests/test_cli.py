@@ -146,6 +146,8 @@ def test_every_command_has_help_with_an_example(
         [*TRAIN, "--seed", "-1"],
         [*TRAIN, "--guard-fraction", "1"],
         [*TRAIN, "--lr", "nan"],
+        [*TRAIN, "--optimizer", "sgd", "--lr", "0"],
+        [*TRAIN, "--optimizer", "sgd", "--momentum", "1"],
         [*TRAIN, "--nproc", "0"],
         ["average", "run"],
         ["inspect", "run", "--gpu-memory", "80 parsecs"],

@@ -146,8 +146,9 @@ class FitConfig:
         _one_of("--span", self.span, ("affine", "linear"))
         _at_least("--ridge", self.ridge, 0.0)
         _at_least("--max-evaluations", self.max_evaluations, 1)
-        _at_least("--lr", self.lr, 0.0)
-        _at_least("--momentum", self.momentum, 0.0)
+        _in_range("--lr", 0.0 < self.lr < math.inf, "a number above 0", self.lr)
+        momentum = self.momentum
+        _in_range("--momentum", 0.0 <= momentum < 1.0, "a number from 0 to below 1", momentum)
         _at_least("--weight-decay", self.weight_decay, 0.0)
         _at_least("--epochs", self.epochs, 1)
         _at_least("--label-smoothing", self.label_smoothing, 0.0)
