@@ -19,22 +19,22 @@ from .errors import CheckpointError, ConfigError, OutputError
 from .output_folder import existing_parent, writing
 from .ranks import Ranks
 
-# Bytes of a file, at its start, middle and end, that tell it from another one of its size.
-_SAMPLED = 1 << 16
+# Pieces of a file, evenly from its start to its end, that tell it from another one of its size:
+# many, as most of a model may be frozen.
+_PIECES, _PIECE_BYTES = 64, 4096
 
 
 def sample_of(file: Path) -> tuple[int, str]:
     """What tells a file from another: its size, and a hash of parts of it.
 
-    Not its time: one that was lost and copied back is the same. Weights that have been trained on
-    differ everywhere.
+    Not its time: one that was lost and copied back is the same.
     """
     digest = hashlib.blake2b(digest_size=16)
     with file.open("rb") as opened:
         size = opened.seek(0, os.SEEK_END)
-        for start in (0, size // 2, max(0, size - _SAMPLED)):
-            opened.seek(start)
-            digest.update(opened.read(_SAMPLED))
+        for k in range(_PIECES):
+            opened.seek(max(0, size - _PIECE_BYTES) * k // (_PIECES - 1))
+            digest.update(opened.read(_PIECE_BYTES))
     return size, digest.hexdigest()
 
 
