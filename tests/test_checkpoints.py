@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -116,6 +117,11 @@ def test_lightnings_last_is_the_checkpoint_of_its_step_once_more(tmp_path: Path)
     assert names == ["step=200.ckpt", "step=300.ckpt"]
     given = [tmp_path / "step=200.ckpt", tmp_path / "last.ckpt", tmp_path / "step=300.ckpt"]
     assert len(open_checkpoints(given)) == 3
+    put(tmp_path / "another" / "step=100.ckpt", global_step=100)
+    put(tmp_path / "another" / "last.ckpt", global_step=200)
+    steps = [c.step for c in open_checkpoints([tmp_path / "another", *given[::2]])]
+    assert steps == [100, 200, 200, 300]
+    shutil.rmtree(tmp_path / "another")
     put(tmp_path / "last.ckpt", global_step=350)
     assert [c.step for c in open_checkpoints([tmp_path])] == [200, 300, 350]
 

@@ -202,3 +202,25 @@ def test_a_model_that_the_checkpoints_hold_twice_is_not_guessed(tmp_path):
         n: n.removeprefix("online_model.") for n in names if n.startswith("online_model.")
     }
     assert set(live_of(tmp_path, task=task).names) == {f"online_model.{k}" for k in state}
+
+
+def test_weights_beside_their_moving_average_are_themselves(tmp_path):
+    task = LinearTask()
+    state = task.build_model().state_dict()
+    saved = state | {f"ema.{k}": v + 100.0 for k, v in state.items()}
+    # As a checkpoint of somebody's own, whose averages no reader knows.
+    save_run(tmp_path, [saved] * 2)
+    assert live_of(tmp_path, task=task).names == {k: k for k in state}
+
+
+def test_a_network_that_a_module_holds_twice_is_one(tmp_path):
+    class Twice(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = nn.Linear(2, 3)
+            self.again = self.first
+
+    task = LinearTask()
+    task.build_model = Twice
+    save_run(tmp_path, [nn.Linear(2, 3).state_dict()] * 2)
+    assert sorted(live_of(tmp_path, task=task).names) == ["bias", "weight"]

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from twa_merge import average, merge
-from twa_merge.config import EngineConfig, FitConfig, GuardConfig, StoreConfig
+from twa_merge.config import EngineConfig, FitConfig, GuardConfig, OutputConfig, StoreConfig
 from twa_merge.errors import CheckpointError, TaskError
 
 TASK = Path(__file__).with_name("odd_task.py")
@@ -67,6 +67,18 @@ def test_complex_tensors_are_refused_in_words(tmp_path):
         merge([tmp_path / "run"], task, tmp_path / "m", engine=EngineConfig(device="cpu"))
     assert caught.value.details["tensor"] == "phase"
     assert "twa-merge average" in caught.value.details["what to do"]
+
+
+@pytest.mark.parametrize("saved", ["float32", "bfloat16", "float16", "float64"])
+@pytest.mark.parametrize("written", ["float32", "bfloat16", "float16"])
+def test_a_mask_is_itself_in_another_dtype(tmp_path, saved, written):
+    mask = torch.full((4, 4), -torch.inf).triu(1) + torch.eye(4)
+    states = [{"w": torch.ones(3), "mask": mask.to(getattr(torch, saved))} for _ in range(3)]
+    save_run(tmp_path / "run", states)
+    average([tmp_path / "run"], tmp_path / "m", out=OutputConfig(dtype=written))
+    found = load_file(tmp_path / "m" / "model.safetensors")["mask"]
+    assert found.dtype == getattr(torch, written)
+    assert torch.equal(found.float(), mask)
 
 
 def test_infinities_are_those_of_a_mask_where_all_checkpoints_have_them(tmp_path):

@@ -90,25 +90,28 @@ class Accumulator:
         """As ``_fill_piece``, where the infinities that all terms share are taken over."""
         if dtype.is_complex or not terms:
             return False
-        shared = self._shared_infinities(terms, first, len(out))
-        if not shared.any():
+        shared, infinities = self._shared_infinities(terms, first, len(out))
+        if not len(infinities):
             return False
         kept = [(_Without(source, shared, first), alpha) for source, alpha in terms]
         finite = self._fill_piece(kept, first, out, dtype)
-        rows = np.empty(len(out), dtype.array)
-        terms[0][0].read(first, rows)
-        out[shared] = rows[shared]
-        return finite
+        rows = np.empty(len(infinities), dtype.array)
+        single, product = self._single[: len(rows)], self._product[: len(rows)]
+        narrow(infinities, dtype, rows, single, product)
+        out[shared] = rows
+        widen(rows, dtype, product, single)
+        # Not every dtype has infinities.
+        return finite and bool(np.isinf(product).all())
 
-    def _shared_infinities(self, terms: Terms, first: int, size: int) -> np.ndarray:
-        """Which numbers are infinite and the same in all terms, (size,) bool."""
+    def _shared_infinities(self, terms: Terms, first: int, size: int) -> tuple[np.ndarray, Float64]:
+        """Which numbers are infinite and the same in all terms, (size,) bool, and these."""
         single, numbers, other = self._single[:size], self._sum[:size], self._product[:size]
         self._widened(terms[0][0], first, size, numbers, single)
         shared = np.isinf(numbers)
         for source, _ in terms[1:]:
             self._widened(source, first, size, other, single)
             shared &= numbers == other
-        return shared
+        return shared, numbers[shared]
 
     @np.errstate(all="ignore")
     def _fill_piece(self, terms: Terms, first: int, out: Array, dtype: Dtype) -> bool:

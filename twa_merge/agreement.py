@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .checkpoints.base import Checkpoint
+from .checkpoints.base import Checkpoint, reading
 from .errors import CheckpointError, ConfigError, OutputError
 from .output_folder import existing_parent, writing
 from .ranks import Ranks
@@ -30,7 +30,7 @@ def sample_of(file: Path) -> tuple[int, str]:
     Not its time: one that was lost and copied back is the same.
     """
     digest = hashlib.blake2b(digest_size=16)
-    with file.open("rb") as opened:
+    with reading(file), file.open("rb") as opened:
         size = opened.seek(0, os.SEEK_END)
         for k in range(_PIECES):
             opened.seek(max(0, size - _PIECE_BYTES) * k // (_PIECES - 1))

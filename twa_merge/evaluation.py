@@ -9,10 +9,10 @@ from typing import Any
 import torch
 
 from . import report
-from .agreement import require_same_files
+from .agreement import require_same_choices, require_same_files
 from .batches import Batches
 from .checkpoints import open_checkpoints
-from .config import DataConfig, EngineConfig, Selection, StoreConfig
+from .config import DataConfig, EngineConfig, Selection, StoreConfig, as_dict
 from .distributed import start
 from .guard import bootstrap_interval
 from .ingest import ingest
@@ -64,6 +64,14 @@ def evaluate(
             named = check_task(task, type(task).__name__)
         dataset = dataset_of(named)
         require_examples(dataset, "dataset")
+        require_same_choices(
+            {
+                "number of examples": len(dataset),  # type: ignore[arg-type]
+                "data options": as_dict(data_config),
+                "precision": engine.precision,
+            },
+            world,
+        )
         live = build(named, layout, checkpoint, world, precision=engine.precision)
         note_strangers(live, layout, progress)
         blocks = global_block(layout)

@@ -117,11 +117,16 @@ class Fitter:
         best = min(range(len(sizes)), key=lambda i: (losses[i], i))
         return window(n, sizes[best])[None]
 
-    def losses(self, alphas: Tensor, chosen: Sequence[int]) -> Tensor:
-        """Loss (no gradient) of each chosen example of the fit split, (len(chosen),) float64."""
+    def losses(self, alphas: Tensor, *parts: Sequence[int]) -> Tensor:
+        """Loss (no gradient) of each chosen example of the fit split, (M,) float64.
+
+        Args:
+            parts: the chosen ones; no batch holds examples of two parts.
+        """
         self.engine.set_weights(alphas)
-        self.evaluations += len(chosen) / self.limit / 3
-        return self.engine.example_losses(self.batches, chosen, by_batch=True)[0]
+        self.evaluations += sum(map(len, parts)) / self.limit / 3
+        found = [self.engine.example_losses(self.batches, p, by_batch=True)[0] for p in parts]
+        return torch.cat(found)
 
     def score(self, alphas: Tensor, chosen: Sequence[int]) -> float:
         """Mean loss over chosen examples; infinite where it is not a number."""

@@ -80,15 +80,16 @@ class HeldOut:
             return self._losses[candidate.name]
         if candidate.name in self._alphas:
             return self._measured(self._alphas[candidate.name], mode)
-        return self._losses_of(candidate.alphas, [p for part in self.parts for p in part], mode)
+        # Fold by fold like the others: what a loss draws at random depends on the batch.
+        return self._losses_of(candidate.alphas, mode, *self.parts)
 
     def _measured(self, alphas: Sequence[Tensor], mode: str | None) -> Tensor:
         """Losses on the parts with other coefficients for each, (M,)."""
         found = zip(alphas, self.parts, strict=True)
-        return torch.cat([self._losses_of(a, part, mode) for a, part in found])
+        return torch.cat([self._losses_of(a, mode, part) for a, part in found])
 
-    def _losses_of(self, alphas: Tensor, chosen: Sequence[int], mode: str | None) -> Tensor:
-        """As it would be written: the fit's own losses normalise by the statistics of batches."""
+    def _losses_of(self, alphas: Tensor, mode: str | None, *parts: Sequence[int]) -> Tensor:
+        """With batch norm as it would be written: the fit's own losses normalise by the batch."""
         if mode is None:
-            return self._fitter.losses(alphas, chosen)
-        return self._jury.losses(alphas, mode, chosen)
+            return self._fitter.losses(alphas, *parts)
+        return self._jury.losses(alphas, mode, *parts)

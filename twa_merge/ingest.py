@@ -196,7 +196,7 @@ class _Pass:
                     if not bool((centre.isfinite() | masked).all()):
                         raise blame(self._checkpoints, piece)
                     offsets[:, masked] = 0.0
-                # A model cannot hold it, see ``model.build``.
+                # A model cannot hold it, see ``matching.require_cover``.
                 if self._store is not None and not rows.is_complex():
                     self._store.put(piece, centre, offsets)
                 if masked is not None:

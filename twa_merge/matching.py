@@ -58,18 +58,38 @@ def match_names(
             yield {name: name.removeprefix(prefix) for name in layout.entries}
 
     matches = [{n: own[m] for n, m in renaming.items() if m in own} for renaming in ways()]
-    as_said, best = max(matches[:2], key=len), max(matches, key=len)
-    if len(best) == len(as_said):
+    as_said = max(matches[:2], key=len)
+    # Not those that bring two networks of a checkpoint to one place.
+    guesses = [m for m in matches[2:] if len(set(m.values())) == len(m)]
+    best = max([as_said, *guesses], key=len)
+    if len(best) == len(as_said) or not _missing(module, as_said):
         return as_said
-    _require_one(module, best, [m for m in matches if len(m) == len(best) and m != best])
+    _require_one(module, layout, best, [m for m in guesses if len(m) == len(best)])
     return best
 
 
+def _missing(module: nn.Module, names: Mapping[str, str]) -> list[str]:
+    """Parameters that no tensor of the checkpoints stands for."""
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    covered = {id(parameters[own]) for own in names.values() if own in parameters}
+    return [name for name, p in parameters.items() if id(p) not in covered]
+
+
 def _require_one(
-    module: nn.Module, best: Mapping[str, str], others: Sequence[Mapping[str, str]]
+    module: nn.Module, layout: Layout, best: Mapping[str, str], guesses: Sequence[Mapping[str, str]]
 ) -> None:
     """Raises TaskError where the checkpoints hold the whole module more than once."""
-    if others and {name for name, _ in module.named_parameters()} <= set(best.values()):
+    tensors = {
+        **dict(module.named_parameters(remove_duplicate=False)),
+        **dict(module.named_buffers(remove_duplicate=False)),
+    }
+
+    def pairs(names: Mapping[str, str]) -> set[tuple[str, int]]:
+        # Tied in the files, or registered twice in the module: the same under another name.
+        return {(layout[n].tied_to or n, id(tensors[own])) for n, own in names.items()}
+
+    others = [names for names in guesses if pairs(names) != pairs(best)]
+    if others and not _missing(module, best):
         either, other = (next(iter(found)) for found in (best, others[0]))
         raise TaskError(
             "The checkpoints hold the task's model more than once.",
@@ -93,8 +113,7 @@ def require_cover(module: nn.Module, names: Mapping[str, str], layout: Layout) -
                 "choose coefficients yourself, with twa-merge average",
             )
     parameters = dict(module.named_parameters(remove_duplicate=False))
-    covered = {id(parameters[own]) for own in names.values() if own in parameters}
-    missing = [name for name, p in parameters.items() if id(p) not in covered]
+    missing = _missing(module, names)
     if missing:
         raise TaskError(
             "The model has parameters that the checkpoints lack.",

@@ -210,7 +210,8 @@ def build(
         checkpoint_activations(module, task)
     whole = None
     if meta or precision == "bf16":
-        whole = shard(module, task, world, precision, reshard=not once)
+        copied = {own for name, own in names.items() if not layout[name].averaged}
+        whole = shard(module, task, world, precision, reshard=not once, copied=copied)
     module._apply(
         lambda t: torch.empty_like(t, device=world.device) if t.is_meta else t.to(world.device)
     )

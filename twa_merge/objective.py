@@ -207,7 +207,10 @@ class Engine:
 def _inner(one: Tensor, other: Tensor) -> Tensor:
     """⟨one, other⟩ in float64, piece by piece: the copies would be twice the model."""
     pieces = zip(one.reshape(-1).split(_PIECE), other.reshape(-1).split(_PIECE), strict=True)
-    return torch.stack([a.double() @ b.double() for a, b in pieces]).sum()
+    # Infinities that all checkpoints share are no part of the subspace.
+    return torch.stack(
+        [a.double().nan_to_num_(posinf=0.0, neginf=0.0) @ b.double() for a, b in pieces]
+    ).sum()
 
 
 @contextmanager

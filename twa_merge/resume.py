@@ -60,7 +60,8 @@ class EvaluationLog:
         self._checked = False
         self._world = world
         # Through JSON and back, so that tuples and lists compare equal.
-        wanted = json.loads(json.dumps(fingerprint))
+        # Of rank zero: paths may be other ones on another node.
+        wanted = world.broadcast(json.loads(json.dumps(fingerprint)))
         records = world.broadcast(self._read() if world.is_zero and not fresh else [])
         header = records[0].get("run") if records else None
         if header is not None and header != wanted:

@@ -202,12 +202,13 @@ def require_agreement(
     """
     parts = (splits.fit, splits.guard, *([] if splits.test is None else [splits.test]))
     asked: dict[str, Any] = {"number of examples": [len(part) for part in parts]}  # type: ignore[arg-type]
-    for some in (choices.data, choices.fit, choices.guard, choices.store, choices.engine):
-        asked |= {f"choice of {name}": value for name, value in as_dict(some).items()}
+    for kind in ("data", "fit", "guard", "store", "engine"):
+        options = as_dict(getattr(choices, kind))
+        asked |= {f"{kind} option {name}": value for name, value in options.items()}
     # A node may have its own devices.
-    del asked["choice of device"]
+    del asked["engine option device"]
     require_same_files(checkpoints, world)
-    require_same_choices(asked | {"choice of dtype": choices.out.dtype}, world)
+    require_same_choices(asked | {"output dtype": choices.out.dtype}, world)
 
 
 def note_strangers(live: LiveModel, layout: Layout, progress: Progress) -> None:

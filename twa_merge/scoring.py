@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from .batches import Batches
@@ -84,10 +85,14 @@ class Jury:
             tried.append(Scored(candidate, losses, metrics, batch_norm=mode))
         return first_unless_beaten(tried, self.select)
 
-    def losses(self, alphas: Tensor, mode: str | None, chosen: Sequence[int]) -> Tensor:
-        """Losses of fit examples by what would be written, (len(chosen),) float64."""
+    def losses(self, alphas: Tensor, mode: str | None, *parts: Sequence[int]) -> Tensor:
+        """Losses of fit examples by what would be written, (M,) float64.
+
+        Args:
+            parts: the chosen ones; no batch holds examples of two parts.
+        """
         self.apply(alphas, mode)
-        return self.engine.example_losses(self.fit, chosen)[0]
+        return torch.cat([self.engine.example_losses(self.fit, part)[0] for part in parts])
 
     def complete(self, scored: Sequence[Scored]) -> None:
         """Adds fit and test losses: reported, never chosen by."""

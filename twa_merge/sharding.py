@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, TypeVar
 
 import torch
@@ -141,11 +141,20 @@ class _Reached(torch.autograd.Function):
         return (*gradients, *zeros)
 
 
-def shard(module: nn.Module, task: Task, world: World, precision: str, *, reshard: bool) -> Sharded:
+def shard(
+    module: nn.Module,
+    task: Task,
+    world: World,
+    precision: str,
+    *,
+    reshard: bool,
+    copied: Collection[str] = (),
+) -> Sharded:
     """Shards ``module`` in place, by repeated layer and at the root.
 
     Args:
         reshard: the rows of other ranks are given up after a layer's forward pass.
+        copied: parameters that every rank keeps whole, as no gradient moves them.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -156,10 +165,11 @@ def shard(module: nn.Module, task: Task, world: World, precision: str, *, reshar
         param_dtype=torch.bfloat16 if precision == "bf16" else None,
         reduce_dtype=torch.float32 if precision == "bf16" else None,
     )
-    # FSDP2 refuses scalars, as temperatures and gates are, fails on what is empty, and has nothing
-    # to do with what no gradient moves: integers.
+    # FSDP2 refuses scalars, as temperatures and gates are, and fails on what is empty.
     whole_ones = {
-        p for p in module.parameters() if not (p.ndim and p.numel() and p.is_floating_point())
+        p
+        for name, p in module.named_parameters(remove_duplicate=False)
+        if not (p.ndim and p.numel() and p.is_floating_point()) or name in copied
     }
     options: dict[str, Any] = {
         "mesh": mesh,

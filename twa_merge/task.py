@@ -234,6 +234,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
     """A copy of the batch on ``device``; tuples, lists and mappings are walked."""
     if isinstance(batch, Tensor):
         return batch.to(device, copy=True)
+    if batch is None or isinstance(batch, (str, bytes, int, float)):
+        return batch
     # Packed sequences, transformers' encodings, graphs: what moves itself knows how, but may move
     # itself in place.
     if callable(getattr(batch, "to", None)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -84,9 +85,11 @@ def judge(run: Run, fitted: Sequence[Fitted]) -> Verdict:
     if held_out.parts:
         _cross_validate(run, scored, held_out)
     cost = sum(stage.evaluations for stage in fitted)
-    if "blend" in families and len(by_block) > 1:
-        both = [s for s in scored if _family(s.name) == _BY_BLOCK]
-        scored += _mixture(run, _MIXED, 10, both, held_out, cost)
+    if "blend" in families:
+        # One that was given up stands where the whole model's stage ended.
+        fits = {stage.name for stage in by_block if math.isfinite(stage.result.loss)}
+        both = [s for s in scored if s.name in fits]
+        scored += _mixture(run, _MIXED, 10, both, held_out, cost) if len(both) > 1 else []
     shown, best_single = _headlines(run, scored)
     if "blend" in families:
         shown += _mixture(run, "blend", 11, shown, held_out, cost)

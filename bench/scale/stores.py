@@ -33,7 +33,7 @@ from twa_merge.progress import silent
 from twa_merge.resume import EvaluationLog
 from twa_merge.run import Run, set_up
 from twa_merge.subspace import Chart, make_subspace
-from twa_merge.task import Splits
+from twa_merge.task import Splits, to_device
 from twa_merge.tasks.byte_lm import ByteConfig, ByteTask, ByteTransformer, standard_library_text
 
 DEMANDED = 1.15
@@ -146,7 +146,7 @@ def plain_passes(run: Run, chosen: range) -> None:
     module, task = run.engine.live.module, run.engine.task
     module.zero_grad()
     for _, batch, _ in run.fitter.batches.rounds(chosen):
-        loss = task.loss(module, batch).sum() / len(chosen)
+        loss = task.loss(module, to_device(batch, run.world.device)).sum() / len(chosen)
         loss.backward()
         loss.item()
 

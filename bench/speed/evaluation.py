@@ -32,7 +32,7 @@ from twa_merge.progress import silent
 from twa_merge.resume import EvaluationLog
 from twa_merge.run import Run, set_up
 from twa_merge.subspace import Chart, make_subspace
-from twa_merge.task import Splits
+from twa_merge.task import Splits, to_device
 from twa_merge.tasks.byte_lm import ByteConfig, ByteTask, standard_library_text
 
 DEMANDED = 1.15
@@ -107,7 +107,8 @@ def plain_passes(run: Run, objective: Objective) -> float:
     module.zero_grad()
     total = 0.0
     for _, batch, _ in objective.batches.rounds(objective.chosen):
-        loss = task.loss(module, batch).sum() / len(objective.chosen)
+        own = to_device(batch, run.world.device)
+        loss = task.loss(module, own).sum() / len(objective.chosen)
         loss.backward()
         total += loss.item()
     return total

@@ -207,8 +207,8 @@ def _once(found: Sequence[_Found]) -> list[_Found]:
 def _distinct(found: Sequence[_Found], given: Sequence[Path]) -> list[_Found]:
     """Without files in a run folder that are called the last, where another one is of its step."""
     lasts = [f for f in found if _LAST.fullmatch(f.path.name) and f.path not in given]
-    steps = {f.step for f in found if f not in lasts} - {None}
-    return [f for f in found if f not in lasts or f.step not in steps]
+    saved = {(f.path.parent, f.step) for f in found if f not in lasts and f.step is not None}
+    return [f for f in found if f not in lasts or (f.path.parent, f.step) not in saved]
 
 
 def _with_step(found: _Found) -> _Found:

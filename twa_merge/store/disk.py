@@ -91,7 +91,11 @@ class DiskStore:
                 for target, row in zip(here, rows, strict=True):
                     target.copy_(row[a : a + step])
                 here.sub_(here.mean(0))
-                sums[self.blocks.index[name]] += torch.mv(here, g)
+                products = torch.mv(here, g)
+                if not bool(products.isfinite().all()) and bool(g.isfinite().all()):
+                    # Infinities that all share have no offsets.
+                    products = torch.mv(here.nan_to_num_(0.0, 0.0, 0.0), g)
+                sums[self.blocks.index[name]] += products
         # Σ_i Δ_i = 0 exactly: what is left in the mean is the rounding of the centre, the same in
         # every offset.
         return sums.sub_(sums.mean(1, keepdim=True))
