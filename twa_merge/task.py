@@ -46,7 +46,11 @@ class Task(Protocol):
         ...
 
     def loss(self, model: nn.Module, batch: Any) -> Tensor:
-        """One loss per example: shape (batch,), float."""
+        """One loss per example: shape (batch,), float.
+
+        What it draws from the generators of torch, numpy and Python is the same for a batch in
+        every evaluation; the batch is its own to edit.
+        """
         ...
 
 
