@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 
+import pytest
 import torch
 from runs import LinearTask, save_run
 
@@ -107,3 +108,28 @@ def test_it_can_be_left_out(tmp_path):
     guard = GuardConfig(candidates="uniform,twa")
     document = merge([tmp_path / "run"], task, tmp_path / "merged", guard=guard)
     assert {r["name"] for r in document["candidates"]} == {"last", "best_single", "uniform", "twa"}
+
+
+def test_noise_that_a_loss_draws_is_the_same_for_all_candidates(tmp_path):
+    class Noisy(LinearTask):
+        def loss(self, model, batch):
+            losses = super().loss(model, batch)
+            return losses + self.noise * torch.rand(len(losses))
+
+    task = Noisy(examples=134)
+    generator = torch.Generator().manual_seed(1)
+    states = [
+        {
+            "0.weight": task.truth + 0.5 * torch.randn(task.truth.shape, generator=generator),
+            "0.bias": torch.zeros(task.outputs),
+        }
+        for _ in range(4)
+    ]
+    save_run(tmp_path / "run", states)
+    gains = []
+    for noise in (0.0, 20.0):
+        task.noise = noise
+        document = merge([tmp_path / "run"], task, tmp_path / f"m{noise}")
+        losses = {row["name"]: row["selection_loss"] for row in document["candidates"]}
+        gains.append(losses["uniform"] - losses["twa"])
+    assert gains[1] == pytest.approx(gains[0], abs=0.01)
