@@ -41,6 +41,7 @@ body { margin: 0; background: var(--page); color: var(--ink);
 main { max-width: 60rem; margin: 0 auto; padding: 2rem 1.25rem 4rem; }
 h1 { font-size: 1.7rem; line-height: 1.2; margin: 0 0 .35rem; letter-spacing: -.01em; }
 h2 { font-size: 1.15rem; margin: 2.6rem 0 .3rem; }
+p, h1, dd { overflow-wrap: anywhere; }
 p { margin: .3rem 0; } .quiet, figcaption { color: var(--quiet); font-size: .9rem; }
 .verdict { border-left: 4px solid var(--green); background: var(--card); padding: .8rem 1rem;
   margin: 1.2rem 0; border-radius: 0 8px 8px 0; }
