@@ -72,6 +72,7 @@ def command(folder: Path, seed: int, as_json: bool) -> None:
     def work(progress: Progress) -> Document:
         from twa_merge import merge
 
+        # A seed that is refused is refused before the minute of training.
         data_config = DataConfig(seed=seed)
         _prepare_run(folder, run, seed, progress)
         return merge(

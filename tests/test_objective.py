@@ -175,6 +175,20 @@ def test_random_augmentation_is_the_same_in_every_evaluation(tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
 
 
+def engine_with_metrics(task, folder, together):
+    """Of a task whose only metric is its loss once more, in a pass of its own or in the same."""
+    if together:
+        task.loss_and_metrics = lambda model, batch: (
+            (losses := task.loss(model, batch)),
+            {"again": losses},
+        )
+    else:
+        task.metrics = lambda model, batch: {"again": task.loss(model, batch)}
+    save_run(folder, task.states(2))
+    engine, _, batches = engine_for(task, folder)
+    return engine, batches
+
+
 @pytest.mark.parametrize("together", [False, True])
 def test_a_loss_may_edit_and_empty_its_batch(tmp_path, together):
     class Encoded(LinearTask):
@@ -186,17 +200,8 @@ def test_a_loss_may_edit_and_empty_its_batch(tmp_path, together):
             x = batch.pop("x").sub_(0.1)
             return super().loss(model, (x, batch["parts"].pop().mul_(2.0)))
 
-        def metrics(self, model, batch):
-            return {"again": self.loss(model, batch)}
-
     task = Encoded()
-    if together:
-        task.loss_and_metrics = lambda model, batch: (
-            (losses := task.loss(model, batch)),
-            {"again": losses},
-        )
-    save_run(tmp_path, task.states(2))
-    engine, _, batches = engine_for(task, tmp_path)
+    engine, batches = engine_with_metrics(task, tmp_path, together)
     alphas = torch.full((1, 2), 0.5, dtype=torch.float64)
     loss, _ = engine.loss_and_products(alphas, batches, range(60))
     for _ in range(2):
@@ -214,20 +219,11 @@ def test_a_loss_that_draws_is_a_function_of_the_weights(tmp_path, together):
             x = x + drawn[-1][0] * sum(drawn[-1][1:])
             return super().loss(model, (x, y))
 
-        def metrics(self, model, batch):
-            return {"again": self.loss(model, batch)}
-
     def state():
         return torch.get_rng_state().tolist(), str(np.random.get_state()), random.getstate()
 
     task, drawn = Noisy(), []
-    if together:
-        task.loss_and_metrics = lambda model, batch: (
-            (losses := task.loss(model, batch)),
-            {"again": losses},
-        )
-    save_run(tmp_path, task.states(2))
-    engine, _, batches = engine_for(task, tmp_path)
+    engine, batches = engine_with_metrics(task, tmp_path, together)
     alphas, before = torch.full((1, 2), 0.5, dtype=torch.float64), state()
     loss, products = engine.loss_and_products(alphas, batches, range(60))
     assert len({d[1:] for d in drawn}) == 4, "each batch has noise of its own"
