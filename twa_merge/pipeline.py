@@ -106,7 +106,7 @@ def merge(
         require_shared_place(target, world)
     log = EvaluationLog(
         target.with_name(target.name + ".partial"),
-        fingerprint(found, task, data, splits, choices),
+        fingerprint(found, task, data, splits, choices) if world.is_zero else {},
         world,
         choices.out.fresh,
         progress,

@@ -38,7 +38,8 @@ class EvaluationLog:
 
     Args:
         folder: where the state is kept.
-        fingerprint: what the run depends on; a state of another run is not continued.
+        fingerprint: what the run depends on, of rank zero: paths may be other ones on another
+            node. A state of another run is not continued.
         fresh: start over.
         progress: is told when the state turns out to be of no use.
 
@@ -60,7 +61,6 @@ class EvaluationLog:
         self._checked = False
         self._world = world
         # Through JSON and back, so that tuples and lists compare equal.
-        # Of rank zero: paths may be other ones on another node.
         wanted = world.broadcast(json.loads(json.dumps(fingerprint)))
         records = world.broadcast(self._read() if world.is_zero and not fresh else [])
         header = records[0].get("run") if records else None
