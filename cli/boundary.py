@@ -200,7 +200,9 @@ def how_to_continue(session: Session) -> str:
     """What an interrupted command left, in a sentence; nothing for one that writes nothing."""
     if session.output is None:
         return ""
-    partial = session.output.with_name(session.output.name + ".partial")
+    from twa_merge.output_folder import state_folder
+
+    partial = state_folder(session.output)
     if partial.exists():
         return f"The same command continues from {partial}; --fresh starts over."
     return "Nothing was written; the same command starts again."

@@ -34,6 +34,8 @@ from twa_merge.writer import check_output, write_merge
 
 State = dict[str, Tensor]
 ALPHAS = [0.7, -0.45, 1 / 3, 0.4]
+# The document of an earlier merge of ``save_run``.
+RECORD = json.dumps(output_folder.record(["model.safetensors", "config.json"]))
 
 
 def states(dtype: torch.dtype = torch.float32, n: int = 4, rows: int = 700) -> list[State]:
@@ -505,15 +507,13 @@ def test_only_an_earlier_merge_is_replaced_and_only_when_asked(tmp_path: Path) -
     run = save_run(tmp_path / "run", states())
     out = tmp_path / "out"
     out.mkdir()
-    merge(run, out, documents={"twa_merge.json": "{}"})
+    merge(run, out, documents={"twa_merge.json": RECORD})
     first = (out / "model.safetensors").read_bytes()
-    (out / "extra.txt").write_text("old")
     with pytest.raises(OutputError, match="exists already") as caught:
         merge(run, out, [1, 0, 0, 0])
     assert "--overwrite" in caught.value.details["what to do"]
     merge(run, out, [1, 0, 0, 0], overwrite=True)
     assert (out / "model.safetensors").read_bytes() != first
-    assert not (out / "extra.txt").exists()
     # This one was written without a report, so it might be anything.
     for overwrite in (False, True):
         with pytest.raises(OutputError, match="exists already") as caught:
@@ -527,6 +527,43 @@ def test_only_an_earlier_merge_is_replaced_and_only_when_asked(tmp_path: Path) -
     assert_nothing_left(tmp_path, "run", "out", "file")
 
 
+@pytest.mark.parametrize("name", ["notes.txt", "evals/mmlu.json", "evals/link"])
+def test_what_an_earlier_merge_did_not_write_is_not_deleted(tmp_path: Path, name: str) -> None:
+    run, out = save_run(tmp_path / "run", states()), tmp_path / "out"
+    merge(run, out, documents={"twa_merge.json": RECORD})
+    mine = out / name
+    mine.parent.mkdir(exist_ok=True)
+    if name.endswith("link"):
+        mine.symlink_to(tmp_path / "nowhere")
+    else:
+        mine.write_text("mine")
+    for write in (lambda: check_output(out, open_checkpoints([run]), overwrite=True),
+                  lambda: merge(run, out, overwrite=True)):  # fmt: skip
+        with pytest.raises(OutputError, match="holds more than an earlier merge") as caught:
+            write()
+        assert caught.value.details["found"] == name
+    assert mine.is_symlink() or mine.read_text() == "mine"
+    assert_nothing_left(tmp_path, "run", "out")
+
+
+def test_folders_that_cannot_be_replaced_are_refused_beforehand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = save_run(tmp_path / "run", states())
+    here = tmp_path / "work" / "here"
+    here.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    for output in (Path("."), Path(".."), here, Path("../../work")):
+        with pytest.raises(OutputError, match="cannot be replaced") as caught:
+            check_output(output, open_checkpoints([run]))
+        assert str(output / "merged") in caught.value.details["what to do"]
+    check_output(Path("merged"), open_checkpoints([run]))
+    mounted = next(Path(p) for p in ("/proc", "/dev", "/") if os.path.ismount(p))
+    with pytest.raises(OutputError, match="cannot be replaced") as caught:
+        check_output(mounted, open_checkpoints([run]))
+    assert "mounted" in caught.value.details["found"]
+
+
 def test_the_output_keeps_away_from_the_checkpoints(tmp_path: Path) -> None:
     run = save_run(tmp_path / "run", states())
     link = tmp_path / "link"
@@ -536,7 +573,7 @@ def test_the_output_keeps_away_from_the_checkpoints(tmp_path: Path) -> None:
             check_output(path, open_checkpoints([run]), overwrite=True)
     check_output(run / "merged", open_checkpoints([run]))
     # A folder of links, as downloads make them, into what would be replaced.
-    merge(run, tmp_path / "out", documents={"twa_merge.json": "{}"})
+    merge(run, tmp_path / "out", documents={"twa_merge.json": RECORD})
     (tmp_path / "linked").mkdir()
     linked = tmp_path / "linked" / "model.safetensors"
     linked.symlink_to(tmp_path / "out" / "model.safetensors")
@@ -547,7 +584,7 @@ def test_the_output_keeps_away_from_the_checkpoints(tmp_path: Path) -> None:
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError])
 def test_an_interruption_leaves_nothing_behind(tmp_path: Path, error: type[BaseException]) -> None:
     run = save_run(tmp_path / "run", states())
-    merge(run, tmp_path / "old", documents={"twa_merge.json": "{}"})
+    merge(run, tmp_path / "old", documents={"twa_merge.json": RECORD})
     before = (tmp_path / "old" / "model.safetensors").read_bytes()
 
     def interrupt(event: Event) -> None:
@@ -566,7 +603,7 @@ def test_a_failed_swap_puts_the_earlier_merge_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = save_run(tmp_path / "run", states())
-    merge(run, tmp_path / "out", documents={"twa_merge.json": "{}"})
+    merge(run, tmp_path / "out", documents={"twa_merge.json": RECORD})
     rename = os.rename
 
     def fail(source: Path, target: Path) -> None:

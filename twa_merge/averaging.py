@@ -20,6 +20,7 @@ from .errors import ConfigError
 from .fixed_weights import parse_weights
 from .layout import Blocks, Layout, dtype_named, global_block, make_layout
 from .model_card import model_card
+from .output_folder import record
 from .progress import Progress, silent
 from .ranks import Alone, Ranks, world_size
 from .writer import check_output, write_merge
@@ -58,7 +59,7 @@ def average(
         found = open_checkpoints(checkpoints, selection or Selection())
         layout = make_layout(found)
         dtype = dtype_named(out.dtype)
-        check_output(target, found, out.overwrite, dtype=dtype)
+        names = check_output(target, found, out.overwrite, dtype=dtype)
         world = _join()
         require_same_files(found, world)
         require_shared_place(target, world)
@@ -70,6 +71,7 @@ def average(
         "coefficients": report.coefficients(alphas, len(found), blocks, directions),
         "options": {"dtype": out.dtype, "selection": as_dict(selection or Selection())},
         "world_size": world.size,
+        **record(names),
     }
     if len(blocks) > 1:
         document["blocks"] = report.members(blocks)

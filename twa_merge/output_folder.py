@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from .checkpoints.base import Checkpoint
-from .errors import OutputError
+from .errors import OutputError, listing
 
 # Its presence says that a folder is a merge, which --overwrite may replace.
 DOCUMENT = "twa_merge.json"
+# What a merge may hold besides weights and sidecars.
+_DOCUMENTS = (DOCUMENT, "README.md", "report.html")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -30,6 +33,7 @@ def require_place(output: Path, checkpoints: Sequence[Checkpoint], overwrite: bo
         target = _real(output)
         for checkpoint in checkpoints:
             _require_apart(output, target, checkpoint)
+        _require_movable(output, target)
         _require_replaceable(output, target, overwrite)
         parent = existing_parent(output)
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
@@ -62,6 +66,15 @@ def writing(output: Path, needed: int = 0) -> Iterator[None]:
             found=error,
             remedy="check the permissions there, or choose another output folder",
         ) from error
+
+
+def record(names: Iterable[str]) -> dict[str, list[str]]:
+    """What the document of a merge says of its files: --overwrite takes away no others.
+
+    Args:
+        names: of weights and sidecars.
+    """
+    return {"files": sorted({*names, *_DOCUMENTS})}
 
 
 class Staging:
@@ -171,6 +184,22 @@ def _require_apart(output: Path, target: Path, checkpoint: Checkpoint) -> None:
         )
 
 
+def _require_movable(output: Path, target: Path) -> None:
+    """The result is a folder that takes this one's place, which some cannot give up."""
+    found = None
+    if os.path.ismount(target):
+        found = "where a disk is mounted"
+    elif target == Path.cwd() or target in Path.cwd().parents:
+        found = "where this command was started"
+    if found:
+        raise OutputError(
+            f"{output} cannot be replaced by a new folder.",
+            expected="a new folder, or one that can be moved",
+            found=f"{target}, {found}",
+            remedy=f"name a folder inside it, such as {output / 'merged'}",
+        )
+
+
 def _require_replaceable(output: Path, target: Path, overwrite: bool) -> None:
     if not os.path.lexists(target):
         return
@@ -190,10 +219,36 @@ def _require_replaceable(output: Path, target: Path, overwrite: bool) -> None:
             remedy="choose another output folder"
             + (", or give --overwrite to replace it" if ours else ""),
         )
+    if ours:
+        _require_nothing_else(output, target)
+
+
+def _require_nothing_else(output: Path, target: Path) -> None:
+    """Raises OutputError where an earlier merge has got company that would be lost with it."""
+    try:
+        own = {DOCUMENT, *json.loads((target / DOCUMENT).read_bytes())["files"]}
+    except (ValueError, KeyError, TypeError):
+        own = {DOCUMENT}
+    there = (path for path in target.rglob("*") if path.is_symlink() or not path.is_dir())
+    others = sorted({path.relative_to(target).as_posix() for path in there} - own)
+    if others:
+        raise OutputError(
+            f"{output} holds more than an earlier merge, which --overwrite would delete.",
+            expected=f"the files that {DOCUMENT} names, and no others",
+            found=listing(others),
+            remedy="move them elsewhere, or choose another output folder",
+        )
 
 
 def _real(path: Path) -> Path:
     return Path(os.path.realpath(path))
+
+
+def state_folder(output: Path) -> Path:
+    """Where a run keeps what an interrupted one continues from: beside its output."""
+    if output.name in ("", ".."):
+        output = Path(os.path.abspath(output))
+    return output.parent / f"{output.name}.partial"
 
 
 def existing_parent(output: Path) -> Path:

@@ -47,6 +47,11 @@ class OutputPlan:
     sidecars: Mapping[str, Path]
 
     @property
+    def names(self) -> list[str]:
+        index = [self.index[0]] if self.index else []
+        return [*(file.name for file in self.files), *index, *self.sidecars]
+
+    @property
     def nbytes(self) -> int:
         total = sum(file.nbytes for file in self.files)
         total += len(self.index[1]) if self.index else 0

@@ -34,6 +34,7 @@ from .html_report import html_report
 from .landscape import landscape
 from .layout import dtype_named, make_layout
 from .model_card import model_card
+from .output_folder import record, state_folder
 from .progress import Noted, Progress, silent
 from .resume import EvaluationLog
 from .run import Run, fingerprint, require_agreement, set_up, several
@@ -98,14 +99,16 @@ def merge(
         layout = make_layout(several(found))
         require_directions(choices.fit, len(found), layout)
         world = start(choices.engine.device)
-        check_output(target, found, choices.out.overwrite, dtype=dtype_named(choices.out.dtype))
+        names = check_output(
+            target, found, choices.out.overwrite, dtype=dtype_named(choices.out.dtype)
+        )
         chosen_task, splits = task_and_splits(
             task, data, test_data, found[-1], dict(task_options or {}), choices
         )
         require_agreement(found, splits, choices, world)
         require_shared_place(target, world)
     log = EvaluationLog(
-        target.with_name(target.name + ".partial"),
+        state_folder(target),
         fingerprint(found, task, data, splits, choices) if world.is_zero else {},
         world,
         choices.out.fresh,
@@ -119,7 +122,7 @@ def merge(
         fitted = train_stages(run)
     with clock.part("guard"):
         verdict = _judge(run, fitted)
-    document = fit_document(run, fitted, verdict)
+    document = fit_document(run, fitted, verdict) | record(names)
     if choices.guard.require_improvement and not verdict.over_single.certain:
         log.remove()
         raise _no_improvement(run, verdict)

@@ -31,16 +31,19 @@ def check_output(
     overwrite: bool = False,
     *,
     dtype: Dtype | None = None,
-) -> None:
+) -> list[str]:
     """Checks that a merge of ``checkpoints`` can be written to ``output``. Changes nothing.
 
     To be called before hours of training; ``write_merge`` calls it again.
+
+    Returns:
+        Names of the files that it would hold besides documents.
 
     Raises:
         OutputError: the folder exists and may not be replaced, holds or lies in a checkpoint or
             cannot be written, the disk has too little space, or a dtype cannot be saved.
     """
-    _checked_plan(output, checkpoints, overwrite, dtype)
+    return _checked_plan(output, checkpoints, overwrite, dtype).names
 
 
 def write_merge(
