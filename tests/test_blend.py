@@ -80,6 +80,7 @@ def test_the_blend_is_better_than_the_pick_where_the_evidence_is_weak():
     assert statistics.fmean(gains) > 3 * statistics.stdev(gains) / 200**0.5
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_merge_names_what_it_blended(tmp_path):
     task = LinearTask(examples=40)
     task.y = task.y + 8 * torch.randn(40, 4, generator=torch.Generator().manual_seed(7))
@@ -102,6 +103,7 @@ def test_a_merge_names_what_it_blended(tmp_path):
     assert blend["selection_examples"] > document["data"]["guard_examples"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_it_can_be_left_out(tmp_path):
     task = LinearTask(examples=40)
     save_run(tmp_path / "run", task.states(3))
@@ -110,6 +112,7 @@ def test_it_can_be_left_out(tmp_path):
     assert {r["name"] for r in document["candidates"]} == {"last", "best_single", "uniform", "twa"}
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_noise_that_a_loss_draws_is_the_same_for_all_candidates(tmp_path):
     class Noisy(LinearTask):
         def loss(self, model, batch):

@@ -68,6 +68,7 @@ class Wide:
         return (model(x) - y).square().mean(1)
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_candidates_are_compared_as_written_whatever_the_store(tmp_path):
     generator = torch.Generator().manual_seed(1)
     states = []
@@ -87,6 +88,7 @@ def test_candidates_are_compared_as_written_whatever_the_store(tmp_path):
         assert abs(losses["device"][name] / losses["disk"][name] - 1) < 1e-5, name
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_random_directions_are_judged_by_held_out_fit_examples_as_well(tmp_path):
     task, _, run, out = make(tmp_path)
     document = merge([run], task, out, fit=FitConfig(subspace="random:3"))
@@ -94,6 +96,7 @@ def test_random_directions_are_judged_by_held_out_fit_examples_as_well(tmp_path)
     assert all(c["selection_examples"] > used for c in document["candidates"])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_merge_beats_everything_and_is_written_exactly(tmp_path):
     task, states, run, out = make(tmp_path)
     guard = GuardConfig(candidates="uniform,window,twa")
@@ -111,6 +114,7 @@ def test_a_merge_beats_everything_and_is_written_exactly(tmp_path):
     assert not (tmp_path / "merged.partial").exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_report_has_the_documented_keys(tmp_path):
     task, _, run, out = make(tmp_path)
     document = merge([run], task, out, **QUICK)
@@ -128,6 +132,7 @@ def test_the_report_has_the_documented_keys(tmp_path):
     assert sum(n.startswith("window:") for n in names) == 1
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("kind", "dtype", "used"),
     [
@@ -149,6 +154,7 @@ def test_the_report_tells_the_store(tmp_path, kind, dtype, used):
     assert document["store"] == used
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_narrow_passes_follow_the_weights_however_the_model_is_gathered(tmp_path):
     """On one process there is nothing to gather, and nothing gathered that could be left over."""
     task, _, run, _ = make(tmp_path)
@@ -161,6 +167,7 @@ def test_narrow_passes_follow_the_weights_however_the_model_is_gathered(tmp_path
     assert found[1]["twa"] < found[1]["last"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_guard_loss_is_that_of_the_written_file(tmp_path):
     task, _, run, out = make(tmp_path)
     document = merge([run], task, out, out=OutputConfig(dtype="bfloat16"), **QUICK)
@@ -178,6 +185,7 @@ def test_the_guard_loss_is_that_of_the_written_file(tmp_path):
     assert written(out)["0.weight"].dtype is torch.bfloat16
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_same_seed_gives_the_same_coefficients(tmp_path):
     task, _, run, out = make(tmp_path)
     first = merge([run], task, out)
@@ -187,6 +195,7 @@ def test_the_same_seed_gives_the_same_coefficients(tmp_path):
     assert other["coefficients"] != first["coefficients"]
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize(
     ("candidates", "noise", "chosen"),
     [("twa,twa-layers", 0.0, "twa-tensors"), ("all", 8.0, "blend")],
@@ -236,6 +245,7 @@ def test_nothing_is_written_where_no_loss_is_finite(tmp_path):
     assert list(tmp_path.iterdir()) == [run]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_identical_checkpoints_merge_into_themselves(tmp_path):
     task, states, run, out = make(tmp_path)
     shutil.rmtree(run)
@@ -246,6 +256,7 @@ def test_identical_checkpoints_merge_into_themselves(tmp_path):
         assert torch.equal(tensor, states[0][name])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_two_checkpoints_duplicates_and_frozen_tensors_do_no_harm(tmp_path):
     task = LinearTask(examples=80)
     a, b = task.states(2)
@@ -364,6 +375,7 @@ def test_geometry_against_explicit_float64(tmp_path):
     assert geometry["orthogonality_error"] < 1e-6
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_the_newest_statistics_are_written_as_they_are_saved(tmp_path):
     """Whatever the store rounds them to; the report and the card say where they came from."""
     train(tmp_path / "run")
@@ -421,6 +433,7 @@ def test_what_a_task_object_would_ignore_is_refused(tmp_path):
     assert not out.exists()
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("size", [1e6, 1e25])
 @pytest.mark.parametrize("which", [0, 2, 4])
 def test_a_checkpoint_that_exploded_spoils_no_other(tmp_path, which, size):
@@ -455,6 +468,7 @@ def test_what_is_no_candidate_is_not_fitted(tmp_path, candidates, stages):
     assert "The plane of the checkpoints" in (target / "report.html").read_text()
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_layers_are_tried_beside_tensors(tmp_path):
     task, guard = Small(), GuardConfig(candidates="window,twa,twa-layers,blend")
     task.x, task.y = task.x[:40], task.y[:40]
@@ -505,6 +519,7 @@ class TwoLayers(LinearTask):
         return [first, last]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_tensors_win_where_layers_cannot_do_what_they_do(tmp_path):
     task = TwoLayers()
     save_run(tmp_path / "run", task.states())
@@ -514,6 +529,7 @@ def test_tensors_win_where_layers_cannot_do_what_they_do(tmp_path):
     assert document["chosen"] == "twa-tensors"
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_tensors_that_the_model_lacks_keep_the_coefficients_of_the_whole_model(tmp_path):
     task = TwoLayers()
     first, last = task.states()

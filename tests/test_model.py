@@ -126,6 +126,7 @@ def test_layers_that_a_task_names_have_to_be_there(tmp_path):
     assert "Encoder" in error.value.details["expected"]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_scalars_and_parts_of_a_model_that_a_loss_calls_by_itself(tmp_path):
     save_odd(tmp_path / "run")
     losses = []
@@ -166,6 +167,7 @@ class ChannelsLast(nn.Module):
         return self.convolution(x.view(-1, 2, 1, 3).expand(-1, -1, 2, -1)).flatten(1)[:, :4]
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("model", [Normalising, ChannelsLast])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_models_of_other_widths_and_orders_than_fsdp_wants(tmp_path, model, precision):

@@ -319,6 +319,7 @@ class Normed(LinearTask):
         return [s | {k: v.clone() for k, v in norm.items()} for s in super().states(n, seed=seed)]
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("optimizer", ["lbfgs", "sgd"])
 @pytest.mark.parametrize("examples", [7, 44, 230])
 def test_no_example_is_left_alone_with_batch_norm(tmp_path, optimizer, examples):
@@ -335,6 +336,7 @@ def test_no_example_is_left_alone_with_batch_norm(tmp_path, optimizer, examples)
     assert [len(part) for part in batches.parts(range(1))] == [1]
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_statistics_of_few_examples_are_not_trusted_and_candidates_judged_as_written(tmp_path):
     task = Normed(examples=44)
     save_run(tmp_path / "run", task.states(4))
@@ -357,6 +359,7 @@ def test_a_batch_of_one_with_batch_norm_is_said(tmp_path):
     assert "--batch-size" in error.value.details["what to do"]
 
 
+@pytest.mark.usefixtures("undrawn")
 @pytest.mark.parametrize("blocks", ["layers", "tensors"])
 def test_blocks_of_a_model_that_has_none_are_said(tmp_path, blocks):
     task = LinearTask()
@@ -377,6 +380,7 @@ def test_blocks_of_a_model_that_has_none_are_said(tmp_path, blocks):
         )
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_last_step_to_nowhere_ends_in_another_candidate(tmp_path):
     task = LinearTask()
     save_run(tmp_path / "run", task.states(4))
@@ -387,6 +391,7 @@ def test_a_last_step_to_nowhere_ends_in_another_candidate(tmp_path):
     assert all(math.isfinite(row["guard_loss"]) for row in document["candidates"])
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_a_learning_rate_that_is_too_high_is_said_and_ends_in_another_candidate(tmp_path):
     task = LinearTask(examples=80)
     save_run(tmp_path / "run", task.states(4))

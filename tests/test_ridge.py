@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import pytest
 import torch
 from runs import LinearTask, save_run
 
@@ -103,6 +104,7 @@ def test_ridges_follow_the_unit_of_the_loss():
         assert scale_of(odd) == 1.0
 
 
+@pytest.mark.usefixtures("undrawn")
 def test_another_unit_of_the_loss_gives_the_same_merge(tmp_path):
     """One power of ten cancels in the ridge, in the optimizer and in the choice of the winner."""
     found = {}
