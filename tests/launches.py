@@ -2,36 +2,82 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
+import pytest
 import torch
 from safetensors.torch import load_file
+from twa_merge_cli.main import cli
 
 TESTS = Path(__file__).parent
 TASK = TESTS / "small_task.py"
+WITHOUT_PICTURES = TESTS / "without_pictures"
 
 
-def command(k: int, *arguments: object) -> list[str]:
+def command(k: int, *arguments: object, module: str = "twa_merge_cli") -> list[str]:
     """The command line under torchrun, or alone."""
     launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(k)]
-    return [sys.executable, *(launch if k > 1 else []), "-m", "twa_merge_cli", *map(str, arguments)]
+    return [sys.executable, *(launch if k > 1 else []), "-m", module, *map(str, arguments)]
 
 
-def environment(**more: str) -> dict[str, str]:
-    paths = [str(TESTS), os.environ.get("PYTHONPATH", "")]
-    return os.environ | {"PYTHONPATH": os.pathsep.join(paths), "OMP_NUM_THREADS": "1"} | more
+def environment(*, pictures: bool = False, **more: str) -> dict[str, str]:
+    """Of a process that is launched.
+
+    Args:
+        pictures: whether it may draw those of report.html, which takes longer than a small merge.
+    """
+    paths = [*([] if pictures else [WITHOUT_PICTURES]), TESTS, os.environ.get("PYTHONPATH", "")]
+    path = os.pathsep.join(map(str, paths))
+    return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
 
 
 def run(k: int, *arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(k, *arguments), env=environment(**more), capture_output=True, text=True, timeout=240
     )
+
+
+def in_turn(k: int, *commands: Sequence[object]) -> subprocess.CompletedProcess[str]:
+    """All commands in the ranks of one launch, up to the first that fails."""
+    given = json.dumps([[str(argument) for argument in arguments] for arguments in commands])
+    return subprocess.run(
+        command(k, given, module="in_turn"),
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+
+
+def here(*arguments: object) -> str:
+    """The command line in this process, which has imported torch already; what it printed.
+
+    What several processes find is held against that.
+    """
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "matplotlib", None)
+        cli.main([str(argument) for argument in arguments], "twa-merge", standalone_mode=False)
+    return printed.getvalue()
+
+
+def documents_in(printed: str) -> list[dict]:
+    """What commands with --json have printed one after the other, before any other output."""
+    found = []
+    while printed.startswith("{"):
+        document, end = json.JSONDecoder().raw_decode(printed)
+        found.append(document)
+        printed = printed[end:].lstrip()
+    return found
 
 
 def document(folder: Path) -> dict:

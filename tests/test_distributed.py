@@ -14,7 +14,10 @@ from launches import (
     assert_same_tensors,
     command,
     document,
+    documents_in,
     environment,
+    here,
+    in_turn,
     ranks_of,
     run,
     wait_for_evaluations,
@@ -22,24 +25,37 @@ from launches import (
 from runs import save_run, states_of
 from small_task import train
 
+STORES = ("device", "disk")
 
-@pytest.mark.parametrize("store", ["device", "disk"])
-def test_2_and_4_processes_give_the_coefficients_of_one(tmp_path, store):
-    """Fewer rows than ranks in one tensor, fewer batches than ranks: both work."""
-    train(tmp_path / "run")
-    documents = {}
-    for k in (1, 2, 4):
-        out = tmp_path / f"merged{k}"
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory):
+    """A folder with a merge for each store and each number of processes."""
+    folder = tmp_path_factory.mktemp("merged")
+    train(folder / "run")
+
+    def options(k, store):
         # fmt: off
-        done = run(k, "train", tmp_path / "run", "--task", TASK, "-o", out, "--batch-size", 30,
-                   "--blocks", "tensors", "--max-evaluations", 8, "--ridge", "0.01",
-                   "--candidates", "last,uniform,greedy,twa,twa-layers,blend", "--store", store,
-                   "--device", "cpu")
+        return ["train", folder / "run", "--task", TASK, "-o", folder / f"{store}{k}",
+                "--batch-size", 30, "--blocks", "tensors", "--max-evaluations", 8, "--ridge",
+                "0.01", "--candidates", "last,uniform,greedy,twa,twa-layers,blend", "--store",
+                store, "--device", "cpu"]
         # fmt: on
-        assert done.returncode == 0, done.stderr
-        documents[k] = document(out)
-        assert documents[k]["world_size"] == k
+
+    for store in STORES:
+        here(*options(1, store))
     for k in (2, 4):
+        done = in_turn(k, *(options(k, store) for store in STORES))
+        assert done.returncode == 0, done.stderr
+    return folder
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_2_and_4_processes_give_the_coefficients_of_one(merged, store):
+    """Fewer rows than ranks in one tensor, fewer batches than ranks: both work."""
+    documents = {k: document(merged / f"{store}{k}") for k in (1, 2, 4)}
+    for k in (2, 4):
+        assert documents[k]["world_size"] == k
         assert documents[k]["chosen"] == documents[1]["chosen"]
         for kind in documents[1]["coefficients"]:
             one, other = (documents[i]["coefficients"][kind] for i in (1, k))
@@ -50,7 +66,7 @@ def test_2_and_4_processes_give_the_coefficients_of_one(tmp_path, store):
             )
             for a, b in rows:
                 assert max(abs(x - y) for x, y in zip(a, b, strict=True)) < 1e-5
-        assert_same_tensors(tmp_path / "merged1", tmp_path / f"merged{k}")
+        assert_same_tensors(merged / f"{store}1", merged / f"{store}{k}")
 
 
 NESTED = """
@@ -94,25 +110,27 @@ def test_modules_that_are_not_to_be_split_may_lie_in_one_another(tmp_path):
     biases = {f"{name}.bias": shape[:1] for name, shape in shapes.items()}
     save_run(tmp_path / "run", states_of(2, shapes=weights | biases))
     (tmp_path / "nested.py").write_text(NESTED)
-    losses = []
-    for k, more in ((1, []), (2, []), (2, ["--activation-checkpointing"])):
-        options = ["--task", tmp_path / "nested.py", "--device", "cpu", "--json", *more]
-        done = run(k, "eval", tmp_path / "run", *options)
-        assert done.returncode == 0, done.stderr
-        losses.append([row["loss"] for row in json.loads(done.stdout)["models"]])
-    assert losses[1] == pytest.approx(losses[0], abs=1e-6)
-    assert losses[2] == pytest.approx(losses[0], abs=1e-6)
+    options = ["eval", tmp_path / "run", "--task", tmp_path / "nested.py", "--device", "cpu"]
+    options.append("--json")
+    done = in_turn(2, options, [*options, "--activation-checkpointing"])
+    assert done.returncode == 0, done.stderr
+    (one,) = documents_in(here(*options))
+    expected = [row["loss"] for row in one["models"]]
+    two = documents_in(done.stdout)
+    assert len(two) == 2
+    for found in two:
+        assert [row["loss"] for row in found["models"]] == pytest.approx(expected, abs=1e-6)
 
 
 def test_average_and_geometry_on_several_processes(tmp_path):
     save_run(tmp_path / "run", states_of(4))
-    for k in (1, 2):
-        assert run(k, "average", tmp_path / "run", "-o", tmp_path / f"a{k}").returncode == 0
+    average, inspect = ["average", tmp_path / "run", "-o"], ["inspect", tmp_path / "run"]
+    inspect += ["--geometry", "--json"]
+    done = in_turn(2, inspect, [*average, tmp_path / "a2"])
+    assert done.returncode == 0, done.stderr
+    here(*average, tmp_path / "a1")
     assert_same_tensors(tmp_path / "a1", tmp_path / "a2")
-    one, two = (
-        json.loads(run(k, "inspect", tmp_path / "run", "--geometry", "--json").stdout)
-        for k in (1, 2)
-    )
+    one, two = (documents_in(printed)[0] for printed in (here(*inspect), done.stdout))
     for key in ("distances", "cosines"):
         a, b = (torch.tensor(d["geometry"][key], dtype=torch.float64) for d in (one, two))
         torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
@@ -175,7 +193,7 @@ def test_a_killed_rank_ends_the_run_and_another_number_of_ranks_continues_it(tmp
     options = ["train", tmp_path / "run", "--task", TASK, "--blocks", "global", "--ridge", "0.001",
                "--max-evaluations", 12, "--candidates", "last,twa", "--device", "cpu", "-o"]
     # fmt: on
-    assert run(1, *options, tmp_path / "whole").returncode == 0
+    here(*options, tmp_path / "whole")
     killed = subprocess.Popen(
         command(2, *options, tmp_path / "m"),
         env=environment(SMALL_TASK_SLEEP="0.05"),

@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,12 @@ QUICK = ["--task", TASK, "--blocks", "global", "--ridge", "0.001", "--max-evalua
 
 
 def start(
-    node: int, port: int, *arguments: object, before: Sequence[str] = (), **more: str
+    node: int,
+    port: int,
+    *arguments: object,
+    before: Sequence[str] = (),
+    pictures: bool = False,
+    **more: str,
 ) -> subprocess.Popen[str]:
     # fmt: off
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--node-rank",
@@ -33,7 +38,7 @@ def start(
     # fmt: on
     return subprocess.Popen(
         [*before, *torchrun, *map(str, arguments)],
-        env=environment(**more),
+        env=environment(pictures=pictures, **more),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -46,16 +51,18 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def both(*commands: list[object], **of_the_second: Any) -> tuple[list[int], list[str]]:
+def both(
+    *commands: list[object], first: Mapping[str, Any] | None = None, **second: Any
+) -> tuple[list[int], list[str]]:
     """Exit codes and errors of two nodes.
 
     Args:
-        of_the_second: as for ``start``, for the second of them alone.
+        first, second: as for ``start``, for one of them alone.
     """
-    port = free_port()
+    port, own = free_port(), (first or {}, second)
     nodes = [
-        start(i, port, *command, **(of_the_second if i else {}))
-        for i, command in enumerate(commands)
+        start(i, port, *command, **more)
+        for i, (command, more) in enumerate(zip(commands, own, strict=True))
     ]
     said = [node.communicate(timeout=120)[1] for node in nodes]
     return [node.returncode for node in nodes], said
@@ -104,13 +111,8 @@ def test_an_output_folder_that_a_node_does_not_see_is_noticed_before_the_work(tm
 
 def test_a_node_without_matplotlib_holds_nobody_up(tmp_path):
     train(tmp_path / "run")
-    (tmp_path / "site").mkdir()
-    (tmp_path / "site" / "sitecustomize.py").write_text(
-        "import sys\nsys.modules['matplotlib'] = None\n"
-    )
-    paths = f"{tmp_path / 'site'}:{environment()['PYTHONPATH']}"
     command = ["train", tmp_path / "run", "-o", tmp_path / "m", *QUICK]
-    codes, said = both(command, command, PYTHONPATH=paths)
+    codes, said = both(command, command, first={"pictures": True})
     assert codes == [0, 0], said
     assert (tmp_path / "m" / "report.html").exists()
     assert document(tmp_path / "m")["world_size"] == 2

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
+import runpy
 
 import pytest
-from launches import document, environment, run
+from launches import document, documents_in, here, in_turn, run
 
 # Examples of kind 0 and 1 take turns, a batch each, so that each of two ranks sees one kind.
 ROUTED = """
-import sys
-from pathlib import Path
-
 import torch
 from runs import Pairs, save_run
 from torch import nn
@@ -91,7 +86,7 @@ class Routed:
 task = Routed
 
 
-if __name__ == "__main__":
+def train(folder):
     torch.manual_seed(0)
     data, states = task(), []
     model = data.build_model()
@@ -102,7 +97,7 @@ if __name__ == "__main__":
         optimizer.step()
         if step % 4 == 3:
             states.append({k: v.clone() for k, v in model.state_dict().items()})
-    save_run(Path(sys.argv[1]), states)
+    save_run(folder, states)
 """
 
 ROUTED_ITSELF = "\n\ntask = Routed\n"
@@ -127,59 +122,70 @@ GATHERED_AT_ONCE = HEADS_OF_MODULES + "    no_split_modules = ()\n"
 
 
 def write(folder, more):
+    folder.mkdir(exist_ok=True)
     task = folder / "routed.py"
     task.write_text(ROUTED.replace(ROUTED_ITSELF, more))
-    made = [sys.executable, task, folder / "run"]
-    subprocess.run(made, env=environment(), check=True, timeout=120)
+    runpy.run_path(str(task))["train"](folder / "run")
     return task
 
 
-def evaluate(k, folder, task, *more):
+def merging(k, folder, task):
     # fmt: off
-    return run(k, "eval", folder / "run", "--task", task, "--batch-size", 1, "--device", "cpu",
-               "--json", *more)
+    return ["train", folder / "run", "--task", task, "-o", folder / f"m{k}", "--batch-size", 1,
+            "--blocks", "global", "--ridge", "0.01", "--max-evaluations", 4, "--candidates",
+            "last,twa", "--device", "cpu"]
     # fmt: on
 
 
-@pytest.mark.parametrize("more", [ROUTED_ITSELF, EARLY_EXITS])
-def test_what_the_data_choose_inside_layers_and_behind_them(tmp_path, more):
+def evaluating(folder, task):
+    # fmt: off
+    return ["eval", folder / "run", "--task", task, "--batch-size", 1, "--device", "cpu", "--json"]
+    # fmt: on
+
+
+INSIDE_AND_BEHIND = {"inside": ROUTED_ITSELF, "behind": EARLY_EXITS}
+
+
+@pytest.fixture(scope="module")
+def done(tmp_path_factory):
+    """A folder with merges by one and two processes, and the documents of two evaluations."""
+    folder = tmp_path_factory.mktemp("routed")
+    tasks = {name: write(folder / name, more) for name, more in INSIDE_AND_BEHIND.items()}
+    whole = evaluating(folder / "whole", write(folder / "whole", GATHERED_AT_ONCE))
+    for name, task in tasks.items():
+        here(*merging(1, folder / name, task))
+    merges = (merging(2, folder / name, task) for name, task in tasks.items())
+    launched = in_turn(2, whole, *merges)
+    assert launched.returncode == 0, launched.stderr
+    return folder, [documents_in(printed)[0] for printed in (here(*whole), launched.stdout)]
+
+
+@pytest.mark.parametrize("what", INSIDE_AND_BEHIND)
+def test_what_the_data_choose_inside_layers_and_behind_them(done, what):
     """A rank sums up gradients of experts and of layers that its own batch did without."""
-    task = write(tmp_path, more)
-    found = {}
-    for k in (1, 2):
-        # fmt: off
-        done = run(k, "train", tmp_path / "run", "--task", task, "-o", tmp_path / f"m{k}",
-                   "--batch-size", 1, "--blocks", "global", "--ridge", "0.01",
-                   "--max-evaluations", 4, "--candidates", "last,twa", "--device", "cpu")
-        # fmt: on
-        assert done.returncode == 0, done.stderr
-        found[k] = document(tmp_path / f"m{k}")
+    found = {k: document(done[0] / what / f"m{k}") for k in (1, 2)}
+    assert found[2]["world_size"] == 2
     one, other = ([row["guard_loss"] for row in found[k]["candidates"]] for k in (1, 2))
     assert other == pytest.approx(one, abs=1e-6)
     one, other = (found[k]["coefficients"]["global"] for k in (1, 2))
     assert other == pytest.approx(one, abs=1e-5)
 
 
+def test_a_task_may_have_its_model_gathered_as_a_whole(done):
+    one, other = ([row["loss"] for row in found["models"]] for found in done[1])
+    assert other == pytest.approx(one, abs=1e-6)
+
+
 def test_layers_that_not_every_batch_comes_to_are_named(tmp_path):
     """The two heads are of one shape: mixed up they would give a loss of no model at all."""
     task = write(tmp_path, HEADS_OF_MODULES)
-    alone = evaluate(1, tmp_path, task, "--precision", "bf16")
-    assert alone.returncode == 0, alone.stderr
-    done = evaluate(2, tmp_path, task)
+    here(*evaluating(tmp_path, task), "--precision", "bf16")
+    done = run(2, *evaluating(tmp_path, task))
     assert done.returncode != 0
     assert done.stderr.count("Not every batch comes to the same layers") == 1
     assert "heads.0" in done.stderr
     assert "heads.1" in done.stderr
     assert "no_split_modules" in done.stderr
-
-
-def test_a_task_may_have_its_model_gathered_as_a_whole(tmp_path):
-    task, losses = write(tmp_path, GATHERED_AT_ONCE), []
-    for k in (1, 2):
-        done = evaluate(k, tmp_path, task)
-        assert done.returncode == 0, done.stderr
-        losses.append([row["loss"] for row in json.loads(done.stdout)["models"]])
-    assert losses[1] == pytest.approx(losses[0], abs=1e-6)
 
 
 def test_gradients_of_two_widths_are_refused_in_words(tmp_path):
