@@ -92,10 +92,10 @@ def make_config(vocabulary: int, **changes: Any) -> Any:
 
 def make_trainer_run(
     folder: Path,
-    steps: int = 980,
+    steps: int = 700,
     seed: int = 0,
     *,
-    checkpoints: int = 12,
+    checkpoints: int = 8,
     lr: float = 6e-3,
     batch_size: int = 8,
 ) -> TrainerRun:
@@ -166,8 +166,8 @@ def _tokens(tokenizer: Any, documents: Sequence[str], limit: int) -> Tensor:
 
 
 def _excerpts(documents: Sequence[str]) -> list[str]:
-    """A page from inside of each of up to 80 documents: little text, but of many kinds."""
-    return [d[len(d) // 4 :][:2000] for d in documents[:80] if len(d) > 3000]
+    """A page from inside of each of up to 40 documents: little text, but of many kinds."""
+    return [d[len(d) // 4 :][:2000] for d in documents[:40] if len(d) > 3000]
 
 
 def _write(folder: Path, held_out: Sequence[str], test: Sequence[str]) -> tuple[Path, Path]:
@@ -183,7 +183,7 @@ def _write(folder: Path, held_out: Sequence[str], test: Sequence[str]) -> tuple[
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
-    parser.add_argument("--steps", type=int, default=980)
+    parser.add_argument("--steps", type=int, default=700)
     parser.add_argument("--seed", type=int, default=0)
     given = parser.parse_args()
     made = make_trainer_run(given.folder, given.steps, given.seed)

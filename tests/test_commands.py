@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import launches
 import pytest
 import torch
 from safetensors.torch import load_file
 from small_task import Small, train
+from twa_merge_cli import boundary
+from twa_merge_cli.main import cli
 
 TESTS = Path(__file__).parent
 TASK = TESTS / "small_task.py"
@@ -23,13 +25,13 @@ def command(*arguments: object) -> list[str]:
     return [str(Path(sys.executable).with_name("twa-merge")), *map(str, arguments)]
 
 
-def environment(**more: str) -> dict[str, str]:
-    return os.environ | {"PYTHONPATH": str(TESTS), "OMP_NUM_THREADS": "1", "COLUMNS": "120"} | more
-
-
-def run(*arguments: object) -> subprocess.CompletedProcess[str]:
+def run(*arguments: object, pictures: bool = False) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*arguments), env=environment(), capture_output=True, text=True, timeout=120
+        command(*arguments),
+        env=launches.environment(pictures=pictures, COLUMNS="120"),
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
 
 
@@ -38,7 +40,8 @@ def trained(tmp_path_factory) -> Path:
     """A run and its merge, made by ``twa-merge train`` with default settings."""
     folder = tmp_path_factory.mktemp("trained")
     train(folder / "run")
-    done = run("train", folder / "run", "--task", TASK, "--device", "cpu", "-o", folder / "merged")
+    options = ("--task", TASK, "--device", "cpu", "-o", folder / "merged")
+    done = run("train", folder / "run", *options, pictures=True)
     assert done.returncode == 0, done.stderr
     (folder / "stdout.txt").write_text(done.stdout)
     return folder
@@ -50,7 +53,7 @@ def test_train_prints_the_table_and_writes_the_folder(trained: Path) -> None:
     assert f"> {report['chosen']}" in printed
     assert "95 % interval" in printed
     written = {p.name for p in (trained / "merged").iterdir()}
-    assert {"model.safetensors", "twa_merge.json", "README.md"} <= written
+    assert {"model.safetensors", "twa_merge.json", "README.md", "report.html"} <= written
     assert not list(trained.glob("*.partial"))
     best = min(c["selection_loss"] for c in report["candidates"])
     chosen = next(c for c in report["candidates"] if c["name"] == report["chosen"])
@@ -73,9 +76,9 @@ def test_eval_agrees_with_torch(trained: Path) -> None:
         hits = task.metrics(model, (task.x, task.y))["accuracy"]
     assert abs(rows[0]["loss"] - float(losses.mean())) < 1e-6
     assert abs(rows[0]["metrics"]["accuracy"] - float(hits.mean())) < 1e-6
-    table = run("eval", trained / "merged", "--task", TASK)
-    assert "merged" in table.stdout
-    assert "90 examples" in table.stdout
+    table = launches.here("eval", trained / "merged", "--task", TASK)
+    assert "merged" in table
+    assert "90 examples" in table
 
 
 def test_inspect_counts_what_is_there(trained: Path) -> None:
@@ -98,23 +101,24 @@ def test_average_makes_a_merge_again_from_its_report(trained: Path) -> None:
     assert all(torch.equal(one[name], other[name]) for name in one.keys() - statistics)
 
 
-def test_an_unknown_metric_is_told_before_anything_is_trained(tmp_path: Path) -> None:
+def test_an_unknown_metric_is_told_before_anything_is_trained(tmp_path: Path, capsys) -> None:
     train(tmp_path / "run")
-    done = run("train", tmp_path / "run", "--task", TASK, "-o", tmp_path / "m", "--select",
-               "metric:f1")  # fmt: skip
-    assert done.returncode == 2, done.stderr
-    assert "accuracy" in done.stderr
-    assert "Training" not in done.stderr
+    # fmt: off
+    arguments = ["train", tmp_path / "run", "--task", TASK, "-o", tmp_path / "m",
+                 "--select", "metric:f1"]
+    # fmt: on
+    assert boundary.run(cli, [str(argument) for argument in arguments]) == 2
+    said = capsys.readouterr().err
+    assert "accuracy" in said
+    assert "Training" not in said
     assert not (tmp_path / "m").exists()
 
 
-def test_kill_9_and_the_same_command_again(tmp_path: Path) -> None:
-    train(tmp_path / "run")
-    options = ("train", tmp_path / "run", "--task", TASK, "--device", "cpu", "-o")
-    assert run(*options, tmp_path / "whole").returncode == 0
+def test_kill_9_and_the_same_command_again(trained: Path, tmp_path: Path) -> None:
+    options = ("train", trained / "run", "--task", TASK, "--device", "cpu", "-o")
     killed = subprocess.Popen(
         command(*options, tmp_path / "merged"),
-        env=environment(SMALL_TASK_SLEEP="0.02"),
+        env=launches.environment(SMALL_TASK_SLEEP="0.02"),
         stderr=subprocess.DEVNULL,
     )
     state = tmp_path / "merged.partial" / "state.jsonl"
@@ -130,8 +134,8 @@ def test_kill_9_and_the_same_command_again(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert "Continuing" in done.stderr
     one, other = (
-        json.loads((tmp_path / folder / "twa_merge.json").read_text())
-        for folder in ("whole", "merged")
+        json.loads((folder / "merged" / "twa_merge.json").read_text())
+        for folder in (trained, tmp_path)
     )
     assert one["chosen"] == other["chosen"]
     assert one["coefficients"] == other["coefficients"]

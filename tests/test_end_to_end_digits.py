@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
 
+import launches
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -18,7 +18,7 @@ EXAMPLES = Path(__file__).parents[1] / "examples"
 @pytest.mark.timeout(560)
 def test_digits(tmp_path):
     # Images so small that a second thread costs more than it gives.
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    environment = launches.environment()
     run, merged = tmp_path / "run", tmp_path / "merged"
     subprocess.run(
         [sys.executable, str(EXAMPLES / "digits_train.py"), str(run)], check=True, env=environment

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 
+import launches
 import pytest
 import torch
 from hf_run import make_trainer_run
@@ -35,7 +35,7 @@ def test_a_trainer_run_becomes_a_better_model(tmp_path):
          "--blocks", "global", "--candidates", "quick"],
         capture_output=True, text=True, timeout=500,
         # Matrices so small that a second thread costs more than it gives.
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=launches.environment(),
     )
     # fmt: on
     assert done.returncode == 0, done.stderr
