@@ -21,6 +21,7 @@ from .model import build
 from .objective import Engine
 from .progress import Advanced, Progress, Started, silent
 from .run import note_strangers
+from .same_examples import require_same_examples
 from .store import make_store
 from .task import Task, check_task, dataset_of, require_examples
 from .tasks import load_task
@@ -72,6 +73,7 @@ def evaluate(
             },
             world,
         )
+        require_same_examples({"the data": dataset}, data_config.seed, world)
         live = build(named, layout, checkpoint, world, precision=engine.precision)
         note_strangers(live, layout, progress)
         blocks = global_block(layout)

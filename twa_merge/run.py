@@ -30,6 +30,7 @@ from .progress import Noted, Progress
 from .random_directions import RandomDirections, draw
 from .random_store import RandomStore
 from .resume import EvaluationLog
+from .same_examples import require_same_examples
 from .scoring import Jury
 from .store import Store, Work, exact_store, make_store
 from .subspace import root_mean_square
@@ -199,9 +200,13 @@ def require_agreement(
 
     Raises:
         CheckpointError, ConfigError: they read other files, or were asked for something else.
+        TaskError: their datasets hold other examples.
     """
-    parts = (splits.fit, splits.guard, *([] if splits.test is None else [splits.test]))
-    asked: dict[str, Any] = {"number of examples": [len(part) for part in parts]}  # type: ignore[arg-type]
+    parts = {"the fit split": splits.fit, "the guard split": splits.guard}
+    if splits.test is not None:
+        parts["the test data"] = splits.test
+    counts = [len(part) for part in parts.values()]  # type: ignore[arg-type]
+    asked: dict[str, Any] = {"number of examples": counts}
     for kind in ("data", "fit", "guard", "store", "engine"):
         options = as_dict(getattr(choices, kind))
         asked |= {f"{kind} option {name}": value for name, value in options.items()}
@@ -209,6 +214,7 @@ def require_agreement(
     del asked["engine option device"]
     require_same_files(checkpoints, world)
     require_same_choices(asked | {"output dtype": choices.out.dtype}, world)
+    require_same_examples(parts, choices.data.seed, world)
 
 
 def note_strangers(live: LiveModel, layout: Layout, progress: Progress) -> None:
