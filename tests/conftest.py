@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
+
+# Before anything imports torch: two test processes on two cores, whose threads would wait for each
+# other at full speed.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture

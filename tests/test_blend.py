@@ -43,6 +43,16 @@ def test_what_is_certain_is_not_blended_and_what_is_not_finite_takes_no_part():
     assert likelihoods(costs[:1].nan_to_num(0.0)).tolist() == [1.0]
 
 
+def test_a_candidate_that_has_exploded_takes_no_part_however_uncertain_its_mean_is():
+    costs = torch.rand(3, 80, generator=torch.Generator().manual_seed(1)).double()
+    costs[2] = 1.0
+    # One enormous loss: the mean lies one standard error above the others'.
+    costs[2, 5] = 1e14
+    found = likelihoods(costs)
+    assert float(found[2]) == 0.0
+    assert min(found[:2]) > 0.01
+
+
 def test_equal_candidates_share():
     costs = torch.rand(1, 30, generator=torch.Generator().manual_seed(2)).double().expand(4, -1)
     assert likelihoods(costs).tolist() == [0.25] * 4

@@ -116,14 +116,16 @@ def test_a_metric_may_decide():
     assert pick([a, b], "metric:accuracy") is b
 
 
-def test_the_interval_covers_the_true_mean_about_95_times_in_100():
+# Plain percentiles cover it in 88 % of cases with 8 values.
+@pytest.mark.parametrize("count", [8, 60])
+def test_the_interval_covers_the_true_mean_about_95_times_in_100(count):
     generator = torch.Generator().manual_seed(0)
     hits = 0
-    for trial in range(200):
-        values = 0.3 + torch.randn(60, generator=generator, dtype=torch.float64)
+    for trial in range(400):
+        values = 0.3 + torch.randn(count, generator=generator, dtype=torch.float64)
         low, high = bootstrap_interval(values, trial)
         hits += low <= 0.3 <= high
-    assert 180 <= hits <= 198
+    assert 0.92 <= hits / 400 <= 0.98
 
 
 def test_a_handful_of_examples_is_never_certain():

@@ -6,11 +6,12 @@ import math
 
 import pytest
 import torch
-from runs import LinearTask, save_run
+from runs import LinearTask, Pairs, save_run
+from safetensors.torch import load_file
 
 from twa_merge import merge
 from twa_merge.guard import paired
-from twa_merge.ridge import FOLDS, RIDGES, RidgePath, fold_of, scale_of
+from twa_merge.ridge import FOLDS, RIDGES, RidgePath, fold_of, scale_of, too_far
 
 
 def path_of(means: dict[float, float], noise: float = 0.0, size: int = 400) -> RidgePath:
@@ -120,3 +121,54 @@ def test_another_unit_of_the_loss_gives_the_same_merge(tmp_path):
         alphas, chosen = (torch.tensor(found[unit][0]), found[unit][1])
         torch.testing.assert_close(alphas, torch.tensor(found[1.0][0]), rtol=0, atol=1e-4)
         assert chosen == found[1.0][1]
+
+
+def test_the_way_from_the_base_is_paid_for_by_the_examples():
+    z = torch.tensor([1.0, -1.0, 1.0, 1.0], dtype=torch.float64)
+    assert too_far(z, 15)
+    assert not too_far(z, 16)
+    assert not too_far(torch.zeros(0, dtype=torch.float64), 1)
+
+
+class Sign:
+    """The sign of the first input, which one label in seven gets wrong; none of these does."""
+
+    def __init__(self, examples: int, seed: int) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.x = torch.randn(examples, 4, generator=generator)
+        self.y = (self.x[:, 0] > 0).float()
+
+    def build_model(self):
+        return torch.nn.Linear(4, 1, bias=False)
+
+    def dataset(self):
+        return Pairs(self.x, self.y)
+
+    def loss(self, model, batch):
+        x, y = batch
+        return torch.nn.functional.binary_cross_entropy_with_logits(
+            model(x)[:, 0], y, reduction="none"
+        )
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("examples", [6, 20, 32])
+def test_few_easy_examples_do_not_take_the_merge_far(tmp_path, examples):
+    """All losses that the fit can see fall the further it goes, those of wrong labels rise."""
+    generator = torch.Generator().manual_seed(3)
+    best = torch.tensor([[1.8, 0.0, 0.0, 0.0]])
+    states = [{"weight": best + 0.5 * torch.randn(1, 4, generator=generator)} for _ in range(8)]
+    save_run(tmp_path / "run", states)
+    task = Sign(examples, seed=0)
+    merge([tmp_path / "run"], task, tmp_path / "m")
+    fresh = Sign(4000, seed=1)
+    wrong = torch.rand(4000, generator=generator) < 1 / 7
+    fresh.y = torch.where(wrong, 1 - fresh.y, fresh.y)
+
+    def loss(weight: torch.Tensor) -> float:
+        model = fresh.build_model().requires_grad_(False)
+        model.weight.copy_(weight)
+        return float(fresh.loss(model, (fresh.x, fresh.y)).mean())
+
+    merged = load_file(tmp_path / "m" / "model.safetensors")["weight"]
+    assert loss(merged) < 1.25 * loss(states[-1]["weight"])

@@ -16,6 +16,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 
+_OUT_OF_THE_QUESTION = 10.0
+
+
 def likelihoods(costs: Tensor) -> Tensor:
     """Weights (C,) of C candidates, Σ = 1, from what each costs on the same examples.
 
@@ -23,7 +26,9 @@ def likelihoods(costs: Tensor) -> Tensor:
     standard error. A smooth function of the costs: rounding errors do not turn it over.
 
     Args:
-        costs: (C, N) float64; a candidate of a cost that is not finite gets no weight.
+        costs: (C, N) float64; a candidate of a cost that is not finite gets no weight, nor one that
+            is worse by more than ten times what the costs of the least are and differ by: one
+            enormous cost has a standard error as large as the mean.
     """
     means = costs.mean(1).nan_to_num(torch.inf)
     differences = costs - costs[means.argmin()]
@@ -32,6 +37,9 @@ def likelihoods(costs: Tensor) -> Tensor:
     error = differences.std(1) / count**0.5 if count > 1 else torch.full_like(means, torch.inf)
     z = torch.where(differences.eq(0.0).all(1), 0.0, differences.mean(1) / error)
     weights = torch.special.ndtr(-z).nan_to_num(0.0)
+    best = costs[means.argmin()]
+    size = best.mean().abs() + (best.std() if count > 1 else 0.0)
+    weights = torch.where(differences.mean(1) > _OUT_OF_THE_QUESTION * size, 0.0, weights)
     return weights / weights.sum()
 
 

@@ -19,7 +19,7 @@ from .objective import Engine, Objective
 from .optimize import FitResult, lbfgs
 from .progress import Advanced, Evaluated, Progress, Started
 from .resume import EvaluationLog
-from .ridge import FOLDS, RidgePath, fold_of, scale_of
+from .ridge import FOLDS, RidgePath, fold_of, scale_of, too_far
 from .subspace import Chart
 
 # On the path a fit needs to be good enough to compare ridges, no more; each begins where the one
@@ -224,15 +224,30 @@ class Fitter:
         return chart.around(before.without(fold))
 
     def _extend(self, path: RidgePath, name: str, chart: Chart, fold: int) -> None:
-        """One more fold: fits with ever weaker ridge, each from the last one's end."""
+        """One more fold: fits with ever weaker ridge, each from the last one's end.
+
+        In the first one all ridges become stronger where even the strongest lets the fit go too
+        far: of few examples the spread of the losses says little of their unit.
+        """
         train, unseen = fold_of(path.size, fold)
         z = torch.zeros(chart.size, dtype=torch.float64)
         path.add(math.inf, z, self.losses(chart.alphas(z), unseen))
-        stage, limit, end = f"{name}/fold{fold}", _PATH_EVALUATIONS, None
-        for ridge in path.ridges:
+
+        def fit(ridge: float, start: Tensor | FitResult) -> FitResult:
+            stage, limit = f"{name}/fold{fold}", _PATH_EVALUATIONS
+            return self._minimise(stage, chart, train, ridge, start, limit, _PATH_TOLERANCE)
+
+        end = fit(path.ridges[0], z)
+        while path.folds == 1 and too_far(end.z, len(train)):
+            path.scale *= 10.0
+            end = fit(path.ridges[0], z)
+        path.add(path.ridges[0], end.z, self.losses(chart.alphas(end.z), unseen))
+        for ridge in path.ridges[1:]:
             if path.hopeless(ridge):
                 break
-            end = self._minimise(stage, chart, train, ridge, end or z, limit, _PATH_TOLERANCE)
+            end = fit(ridge, end)
+            if too_far(end.z, len(train)):
+                break
             path.add(ridge, end.z, self.losses(chart.alphas(end.z), unseen))
 
     def _minimise(

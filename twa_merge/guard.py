@@ -147,8 +147,7 @@ def _mean_cost(item: Scored, select: str) -> float:
 def improvement(winner: Scored, other: Scored, select: str, seed: int) -> Improvement:
     """How much better the winner is than another candidate on the same examples.
 
-    A paired percentile bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, chapter
-    13) over examples, 2,000 resamples, drawn from ``seed``.
+    A paired percentile bootstrap over examples, 2,000 resamples, drawn from ``seed``.
     """
     difference = other.cost_of(select) - winner.cost_of(select)
     low, high = bootstrap_interval(difference, seed)
@@ -156,7 +155,13 @@ def improvement(winner: Scored, other: Scored, select: str, seed: int) -> Improv
 
 
 def bootstrap_interval(values: Tensor, seed: int) -> tuple[float, float]:
-    """95 % percentile interval of the mean of ``values`` (N,) float64."""
+    """95 % interval of the mean of ``values`` (N,) float64: an expanded percentile bootstrap.
+
+    Plain percentiles are too narrow for few values: with normal ones by what Student's t is wider
+    than the normal distribution, and by √(N / (N − 1)). The levels are moved by that much
+    (Hesterberg, What Teachers Should Know About the Bootstrap, The American Statistician 69, 2015,
+    section 4.1.3); with 1,000 values it makes no difference.
+    """
     generator = torch.Generator().manual_seed(seed)
     size = len(values)
     many = max(1, _DRAWN_AT_ONCE // size)
@@ -164,7 +169,17 @@ def bootstrap_interval(values: Tensor, seed: int) -> tuple[float, float]:
     for first in range(0, RESAMPLES, many):
         shape = min(many, RESAMPLES - first), size
         means.append(values[torch.randint(size, shape, generator=generator)].mean(1))
-    low, high = torch.quantile(
-        torch.cat(means), torch.tensor([0.025, 0.975], dtype=torch.float64)
-    ).tolist()
+    tail = _tail(size)
+    levels = torch.tensor([tail, 1.0 - tail], dtype=torch.float64)
+    low, high = torch.quantile(torch.cat(means), levels).tolist()
     return low, high
+
+
+def _tail(size: int) -> float:
+    """The level of an expanded percentile interval's lower end, for ``size`` values."""
+    degrees = max(1, size - 1)
+    # Student's quantile (Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5).
+    z = 1.959964
+    t = z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
+    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3)
+    return math.erfc(t * math.sqrt((degrees + 1) / degrees) / math.sqrt(2.0)) / 2

@@ -22,6 +22,11 @@ _HARDLY = 0.005
 _CERTAIN = 3.0
 # Examples: of fewer than these, a standard error is itself a guess.
 _FEWEST = 30
+# Nats that an example pays for the way from the base. One direction gone by as much as the
+# checkpoints differ in it, one standard deviation, is half a nat from a normal prior. Losses on
+# unseen examples alone do not do: where all of few examples are easy, they are better the further
+# a fit extrapolates, and the rare hard ones then cost more than was ever gained.
+_AN_EXAMPLE_PAYS = 0.125
 # A difference of this share of the loss is a tie: rounding errors must not choose between ridges.
 _TIE = 1e-4
 
@@ -109,6 +114,11 @@ def scale_of(losses: Tensor) -> float:
     if not (math.isfinite(spread) and spread > 0.0):
         return 1.0
     return 10.0 ** min(30, max(-30, round(math.log10(spread / _USUAL_SPREAD))))
+
+
+def too_far(z: Tensor, examples: int) -> bool:
+    """Whether coordinates (size,) are further from the base than so many examples pay for."""
+    return float(z @ z) / 2 > _AN_EXAMPLE_PAYS * examples
 
 
 def fold_of(size: int, fold: int) -> tuple[list[int], list[int]]:
