@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-
 _OUT_OF_THE_QUESTION = 10.0
 
 
