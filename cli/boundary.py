@@ -154,9 +154,17 @@ def _report(error: TwaMergeError) -> None:
     console.print(text, soft_wrap=True)
 
 
-def _is_lost_rank(error: BaseException) -> bool:
+def _of_lost_rank(error: BaseException) -> str | None:
+    """What to say where the error is that another process is gone; None where it is not."""
     distributed = sys.modules.get("twa_merge.distributed")
-    return distributed is not None and distributed.is_lost_rank(error)
+    if distributed is None or not distributed.is_lost_rank(error):
+        return None
+    if distributed.has_timed_out(error):
+        return (
+            f"Another process of this run has not answered for {distributed.TIMEOUT_MINUTES:g} "
+            "minutes; look for one that hangs."
+        )
+    return "Another process of this run has ended; its own output says why."
 
 
 def _report_internal(error: BaseException, session: Session) -> None:
@@ -169,10 +177,10 @@ def _report_internal(error: BaseException, session: Session) -> None:
     kind = "out of memory" if _is_out_of_memory(error) else "internal error"
     first = str(error).strip().partition("\n")[0]
     said = f"{type(error).__name__}: {first}" if first else type(error).__name__
-    if _is_lost_rank(error):
+    lost = _of_lost_rank(error)
+    if lost:
         # One that was killed says nothing itself, and its launcher may be on another node.
-        kind, said = "error", "Another process of this run has ended; its own output says why."
-        said = f"{said}\n{how_to_continue(session)}".rstrip()
+        kind, said = "error", f"{lost}\n{how_to_continue(session)}".rstrip()
     text = Text.assemble((f"{kind}: ", "bold red"), _lines(said, "  "))
     if kind == "out of memory":
         text.append("\n  try a smaller --batch-size, --activation-checkpointing or --store disk")

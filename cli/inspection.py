@@ -91,7 +91,7 @@ def _read(key: str, value: Any) -> Any:
     if "bytes" in key or "memory" in key:
         return size(value)
     if "minutes" in key:
-        return duration(60 * value)
+        return f"{duration(60 * value)}, and forward and backward passes on top"
     if "seconds" in key:
         return duration(value)
     return amount(value) if isinstance(value, int) else f"{value:.3g}"

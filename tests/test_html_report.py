@@ -18,6 +18,7 @@ from twa_merge.model_card import model_card
 
 DOCUMENT = json.loads((Path(__file__).parent / "documents" / "train.json").read_text())
 LANDSCAPE = {
+    "examples": 48,
     "points": [[-1.0, 0.0], [-0.5, 0.5], [0.0, 0.2], [0.5, -0.3], [1.0, 0.1]],
     "path": [[0.0, 0.0], [0.3, 0.1], [0.25, 0.2]],
     "grid_x": [-1.5, -0.5, 0.5, 1.5],

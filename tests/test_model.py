@@ -226,3 +226,13 @@ def test_a_network_that_a_module_holds_twice_is_one(tmp_path):
     task.build_model = Twice
     save_run(tmp_path, [nn.Linear(2, 3).state_dict()] * 2)
     assert sorted(live_of(tmp_path, task=task).names) == ["bias", "weight"]
+
+
+def test_a_lazy_model_is_refused_in_words(tmp_path):
+    task = LinearTask()
+    save_run(tmp_path / "run", task.states(3))
+    task.build_model = lambda: nn.Sequential(nn.LazyLinear(4))
+    with pytest.raises(TaskError, match="shapes are not known") as caught:
+        merge([tmp_path / "run"], task, tmp_path / "m")
+    assert "LazyLinear" in caught.value.details["what to do"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]

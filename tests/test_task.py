@@ -235,6 +235,16 @@ def test_check_task_wants_methods() -> None:
         check_task(task, "t")
 
 
+def test_a_task_may_not_change_where_torch_makes_tensors() -> None:
+    torch.set_default_device("meta")
+    try:
+        with pytest.raises(TaskError, match="changes where torch makes tensors") as caught:
+            check_task(Mine(), "t")
+    finally:
+        torch.set_default_device(None)
+    assert "meta" in caught.value.details["found"]
+
+
 # Tasks by name
 
 

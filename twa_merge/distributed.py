@@ -18,6 +18,7 @@ from torch import Tensor
 from .errors import ConfigError
 from .ranks import world_size
 
+TIMEOUT_MINUTES = 30.0
 # glibc's name for the size from which memory comes from the system, and goes back when freed.
 _M_MMAP_THRESHOLD = -3
 _RETURNED_FROM = 1 << 20
@@ -95,7 +96,7 @@ class World:
         return parts
 
 
-def start(device: str = "auto", timeout_minutes: float = 30.0) -> World:
+def start(device: str = "auto", timeout_minutes: float = TIMEOUT_MINUTES) -> World:
     """Joins the process group that ``torchrun`` describes in the environment, if there is one.
 
     Args:
@@ -145,6 +146,11 @@ def is_lost_rank(error: BaseException) -> bool:
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error)
     )
+
+
+def has_timed_out(error: BaseException) -> bool:
+    """Whether the lost rank is one that has not answered for ``start``'s timeout."""
+    return "Timed out" in str(error)
 
 
 def stop() -> None:

@@ -198,8 +198,9 @@ def _landscape(document: Document, landscape: Mapping[str, Any] | None) -> str:
     labels = [_short(label) for label in checkpoint_labels(document["checkpoints"])]
     named = {_short(str(k)): v for k, v in (landscape.get("candidates") or {}).items()}
     caption = (
-        "Loss in the plane of the two axes along which the checkpoints differ most. Whatever lies "
-        "off this plane is drawn at its projection, so that its loss is not the one shown there."
+        f"Loss on {landscape['examples']} of the fit examples, in the plane of the two axes along "
+        "which the checkpoints differ most. Whatever lies off this plane is drawn at its "
+        "projection, so that its loss is not the one shown there."
     )
     return _figure(
         "The plane of the checkpoints",

@@ -13,7 +13,7 @@ from .guard import Scored
 from .progress import Advanced, Progress, Started
 
 GRID = 9
-_EXAMPLES = 16
+_EXAMPLES = 64
 
 
 def landscape(
@@ -66,6 +66,7 @@ def landscape(
         "grid_x": axes[0].tolist(),
         "grid_y": axes[1].tolist(),
         "loss": rows,
+        "examples": len(sample),
         "candidates": {
             s.name: place(s.candidate.alphas[0]).tolist()
             for s in shown

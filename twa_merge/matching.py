@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from .checkpoints import resolve_names
 from .errors import TaskError, listing
@@ -113,6 +114,16 @@ def require_cover(module: nn.Module, names: Mapping[str, str], layout: Layout) -
                 "choose coefficients yourself, with twa-merge average",
             )
     parameters = dict(module.named_parameters(remove_duplicate=False))
+    lazy = [name for name, parameter in parameters.items() if is_lazy(parameter)]
+    if lazy:
+        raise TaskError(
+            "The model has parameters whose shapes are not known before it is used.",
+            tensor=listing(lazy),
+            expected="a model that can be loaded as build_model() returns it",
+            found="lazy modules",
+            remedy="give their sizes (nn.Linear instead of nn.LazyLinear), or pass an example "
+            "through the model in build_model()",
+        )
     missing = _missing(module, names)
     if missing:
         raise TaskError(

@@ -105,8 +105,15 @@ def check_task(task: Any, name: str) -> Task:
     """``task`` itself, if it has what a task needs.
 
     Raises:
-        TaskError: a method is missing.
+        TaskError: a method is missing, or torch has been told to make tensors elsewhere.
     """
+    if torch.get_default_device().type != "cpu":
+        raise TaskError(
+            f"The task {name} changes where torch makes tensors.",
+            expected="the CPU: models and batches are moved to --device for it",
+            found=f"torch.set_default_device, {torch.get_default_device()}",
+            remedy="leave it out, and give device= to what the loss makes itself",
+        )
     missing = [
         m for m in ("build_model", "dataset", "loss") if not callable(getattr(task, m, None))
     ]

@@ -229,7 +229,7 @@ class _Planner:
 
     def _ways_out(self, plan: Plan, config: StoreConfig, more: int | None) -> Iterator[str]:
         fewest = self._processes_for(plan)
-        if fewest is None:
+        if fewest is None and more is None:
             many = dataclasses.replace(plan.machine, size=plan.machine.size << _DOUBLINGS)
             least = self.plan(many, plan.kind, plan.dtype)
             needed = gigabytes(least.device_total or least.host_total)
