@@ -231,6 +231,25 @@ def test_a_candidate_that_exploded_leaves_room_for_the_others() -> None:
     assert "1e17" not in page
 
 
+def test_what_lies_inside_the_interval_of_another_is_not_left_out() -> None:
+    document = copy.deepcopy(DOCUMENT)
+    losses = [0.717, *(0.718 + 0.001 * i for i in range(len(document["candidates"]) - 3)), 0.8, 0.8]
+    for row, loss in zip(document["candidates"], losses, strict=True):
+        row |= {"guard_loss": loss, "guard_ci95": [loss - 0.4, loss + 0.5], "test_loss": None}
+    assert "beyond the frame" not in html_report(document)
+    for row in document["candidates"]:
+        row["guard_ci95"] = [row["guard_loss"] - 0.001, row["guard_loss"] + 0.001]
+    document["candidates"][-1]["guard_loss"] = 1.8
+    assert "beyond the frame" in html_report(document)
+
+
+def test_candidates_in_one_place_share_a_label() -> None:
+    near = {"twa": [0.1, 0.1], "window:2": [0.12, 0.11], "last": [0.9, 0.1]}
+    page = html_report(copy.deepcopy(DOCUMENT), LANDSCAPE | {"candidates": near})
+    assert "twa, window:2" in page
+    assert "window:2, last" not in page
+
+
 def test_the_page_shows_the_loss_that_decided() -> None:
     document = copy.deepcopy(DOCUMENT)
     assert "selection loss" not in html_report(document)

@@ -16,6 +16,8 @@ _POSITIVE, _NEGATIVE = (0.16, 0.47, 0.84), (0.88, 0.42, 0.13)
 
 # A loss that lies so many times as far from the least one as the median does is left out.
 _FAR = 12.0
+# Width and height of a short label, as shares of the plane's.
+_LABEL = (0.15, 0.05)
 
 
 def losses(stages: Sequence[tuple[str, Sequence[tuple[int, float]]]]) -> str:
@@ -46,7 +48,7 @@ def losses(stages: Sequence[tuple[str, Sequence[tuple[int, float]]]]) -> str:
         for axes in panels:
             handles, names = axes.get_legend_handles_labels()
             marks |= dict(zip(names, handles, strict=True))
-        panels[-1].legend(marks.values(), marks, loc="upper right", fontsize=9)
+        figure.legend(marks.values(), marks, loc="outside upper center", ncols=3, fontsize=9)
 
     return draw("losses", 2.9, paint)
 
@@ -140,10 +142,14 @@ def candidates(rows: Sequence[Document], chosen: str) -> str:
 
 def _frame(rows: Sequence[Document]) -> tuple[float, float]:
     """Ends of the axis of losses; infinity where all fit, as they do unless some exploded."""
-    losses = [row.get(key) for row in rows for key in ("guard_loss", "test_loss")]
-    known = sorted(float(v) for v in losses if v is not None and is_finite(v))
+    found = [(row.get(f"{key}_loss"), interval(row, f"{key}_ci95"))
+             for row in rows for key in ("guard", "test")]  # fmt: skip
+    known = sorted(float(v) for v, _ in found if v is not None and is_finite(v))
     low, middle = known[0], known[len(known) // 2]
-    kept = [v for v in known if v <= low + _FAR * (middle - low)]
+    near = low + _FAR * (middle - low)
+    # Whatever lies inside the interval of one that is shown is no further off than that.
+    ends = [span[1] for v, span in found if span and v is not None and is_finite(v) and v <= near]
+    kept = [v for v in known if v <= max([near, *ends])]
     if len(kept) == len(known):
         return -math.inf, math.inf
     room = 0.5 * ((kept[-1] - low) or abs(low) or 1.0)
@@ -163,9 +169,10 @@ def landscape(found: Mapping[str, Any], labels: Sequence[str]) -> str:
             axes.plot(*_columns(found["path"]), ".-", color=ORANGE, linewidth=1.6, markersize=6,
                       label="path of the fit")  # fmt: skip
         named = dict(found.get("candidates") or {})
-        for name, point in named.items():
+        for point in named.values():
             axes.plot(*point, "*", color=GREEN, markersize=11)
-            _name(axes, point, name, bold=True)
+        for point, names in _close_together(axes, named):
+            _name(axes, point, ", ".join(names), bold=True)
         for i in sorted({0, len(points) - 1}):
             if not any(math.dist(points[i], point) < 1e-6 for point in named.values()):
                 _name(axes, points[i], labels[i])
@@ -194,6 +201,23 @@ def _contours(figure: Any, axes: Any, found: Mapping[str, Any]) -> None:
     axes.clabel(lines, levels[1::3], fmt=lambda v: written(v, places), fontsize=8, colors=[INK])
     axes.set_xlim(min(found["grid_x"]), max(found["grid_x"]))
     axes.set_ylim(min(found["grid_y"]), max(found["grid_y"]))
+
+
+def _close_together(
+    axes: Any, named: Mapping[str, Sequence[float]]
+) -> list[tuple[Sequence[float], list[str]]]:
+    """Points with the names of all around them whose labels would lie on one another."""
+    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
+    found: list[tuple[Sequence[float], list[str]]] = []
+    for name, point in named.items():
+        for other, names in found:
+            across = abs(point[0] - other[0]) < _LABEL[0] * (right - left)
+            if across and abs(point[1] - other[1]) < _LABEL[1] * (high - low):
+                names.append(name)
+                break
+        else:
+            found.append((point, [name]))
+    return found
 
 
 def _name(axes: Any, point: Sequence[float], name: str, *, bold: bool = False) -> None:
