@@ -228,7 +228,8 @@ engine_options = group(
 _OUT = [
     opt("dtype", "--dtype", "Of averaged tensors.  [default: as saved]",
         type=click.Choice(config.DTYPES)),
-    opt("overwrite", "--overwrite", "Replace an earlier merge in the same place; refused if anything else is there."),
+    opt("overwrite", "--overwrite",
+        "Replace an earlier merge in the same place, if nothing else is there."),
 ]  # fmt: skip
 _FRESH = opt("fresh", "--fresh", "Start an interrupted run over.")
 

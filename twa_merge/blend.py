@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+# Times what the least costs are and differ by.
 _OUT_OF_THE_QUESTION = 10.0
 
 
@@ -30,13 +31,13 @@ def likelihoods(costs: Tensor) -> Tensor:
             enormous cost has a standard error as large as the mean.
     """
     means = costs.mean(1).nan_to_num(torch.inf)
-    differences = costs - costs[means.argmin()]
+    best = costs[means.argmin()]
+    differences = costs - best
     count = costs.shape[1]
     # One difference says nothing of its error.
     error = differences.std(1) / count**0.5 if count > 1 else torch.full_like(means, torch.inf)
     z = torch.where(differences.eq(0.0).all(1), 0.0, differences.mean(1) / error)
     weights = torch.special.ndtr(-z).nan_to_num(0.0)
-    best = costs[means.argmin()]
     size = best.mean().abs() + (best.std() if count > 1 else 0.0)
     weights = torch.where(differences.mean(1) > _OUT_OF_THE_QUESTION * size, 0.0, weights)
     return weights / weights.sum()
