@@ -40,22 +40,22 @@ def environment(*, pictures: bool = False, **more: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
 
 
-def run(k: int, *arguments: object, **more: str) -> subprocess.CompletedProcess[str]:
+def run(
+    k: int, *arguments: object, module: str = "twa_merge_cli", **more: str
+) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(k, *arguments), env=environment(**more), capture_output=True, text=True, timeout=240
+        command(k, *arguments, module=module),
+        env=environment(**more),
+        capture_output=True,
+        text=True,
+        timeout=240,
     )
 
 
 def in_turn(k: int, *commands: Sequence[object]) -> subprocess.CompletedProcess[str]:
     """All commands in the ranks of one launch, up to the first that fails."""
     given = json.dumps([[str(argument) for argument in arguments] for arguments in commands])
-    return subprocess.run(
-        command(k, given, module="in_turn"),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=240,
-    )
+    return run(k, given, module="in_turn")
 
 
 def here(*arguments: object) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
-import sys
 
 import psutil
 import pytest
@@ -215,28 +214,6 @@ def test_a_killed_rank_ends_the_run_and_another_number_of_ranks_continues_it(tmp
     assert max(abs(a - b) for a, b in zip(one, other, strict=True)) < 1e-5
 
 
-STUCK = """
-import os, time
-from twa_merge.distributed import start
-from twa_merge_cli.boundary import _of_lost_rank
-
-world = start("cpu", timeout_minutes=0.05)
-if world.rank == 1:
-    time.sleep(8)
-    os._exit(0)
-try:
-    world.gather(1)
-except Exception as error:
-    print(_of_lost_rank(error), flush=True)
-os._exit(0)
-"""
-
-
-def test_a_process_that_does_not_answer_is_not_said_to_have_ended(tmp_path):
-    (tmp_path / "stuck.py").write_text(STUCK)
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         tmp_path / "stuck.py"],
-        env=environment(), capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+def test_a_process_that_does_not_answer_is_not_said_to_have_ended():
+    done = run(2, module="stuck")
     assert "has not answered for 30 minutes" in done.stdout, done.stderr

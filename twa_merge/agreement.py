@@ -12,12 +12,14 @@ import socket
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .checkpoints.base import Checkpoint, reading
 from .errors import CheckpointError, ConfigError, OutputError
 from .output_folder import existing_parent, writing
 from .ranks import Ranks
+
+T = TypeVar("T")
 
 # Pieces of a file, evenly from its start to its end, that tell it from another one of its size:
 # many, as most of a model may be frozen.
@@ -43,6 +45,12 @@ def files_of(checkpoints: Sequence[Checkpoint]) -> list[Path]:
     return list(dict.fromkeys(f.path for c in checkpoints for f in c.files))
 
 
+def heard_from_all(mine: T, world: Ranks) -> list[tuple[str, T]]:
+    """Who says it (``process 1 on HOST``) and what, of every process in order of rank."""
+    found = world.gather((socket.gethostname(), mine))
+    return [(f"process {rank} on {host}", said) for rank, (host, said) in enumerate(found)]
+
+
 def require_same_files(checkpoints: Sequence[Checkpoint], world: Ranks) -> None:
     """Checks that all processes read the same files, by their names, sizes and parts of them.
 
@@ -52,14 +60,14 @@ def require_same_files(checkpoints: Sequence[Checkpoint], world: Ranks) -> None:
     if world.size == 1:
         return
     mine = [(str(path), path.name, *sample_of(path)) for path in files_of(checkpoints)]
-    first, *others = world.gather((socket.gethostname(), mine))
-    for rank, other in enumerate(others, 1):
+    first, *others = heard_from_all(mine, world)
+    for other in others:
         if [file[1:] for file in other[1]] != [file[1:] for file in first[1]]:
-            raise _other_files(rank, first, other)
+            raise _other_files(first, other)
 
 
-def _other_files(rank: int, first: tuple[str, Any], other: tuple[str, Any]) -> CheckpointError:
-    (host, files), (other_host, other_files) = first, other
+def _other_files(first: tuple[str, Any], other: tuple[str, Any]) -> CheckpointError:
+    (one, files), (another, other_files) = first, other
     expected, found = f"{len(files)} files", f"{len(other_files)} files"
     pairs = zip(files, other_files, strict=False)
     differing = next(((a, b) for a, b in pairs if a[1:] != b[1:]), None)
@@ -69,8 +77,8 @@ def _other_files(rank: int, first: tuple[str, Any], other: tuple[str, Any]) -> C
             found += ", with other numbers in it"
     return CheckpointError(
         "The processes of this run do not read the same checkpoints.",
-        expected=f"{expected} (process 0 on {host})",
-        found=f"{found} (process {rank} on {other_host})",
+        expected=f"{expected} ({one})",
+        found=f"{found} ({another})",
         remedy="give every node the same files; if the run folder is still growing, wait until it "
         "is complete or name the checkpoints with --to-step",
     )
@@ -82,14 +90,14 @@ def require_same_choices(choices: Mapping[str, Any], world: Ranks) -> None:
     Raises:
         ConfigError: on every process alike, where one of them has not.
     """
-    first, *others = world.gather((socket.gethostname(), dict(choices)))
-    for rank, (host, other) in enumerate(others, 1):
-        for name, value in first[1].items():
+    (one, first), *others = heard_from_all(dict(choices), world)
+    for another, other in others:
+        for name, value in first.items():
             if other[name] != value:
                 raise ConfigError(
                     f"The processes of this run do not have the same {name}.",
-                    expected=f"{value} (process 0 on {first[0]})",
-                    found=f"{other[name]} (process {rank} on {host})",
+                    expected=f"{value} ({one})",
+                    found=f"{other[name]} ({another})",
                     remedy="start all of them with the same command, task and data",
                 )
 

@@ -33,13 +33,14 @@ def likelihoods(costs: Tensor) -> Tensor:
     means = costs.mean(1).nan_to_num(torch.inf)
     best = costs[means.argmin()]
     differences = costs - best
+    gaps = differences.mean(1)
     count = costs.shape[1]
     # One difference says nothing of its error.
     error = differences.std(1) / count**0.5 if count > 1 else torch.full_like(means, torch.inf)
-    z = torch.where(differences.eq(0.0).all(1), 0.0, differences.mean(1) / error)
+    z = torch.where(differences.eq(0.0).all(1), 0.0, gaps / error)
     weights = torch.special.ndtr(-z).nan_to_num(0.0)
     size = best.mean().abs() + (best.std() if count > 1 else 0.0)
-    weights = torch.where(differences.mean(1) > _OUT_OF_THE_QUESTION * size, 0.0, weights)
+    weights = torch.where(gaps > _OUT_OF_THE_QUESTION * size, 0.0, weights)
     return weights / weights.sum()
 
 

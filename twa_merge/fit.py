@@ -230,25 +230,28 @@ class Fitter:
         far: of few examples the spread of the losses says little of their unit.
         """
         train, unseen = fold_of(path.size, fold)
-        z = torch.zeros(chart.size, dtype=torch.float64)
-        path.add(math.inf, z, self.losses(chart.alphas(z), unseen))
+
+        def add(ridge: float, z: Tensor) -> None:
+            path.add(ridge, z, self.losses(chart.alphas(z), unseen))
 
         def fit(ridge: float, start: Tensor | FitResult) -> FitResult:
             stage, limit = f"{name}/fold{fold}", _PATH_EVALUATIONS
             return self._minimise(stage, chart, train, ridge, start, limit, _PATH_TOLERANCE)
 
+        z = torch.zeros(chart.size, dtype=torch.float64)
+        add(math.inf, z)
         end = fit(path.ridges[0], z)
         while path.folds == 1 and too_far(end.z, len(train)):
             path.scale *= 10.0
             end = fit(path.ridges[0], z)
-        path.add(path.ridges[0], end.z, self.losses(chart.alphas(end.z), unseen))
+        add(path.ridges[0], end.z)
         for ridge in path.ridges[1:]:
             if path.hopeless(ridge):
                 break
             end = fit(ridge, end)
             if too_far(end.z, len(train)):
                 break
-            path.add(ridge, end.z, self.losses(chart.alphas(end.z), unseen))
+            add(ridge, end.z)
 
     def _minimise(
         self,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import math
-import socket
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from .agreement import heard_from_all
 from .distributed import World
 from .errors import TaskError
 from .seeding import seeded
@@ -48,14 +48,14 @@ def require_same_examples(parts: Mapping[str, Dataset[Any]], seed: int, world: W
         for i in sorted({k * (count - 1) // (_LOOKED_AT - 1) for k in range(_LOOKED_AT)}):
             with user_code("read its dataset"), seeded(seed + i, world.device):
                 mine.append((part, i, list(_sketch(examples[i]))))
-    first, *others = world.gather((socket.gethostname(), mine))
-    for rank, (host, theirs) in enumerate(others, 1):
-        for (part, i, expected), (_, _, found) in zip(first[1], theirs, strict=True):
+    (one, first), *others = heard_from_all(mine, world)
+    for another, theirs in others:
+        for (part, i, expected), (_, _, found) in zip(first, theirs, strict=True):
             if not _alike(expected, found):
                 raise TaskError(
                     "The processes of this run do not read the same examples.",
-                    expected=f"number {i} of {part} as process 0 on {first[0]} reads it",
-                    found=f"another one in process {rank} on {host}",
+                    expected=f"number {i} of {part} as {one} reads it",
+                    found=f"another one in {another}",
                     remedy="sort what comes from sets and folders, and seed what the dataset draws",
                 )
 
