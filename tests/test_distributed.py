@@ -214,6 +214,12 @@ def test_a_killed_rank_ends_the_run_and_another_number_of_ranks_continues_it(tmp
     assert max(abs(a - b) for a, b in zip(one, other, strict=True)) < 1e-5
 
 
+def test_ranks_whose_rounding_differs_go_the_way_of_rank_zero():
+    done = run(2, module="unlike_ranks")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == [[[2.0, 4.0, 6.0], [1.0, 2.0, 3.0]]] * 2
+
+
 def test_a_process_that_does_not_answer_is_not_said_to_have_ended():
     done = run(2, module="stuck")
     assert "has not answered for 30 minutes" in done.stdout, done.stderr

@@ -321,6 +321,28 @@ def test_average_is_exact_and_weights_are_reported(tmp_path):
         average([run], tmp_path / "x", weights="0.5 0.5")
 
 
+def test_blocks_of_a_report_are_known_by_name_and_other_steps_are_said(tmp_path):
+    _, states, run, out = make(tmp_path, n=2)
+    rows = {"b": [0.0, 1.0], "a": [1.0, 0.0]}
+    names = sorted(states[0])
+    members = {"a": names[:1], "b": names[1:]}
+    document = {
+        "checkpoints": [{"step": 7}, {"step": 9}],
+        "coefficients": {"blocks": rows},
+        "blocks": {"kind": "tensors", "members": members},
+    }
+    (tmp_path / "r.json").write_text(json.dumps(document))
+    said: list[object] = []
+    average([run], out, weights=f"@{tmp_path / 'r.json'}", progress=said.append)
+    for name, tensor in written(out).items():
+        assert torch.equal(tensor, states[0 if name in members["a"] else 1][name])
+    assert any("of other steps" in event.text for event in said if isinstance(event, Noted))
+    rows["c"] = rows["a"]
+    (tmp_path / "r.json").write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match="other blocks than it describes"):
+        average([run], tmp_path / "again", weights=f"@{tmp_path / 'r.json'}")
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [
@@ -539,3 +561,57 @@ def test_tensors_that_the_model_lacks_keep_the_coefficients_of_the_whole_model(t
     found = {c["name"]: c["coefficients"] for c in document["candidates"]}
     assert found["twa-layers"]["elsewhere"] == pytest.approx(found["twa"])
     assert found["twa-layers"]["0"] != pytest.approx(found["twa"])
+
+
+def test_a_task_that_fails_far_out_costs_the_landscape_alone(tmp_path):
+    task, _, run, out = make(tmp_path)
+    drawing, said, loss = [], [], task.loss
+
+    def careful(model, batch):
+        assert not drawing, "a loss that explodes"
+        return loss(model, batch)
+
+    def listen(event):
+        said.append(event)
+        drawing.extend([True] * ("landscape" in getattr(event, "stage", "")))
+
+    task.loss = careful
+    merge([run], task, out, progress=listen, **QUICK)
+    assert drawing
+    assert (out / "model.safetensors").exists()
+    assert (out / "report.html").exists()
+    assert any("a loss that explodes" in event.text for event in said if isinstance(event, Noted))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_start_that_does_not_exist_is_said_before_any_work(tmp_path):
+    task, _, run, out = make(tmp_path)
+    task.build_model = None
+    with pytest.raises(ConfigError, match="--start names a step that no checkpoint has"):
+        merge([run], task, out, fit=FitConfig(start="12345"))
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_an_interrupted_run_does_not_go_on_with_other_examples(tmp_path):
+    task, _, run, out = make(tmp_path)
+
+    def stop(event):
+        if getattr(event, "stage", "") == "Comparing candidates":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        merge([run], task, out, progress=stop, **QUICK)
+    task.y = task.y + 1.0
+    with pytest.raises(ConfigError, match="other inputs or options") as caught:
+        merge([run], task, out, **QUICK)
+    assert "examples" in str(caught.value)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_state_never_goes_where_checkpoints_are(tmp_path):
+    task, _, run, _ = make(tmp_path)
+    run = run.rename(tmp_path / "lm.partial")
+    before = sorted(run.rglob("*"))
+    with pytest.raises(OutputError, match="holds something else"):
+        merge([run], task, tmp_path / "lm", **QUICK)
+    assert sorted(run.rglob("*")) == before

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import save_file
 
 from twa_merge.checkpoints import open_checkpoints, sidecars
+from twa_merge.errors import CheckpointError
 
 
 def touch(root: Path, *names: str) -> None:
@@ -44,3 +47,21 @@ def test_sidecars_of_bare_files_and_plain_folders(tmp_path: Path) -> None:
     torch.save({"w": torch.ones(2)}, bare)
     assert sidecars(open_checkpoints([bare])[0]) == []
     assert sidecars(open_checkpoints([bare.parent])[0]) == [Path("config.yaml")]
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn])
+def test_quantised_weights_are_refused(tmp_path: Path, dtype: torch.dtype) -> None:
+    """The mean of packed weights is nothing, and that of their scales no scale of the mean."""
+    weights = {"l.weight": torch.ones(4, 4).to(dtype), "l.scales": torch.ones(4)}
+    save_file(weights, tmp_path / "model.safetensors")
+    config = tmp_path / "config.json"
+    config.write_text(json.dumps({"quantization_config": {"quant_method": "gptq"}}))
+    with pytest.raises(CheckpointError, match="quantised") as caught:
+        open_checkpoints([tmp_path])
+    assert "l.weight" in str(caught.value)
+    config.write_text("{}")
+    open_checkpoints([tmp_path])
+    # One that has been given back its weights may still tell of what it was.
+    config.write_text(json.dumps({"quantization_config": {"quant_method": "gptq"}}))
+    save_file({"l.weight": torch.ones(4, 4)}, tmp_path / "model.safetensors")
+    open_checkpoints([tmp_path])

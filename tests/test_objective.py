@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from runs import LinearTask, Pairs, save_run
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import default_collate
 from transformers import BatchEncoding
@@ -29,6 +30,7 @@ from twa_merge.progress import Noted, silent
 from twa_merge.resume import EvaluationLog
 from twa_merge.store import make_store
 from twa_merge.subspace import Chart, make_subspace
+from twa_merge.task import split
 
 
 def engine_for(task, folder: Path, *, by_tensor: bool = False):
@@ -349,6 +351,53 @@ def test_statistics_of_few_examples_are_not_trusted_and_candidates_judged_as_wri
     model.load_state_dict(task.states(4)[-1])
     own = float(task.loss(model, (task.x, task.y)).detach().double().mean())
     assert rows["last"]["selection_loss"] == pytest.approx(own, rel=1e-5)
+
+
+class Twice(nn.Module):
+    """One network under two names, as both towers of a siamese one."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.first, self.second = network, network
+
+    def forward(self, x):
+        return (self.first(x) + self.second(x)) / 2
+
+
+class Siamese(Normed):
+    def build_model(self):
+        return Twice(super().build_model())
+
+    def states(self, n: int, spread: float = 0.5, seed: int = 1):
+        towers = ("first", "second")
+        return [
+            {f"{tower}.{k}": v.clone() for tower in towers for k, v in state.items()}
+            for state in super().states(n, seed=seed)
+        ]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_layer_that_was_saved_twice_has_its_statistics_written_twice(tmp_path):
+    task = Siamese(examples=200)
+    save_run(tmp_path / "run", task.states(4))
+    guard = GuardConfig(candidates="uniform", batch_norm="reestimate")
+    fit = FitConfig(blocks="global", ridge=0.1, max_evaluations=2)
+    document = merge([tmp_path / "run"], task, tmp_path / "out", fit=fit, guard=guard)
+    model = task.build_model().eval()
+    state = load_file(tmp_path / "out" / "model.safetensors")
+    assert document["chosen"] == "uniform"
+    assert not torch.equal(
+        state["first.1.running_mean"], task.states(4)[-1]["first.1.running_mean"]
+    )
+    for name in ("running_mean", "running_var"):
+        assert torch.equal(state[f"first.1.{name}"], state[f"second.1.{name}"])
+    model.load_state_dict(state)
+    guarded = split(task, DataConfig().guard_fraction, 0).guard
+    x, y = (torch.stack(column) for column in zip(*guarded, strict=True))
+    judged = next(c["guard_loss"] for c in document["candidates"] if c["name"] == "uniform")
+    assert float(task.loss(model, (x, y)).detach().double().mean()) == pytest.approx(
+        judged, rel=1e-5
+    )
 
 
 def test_a_batch_of_one_with_batch_norm_is_said(tmp_path):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from twa_merge.distributed import World
-from twa_merge.errors import ConfigError
+from twa_merge.errors import ConfigError, OutputError
 from twa_merge.optimize import lbfgs
 from twa_merge.progress import silent
 from twa_merge.resume import EvaluationLog
@@ -37,7 +37,7 @@ def problem():
 
 def run(folder, chart, function, kill_after=None, fingerprint="a", fresh=False, progress=silent):
     log = EvaluationLog(folder, {"run": fingerprint}, World(), fresh, progress)
-    answered = log.answer("twa", chart, function)
+    answered = log.answer("twa", chart, function, range(8))
     count = 0
 
     def watched(z):
@@ -84,10 +84,54 @@ def test_a_task_that_has_changed_meanwhile_starts_over_and_says_so(tmp_path):
     assert torch.equal(resumed.z, whole.z)
     assert len(calls) == needed
     assert len(notes) == 1
-    assert "starts over" in notes[0].text
+    assert "nothing further is taken from the earlier run" in notes[0].text
     calls.clear()
     run(tmp_path / "s", chart, changed)
     assert len(calls) == 1, "the state is that of the changed task"
+
+
+def test_a_change_that_only_a_larger_sample_shows_is_found(tmp_path):
+    chart, function, calls = problem()
+    points = [torch.full((4,), x, dtype=torch.float64) for x in (0.1, 0.2)]
+
+    def visit(last, progress=silent):
+        log = EvaluationLog(tmp_path / "s", {"run": "a"}, World(), progress=progress)
+        small = log.answer("twa", chart, function, range(8))
+        large = log.answer("twa", chart, lambda z: (last, z), range(16))
+        return [f(z)[0] for f in (small, large) for z in points]
+
+    known, notes = visit(1.0), []
+    calls.clear()
+    assert visit(2.0, notes.append) == [*known[:2], 2.0, 2.0]
+    assert len(calls) == 1
+    assert len(notes) == 1
+
+
+def test_what_else_is_kept_in_the_state_folder_is_not_taken_away(tmp_path):
+    chart, function, _ = problem()
+    kept = tmp_path / "s" / "thesis.txt"
+    kept.parent.mkdir()
+    kept.write_text("years of work")
+    with pytest.raises(OutputError, match="something else") as caught:
+        run(kept.parent, chart, function)
+    assert "thesis.txt" in str(caught.value)
+    kept.unlink()
+    log, _ = run(kept.parent, chart, function)
+    kept.write_text("years of work")
+    log.remove()
+    assert list(kept.parent.iterdir()) == [kept]
+
+
+@pytest.mark.parametrize(
+    "header", [b"[]", b'"run"', b"{}", b"\xff\xfe{", b'{"run": {"run": "a"}}\n[]']
+)
+def test_a_damaged_state_is_forgotten(tmp_path, header):
+    chart, function, _ = problem()
+    _, whole = run(tmp_path / "s", chart, function)
+    (tmp_path / "s" / "state.jsonl").write_bytes(header + b"\n")
+    log, again = run(tmp_path / "s", chart, function)
+    assert log.resumed == 0
+    assert torch.equal(again.z, whole.z)
 
 
 @pytest.mark.parametrize("lost", [float("nan"), float("inf")])

@@ -12,7 +12,7 @@ import numpy as np
 
 from . import report
 from .agreement import require_same_choices, require_same_files, require_shared_place
-from .checkpoints import open_checkpoints
+from .checkpoints import Checkpoint, open_checkpoints
 from .clock import Clock
 from .config import OutputConfig, Selection, as_dict
 from .dtypes import Float64
@@ -21,7 +21,7 @@ from .fixed_weights import parse_weights
 from .layout import Blocks, Layout, dtype_named, global_block, make_layout
 from .model_card import model_card
 from .output_folder import record
-from .progress import Progress, silent
+from .progress import Noted, Progress, silent
 from .ranks import Alone, Ranks, world_size
 from .writer import check_output, write_merge
 
@@ -63,7 +63,7 @@ def average(
         world = _join()
         require_same_files(found, world)
         require_shared_place(target, world)
-        blocks, alphas, directions = _coefficients(weights, len(found), layout)
+        blocks, alphas, directions = _coefficients(weights, found, layout, progress)
     require_same_choices({"coefficients": alphas.tolist(), "dtype": out.dtype}, world)
     document = report.header("average") | {
         "weights": weights,
@@ -100,18 +100,22 @@ def average(
 
 
 def _coefficients(
-    weights: str, n: int, layout: Layout
+    weights: str, found: Sequence[Checkpoint], layout: Layout, progress: Progress
 ) -> tuple[Blocks, Float64, RandomDirections | None]:
     """Blocks, their coefficients (B, n + R) float64, and the R random directions, if any.
 
     Raises:
         ConfigError: the word, or the report that it names, has no coefficients for n checkpoints.
     """
+    n = len(found)
     if not weights.startswith("@"):
         return global_block(layout), parse_weights(weights, n)[None], None
     path = Path(weights[1:])
     earlier = _read_json(path)
     blocks, alphas = report.coefficients_from_report(earlier, path, n, layout)
+    steps = report.steps_of(earlier)
+    if steps and steps != [checkpoint.step for checkpoint in found]:
+        progress(Noted(f"The coefficients of {path} are those of checkpoints of other steps."))
     record = earlier["coefficients"].get("random")
     if record is None or len(blocks) > 1:
         return blocks, alphas, None

@@ -53,12 +53,13 @@ def take_newest(engine: Engine, n: int) -> None:
 
 
 def statistics(engine: Engine) -> dict[str, Tensor]:
-    """Checkpoint name → running statistic as it is now, on the CPU."""
-    return {
-        name: tensor.detach().cpu().clone()
-        for name, tensor in engine.live.targets().items()
-        if engine.live.is_statistic(name)
-    }
+    """Checkpoint name → running statistic as it is now, on the CPU.
+
+    A layer that the module holds twice was saved under two names, and has the same under both.
+    """
+    live = engine.live
+    now = {k: t.detach().cpu().clone() for k, t in live.targets().items() if live.is_statistic(k)}
+    return {name: now[first] for name, first in live.tied_groups().items() if first in now}
 
 
 def _norms(module: nn.Module) -> list[_BatchNorm]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from .checkpoints.base import Checkpoint
@@ -82,6 +83,17 @@ def require_directions(fit: FitConfig, n: int, layout: Layout) -> None:
             "--subspace names more directions than there are.",
             expected=f"at most {word}:{most}",
             found=f"{fit.subspace}, but {found}",
+        )
+
+
+def require_start(fit: FitConfig, checkpoints: Sequence[Checkpoint]) -> None:
+    """Raises ConfigError where --start names a step that no checkpoint has."""
+    steps = [str(checkpoint.step) for checkpoint in checkpoints]
+    if fit.start not in ("auto", "mean", "last") and str(int(fit.start)) not in steps:
+        raise ConfigError(
+            "--start names a step that no checkpoint has.",
+            expected=", ".join(steps),
+            found=fit.start,
         )
 
 

@@ -146,6 +146,7 @@ class FitConfig:
         _one_of("--span", self.span, ("affine", "linear"))
         _at_least("--ridge", self.ridge, 0.0)
         _at_least("--max-evaluations", self.max_evaluations, 1)
+        _at_least("--tolerance", self.tolerance, 0.0)
         _in_range("--lr", 0.0 < self.lr < math.inf, "a number above 0", self.lr)
         momentum = self.momentum
         _in_range("--momentum", 0.0 <= momentum < 1.0, "a number from 0 to below 1", momentum)

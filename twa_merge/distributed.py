@@ -8,8 +8,9 @@ import ctypes
 import datetime
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -18,11 +19,15 @@ from torch import Tensor
 from .errors import ConfigError
 from .ranks import world_size
 
+T = TypeVar("T")
+R = TypeVar("R")
+
 TIMEOUT_MINUTES = 30.0
 # glibc's name for the size from which memory comes from the system, and goes back when freed.
 _M_MMAP_THRESHOLD = -3
 _RETURNED_FROM = 1 << 20
 _LETTING_GO_SECONDS = 0.1
+_DEVICES = "auto, cpu, cuda or cuda:N"
 # Numbers that are gathered from all ranks at a time.
 _PIECE = 1 << 18
 
@@ -31,8 +36,8 @@ _PIECE = 1 << 18
 class World:
     """This process among all: ``rank`` of ``size``, computing on ``device``.
 
-    Every method is a collective: all ranks call it, in the same order. With one process each is
-    the identity.
+    Every method but ``share`` is a collective: all ranks call it, in the same order. With one
+    process each is the identity.
     """
 
     rank: int = 0
@@ -75,6 +80,33 @@ class World:
         box = [value]
         dist.broadcast_object_list(box, src=0)
         return box[0]
+
+    def led(self, function: Callable[..., T], work: Callable[[Callable[..., T]], R]) -> R:
+        """Rank zero's ``work(function)``, on every rank; all ranks make its calls of ``function``.
+
+        For work whose way hangs on the last bits of its numbers: on unlike processors every rank
+        would go a way of its own.
+
+        Args:
+            function: a collective, of picklable arguments.
+            work: with a picklable result.
+        """
+        if self.size == 1:
+            return work(function)
+        if self.is_zero:
+
+            def told(*arguments: Any) -> T:
+                self.broadcast((True, arguments))
+                return function(*arguments)
+
+            result = work(told)
+            self.broadcast((False, result))
+            return result
+        while True:
+            goes_on, what = self.broadcast(None)
+            if not goes_on:
+                return what
+            function(*what)
 
     def barrier(self) -> None:
         if self.size > 1:
@@ -185,13 +217,19 @@ def _device(name: str, local_rank: int) -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise ConfigError(
-            f"There is no device called {name!r}.", expected="auto, cpu, cuda or cuda:N"
-        ) from error
+        raise ConfigError(f"There is no device called {name!r}.", expected=_DEVICES) from error
+    if device.type not in ("cpu", "cuda") or (device.type == "cpu" and device.index):
+        raise ConfigError("The device cannot be used.", expected=_DEVICES, found=name)
     if device.type == "cuda":
         if not torch.cuda.is_available():
             raise ConfigError(
                 "No GPU can be used here.", found=f"--device {name}", remedy="use --device cpu"
+            )
+        if device.index is not None and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) > 1:
+            raise ConfigError(
+                "The processes of a node cannot share one GPU.",
+                expected="--device cuda: each takes one of its own",
+                found=f"--device {name}",
             )
         index = device.index if device.index is not None else local_rank
         if index >= torch.cuda.device_count():

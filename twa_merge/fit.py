@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +12,10 @@ from torch import Tensor
 from .batches import Batches
 from .candidates import single, window
 from .config import FitConfig
-from .errors import ConfigError
 from .first_order import first_order
 from .guard import finite_mean, paired
 from .objective import Engine, Objective
-from .optimize import FitResult, lbfgs
+from .optimize import FitResult, Function, lbfgs
 from .progress import Advanced, Evaluated, Progress, Started
 from .resume import EvaluationLog
 from .ridge import FOLDS, RidgePath, fold_of, scale_of, too_far
@@ -90,9 +89,6 @@ class Fitter:
 
         ``auto``: the best of the windows of the last 1, 2, 4, …, n checkpoints on a sample of the
         fit split. Far from the mean the loss is not convex: early checkpoints can ruin the mean.
-
-        Raises:
-            ConfigError: there is no checkpoint of that step.
         """
         word = self.config.start
         if word == "mean":
@@ -100,12 +96,6 @@ class Fitter:
         if word == "last":
             return single(n, n - 1)[None]
         if word != "auto":
-            if int(word) not in self.steps:
-                raise ConfigError(
-                    "--start names a step that no checkpoint has.",
-                    expected=", ".join(str(s) for s in self.steps),
-                    found=word,
-                )
             return single(n, list(self.steps).index(int(word)))[None]
         sizes = [*(2**i for i in range(n.bit_length()) if 2**i < n), n]
         sample = range(min(self.limit, _START_EXAMPLES))
@@ -268,37 +258,46 @@ class Fitter:
         Args:
             start: coordinates, or where a fit of the same examples with another ridge ended.
         """
-        objective = Objective(self.engine, chart, self.batches, chosen, ridge)
-        share = len(chosen) / self.limit
-        function = self.log.answer(f"{name}/ridge{ridge:g}", chart, objective)
-
-        def observe(number: int, loss: float, best: float) -> None:
-            self.evaluations += share
-            self._number += 1
-            self.progress(Evaluated(self._number, loss, best))
-
         known = start.with_ridge(ridge) if isinstance(start, FitResult) else None
-        return lbfgs(
-            function,
-            start.z if isinstance(start, FitResult) else start,
-            max_evaluations=limit,
-            tolerance=tolerance,
-            ridge=ridge,
-            observe=observe,
-            at_start=known,
-        )
+        log_name = f"{name}/ridge{ridge:g}"
+
+        def evaluate(z: Tensor) -> tuple[float, Tensor]:
+            return self._evaluate(log_name, chart, chosen, ridge, z)
+
+        def fit(function: Function) -> FitResult:
+            return lbfgs(
+                function,
+                start.z if isinstance(start, FitResult) else start,
+                max_evaluations=limit,
+                tolerance=tolerance,
+                ridge=ridge,
+                observe=self._observe,
+                at_start=known,
+            )
+
+        return self.engine.world.led(evaluate, fit)
 
     def _first_order(self, name: str, chart: Chart) -> FitResult:
-        def observe(number: int, loss: float, best: float) -> None:
-            self.evaluations += self.batches.batch_size / self.limit
-            self._number += 1
-            self.progress(Evaluated(self._number, loss, best))
+        ridge = self.config.ridge or 0.0
 
-        def function(z: Tensor, chosen: Sequence[int]) -> tuple[float, Tensor]:
-            ridge = self.config.ridge or 0.0
-            key = f"{name}/{chosen[0]}"
-            return self.log.answer(
-                key, chart, Objective(self.engine, chart, self.batches, chosen, ridge)
-            )(z)
+        def evaluate(z: Tensor, chosen: Sequence[int]) -> tuple[float, Tensor]:
+            return self._evaluate(f"{name}/{chosen[0]}", chart, chosen, ridge, z)
 
-        return first_order(function, chart, self.batches, self.config, observe, self.limit)
+        def fit(function: Callable[[Tensor, Sequence[int]], tuple[float, Tensor]]) -> FitResult:
+            return first_order(
+                function, chart, self.batches, self.config, self._observe, self.limit
+            )
+
+        return self.engine.world.led(evaluate, fit)
+
+    def _evaluate(
+        self, name: str, chart: Chart, chosen: Sequence[int], ridge: float, z: Tensor
+    ) -> tuple[float, Tensor]:
+        """Loss and gradient at coordinates z, from the log where it knows them."""
+        self.evaluations += len(chosen) / self.limit
+        objective = Objective(self.engine, chart, self.batches, chosen, ridge)
+        return self.log.answer(name, chart, objective, chosen)(z)
+
+    def _observe(self, number: int, loss: float, best: float) -> None:
+        self._number += 1
+        self.progress(Evaluated(self._number, loss, best))

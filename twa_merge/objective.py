@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -170,7 +170,7 @@ class Engine:
         columns: dict[str, Tensor] = {"": torch.zeros(len(chosen), dtype=torch.float64)}
         # A fold of few examples may hold out a single one, which has no statistics.
         alone = len(chosen) == 1
-        with batch_statistics(self.live.module) if by_batch and not alone else _nothing():
+        with batch_statistics(self.live.module) if by_batch and not alone else nullcontext():
             for positions, batch, counts in batches.rounds(chosen):
                 found = self._columns(batches, positions, batch, with_metrics)
                 where = torch.tensor([place[p] for p in positions])
@@ -211,11 +211,6 @@ def _inner(one: Tensor, other: Tensor) -> Tensor:
     return torch.stack(
         [a.double().nan_to_num_(posinf=0.0, neginf=0.0) @ b.double() for a, b in pieces]
     ).sum()
-
-
-@contextmanager
-def _nothing() -> Iterator[None]:
-    yield
 
 
 @contextmanager

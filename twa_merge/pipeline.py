@@ -12,7 +12,13 @@ from typing import Any
 from .agreement import require_shared_place
 from .candidates import SINGLES, parse_families
 from .checkpoints import open_checkpoints
-from .choices import Choices, require_compatible, require_directions, task_and_splits
+from .choices import (
+    Choices,
+    require_compatible,
+    require_directions,
+    require_start,
+    task_and_splits,
+)
 from .clock import Clock
 from .config import (
     DataConfig,
@@ -26,7 +32,7 @@ from .config import (
 from .distributed import start
 from .document import decimals, figure
 from .dtypes import Array
-from .errors import NoImprovement, TwaMergeError
+from .errors import NoImprovement, TaskError, TwaMergeError
 from .fit import Fitted
 from .fit_report import fit_document
 from .guard import Scored, improvement, pick
@@ -98,6 +104,7 @@ def merge(
         found = open_checkpoints(checkpoints, choices.selection)
         layout = make_layout(several(found))
         require_directions(choices.fit, len(found), layout)
+        require_start(choices.fit, found)
         world = start(choices.engine.device)
         names = check_output(
             target, found, choices.out.overwrite, dtype=dtype_named(choices.out.dtype)
@@ -109,7 +116,7 @@ def merge(
         require_shared_place(target, world)
     log = EvaluationLog(
         state_folder(target),
-        fingerprint(found, task, data, splits, choices) if world.is_zero else {},
+        fingerprint(found, task, data, splits, choices, world.device) if world.is_zero else {},
         world,
         choices.out.fresh,
         progress,
@@ -202,7 +209,7 @@ def _documents(
     if not run.world.broadcast(can_draw()):
         run.progress(Noted('No report.html: it needs pip install "twa-merge[report]".'))
         return files
-    plane = landscape(run.fitter, fitted[0], verdict.shown, run.progress)
+    plane = _plane(run, fitted, verdict)
     if run.world.is_zero:
         try:
             files["report.html"] = html_report(document, plane)
@@ -211,3 +218,19 @@ def _documents(
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
             run.progress(Noted(f"No report.html: it could not be drawn: {reason}"))
     return files
+
+
+def _plane(run: Run, fitted: Sequence[Fitted], verdict: Verdict) -> dict[str, Any] | None:
+    """What the report draws of the loss around the solution, where the task bears looking at it.
+
+    The corners of the picture are further out than anything that has been evaluated before.
+    """
+    try:
+        return landscape(run.fitter, fitted[0], verdict.shown, run.progress)
+    except TaskError as error:
+        # Of several processes one alone may have met it: the others wait for it.
+        if run.world.size > 1:
+            raise
+        why = ", ".join(line.strip() for line in str(error).splitlines())
+        run.progress(Noted(f"The report has no landscape: {why}"))
+        return None

@@ -28,6 +28,14 @@ def checkpoint_list(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
     return [{"path": str(c.path), "step": c.step, "format": c.format} for c in checkpoints]
 
 
+def steps_of(document: Mapping[str, Any]) -> list[int | None]:
+    """The training steps of the checkpoints that a report is of; none where it does not say."""
+    listed = document.get("checkpoints")
+    return (
+        [c.get("step") for c in listed if isinstance(c, dict)] if isinstance(listed, list) else []
+    )
+
+
 def coefficient_values(alphas: Float64, blocks: Blocks) -> Any:
     """(1, n) → a list; (B, n) → block name → list."""
     if alphas.shape[0] == 1:
@@ -124,10 +132,16 @@ def coefficients_from_report(
         )
     if "blocks" in found:
         described = document.get("blocks", {})
-        return (
-            blocks_from_members(
-                described.get("kind", "tensors"), described.get("members", {}), layout
-            ),
-            rows,
+        blocks = blocks_from_members(
+            described.get("kind", "tensors"), described.get("members", {}), layout
         )
+        if set(blocks.names) != set(values):
+            raise ConfigError(
+                "The report's coefficients are of other blocks than it describes.",
+                checkpoint=path,
+                expected=listing(blocks.names),
+                found=listing(values),
+                remedy="use the file as it was written, or make the merge again",
+            )
+        return blocks, rows[[list(values).index(name) for name in blocks.names]]
     return global_block(layout), rows

@@ -1,8 +1,9 @@
 """The state of an interrupted run: a log of evaluations, from which the fit is replayed.
 
 The optimizer is deterministic, so a run that answers its first k evaluations from the log is at
-the very point where the earlier one was stopped, whatever stopped it. The first of them is made
-once more all the same: a task whose code or data has changed gives another loss.
+the very point where the earlier one was stopped, whatever stopped it. The first one of every
+sample of examples is made once more all the same: a task whose code or data has changed gives
+another loss.
 """
 
 from __future__ import annotations
@@ -11,8 +12,7 @@ import contextlib
 import json
 import math
 import os
-import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +20,18 @@ import torch
 from torch import Tensor
 
 from .distributed import World
-from .errors import ConfigError, OutputError
+from .errors import ConfigError, OutputError, listing
 from .optimize import Function
 from .progress import Noted, Progress, silent
 from .subspace import Chart
 
 _STATE = "state.jsonl"
+_SCRATCH = "state.jsonl.new"
+_HEADER, _COLUMNS = {"run"}, {"stage", "z", "mark", "loss", "gradient"}
 _ALIKE = 1e-3
 _CHANGED = (
-    "The first known evaluation has another loss now: the task or its data has changed, and the "
-    "run starts over."
+    "A known evaluation has another loss now: the task or its data has changed, and nothing "
+    "further is taken from the earlier run."
 )
 
 
@@ -45,7 +47,7 @@ class EvaluationLog:
 
     Raises:
         ConfigError: the folder holds the state of a run with other inputs or options.
-        OutputError: the state cannot be written.
+        OutputError: the state cannot be written, or something else is kept in its folder.
     """
 
     def __init__(
@@ -58,8 +60,16 @@ class EvaluationLog:
     ) -> None:
         self.folder = folder
         self._progress = progress
-        self._checked = False
+        self._checked: set[tuple[int, ...]] = set()
         self._world = world
+        others = world.broadcast(self._others() if world.is_zero else [])
+        if others:
+            raise OutputError(
+                f"The state of the run would be kept in {folder}, which holds something else.",
+                expected="no such folder, or that of an interrupted run",
+                found=listing(others),
+                remedy="choose another output folder with -o, or rename this one",
+            )
         # Through JSON and back, so that tuples and lists compare equal.
         wanted = world.broadcast(json.loads(json.dumps(fingerprint)))
         records = world.broadcast(self._read() if world.is_zero and not fresh else [])
@@ -77,22 +87,43 @@ class EvaluationLog:
         self._started = False
         self.resumed = len(self._known)
 
+    def _others(self) -> list[str]:
+        """What is in the way: files of another kind in the state's folder, or one of its name."""
+        try:
+            there = {path.name for path in self.folder.iterdir()}
+        except NotADirectoryError:
+            return ["a file of that name"]
+        except OSError:
+            return []
+        return sorted(there - {_STATE, _SCRATCH})
+
     def _read(self) -> list[dict[str, Any]]:
         records: list[dict[str, Any]] = []
         try:
-            text = (self.folder / _STATE).read_text()
+            text = (self.folder / _STATE).read_text(errors="replace")
         except OSError:
             return []
         for line in text.splitlines():
             try:
-                records.append(json.loads(line))
+                record = json.loads(line)
             except ValueError:
                 # The last line of a run that was killed while it wrote.
                 break
+            expected = _COLUMNS if records else _HEADER
+            if not (isinstance(record, dict) and record.keys() >= expected):
+                break
+            records.append(record)
         return records
 
-    def answer(self, stage: str, chart: Chart, function: Function) -> Function:
-        """``function``, with the evaluations that the log knows answered from it."""
+    def answer(
+        self, stage: str, chart: Chart, function: Function, examples: Sequence[int]
+    ) -> Function:
+        """``function``, with the evaluations that the log knows answered from it.
+
+        Args:
+            examples: positions of those that the function is evaluated on.
+        """
+        sample = tuple(examples)
 
         def logged(z: Tensor) -> tuple[float, Tensor]:
             mark, found = _mark(chart.alphas(z)), None
@@ -103,9 +134,9 @@ class EvaluationLog:
                     and record["z"] == z.tolist()
                     and abs(record["mark"] - mark) < 1e-9
                 ):
-                    found = None if self._checked else function(z)
+                    found = None if sample in self._checked else function(z)
                     if found is None or _alike(found[0], record["loss"]):
-                        self._checked = True
+                        self._checked.add(sample)
                         self._kept.append(record)
                         return record["loss"], torch.tensor(record["gradient"], dtype=torch.float64)
                     self._progress(Noted(_CHANGED))
@@ -146,17 +177,19 @@ class EvaluationLog:
     def _restart(self) -> None:
         """Keeps what the log answered so far and drops the rest; an untouched folder stays so."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        scratch = self.folder / (_STATE + ".new")
+        scratch = self.folder / _SCRATCH
         lines = [json.dumps(r) for r in [{"run": self._header}, *self._kept]]
         scratch.write_text("".join(line + "\n" for line in lines))
         scratch.replace(self.folder / _STATE)
         self._started = True
 
     def remove(self) -> None:
-        """Removes the state: the run has ended."""
+        """Removes the state, and nothing else that is there by now: the run has ended."""
         if self._world.is_zero:
             with contextlib.suppress(OSError):
-                shutil.rmtree(self.folder)
+                for name in (_STATE, _SCRATCH):
+                    (self.folder / name).unlink(missing_ok=True)
+                self.folder.rmdir()
 
 
 def _alike(loss: float, known: float) -> bool:

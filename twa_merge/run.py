@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .agreement import files_of, require_same_choices, require_same_files, sample_of
@@ -30,7 +31,7 @@ from .progress import Noted, Progress
 from .random_directions import RandomDirections, draw
 from .random_store import RandomStore
 from .resume import EvaluationLog
-from .same_examples import require_same_examples
+from .same_examples import digest_of, require_same_examples
 from .scoring import Jury
 from .store import Store, Work, exact_store, make_store
 from .subspace import root_mean_square
@@ -179,13 +180,18 @@ def fingerprint(
     data: str | None,
     splits: Splits,
     choices: Choices,
+    device: torch.device,
 ) -> dict[str, Any]:
     """What the evaluations depend on; the number of processes is not part of it."""
     return {
         "checkpoints": [[p.name, *sample_of(p)] for p in files_of(checkpoints)],
         "task": task if isinstance(task, str) else type(task).__name__,
         "data": data,
-        "examples": [len(splits.fit), len(splits.guard)],  # type: ignore[arg-type]
+        "examples": [
+            len(splits.fit),  # type: ignore[arg-type]
+            len(splits.guard),  # type: ignore[arg-type]
+            digest_of(splits.fit, choices.data.seed, device),
+        ],
         "data options": as_dict(choices.data),
         "fit options": as_dict(choices.fit),
         "precision": choices.engine.precision,

@@ -1,4 +1,4 @@
-"""Whether all processes of a run read the same examples.
+"""Whether all processes of a run, or a later run, read the same examples.
 
 Every process makes the dataset by itself. Where its order hangs on hashes, on a folder's listing or
 on a generator without a seed, what one process guards with another one fits.
@@ -42,12 +42,11 @@ def require_same_examples(parts: Mapping[str, Dataset[Any]], seed: int, world: W
     """
     if world.size == 1:
         return
-    mine = []
-    for part, examples in parts.items():
-        count = len(examples)  # type: ignore[arg-type]
-        for i in sorted({k * (count - 1) // (_LOOKED_AT - 1) for k in range(_LOOKED_AT)}):
-            with user_code("read its dataset"), seeded(seed + i, world.device):
-                mine.append((part, i, list(_sketch(examples[i]))))
+    mine = [
+        (part, i, sketch)
+        for part, examples in parts.items()
+        for i, sketch in _sketches(examples, seed, world.device)
+    ]
     (one, first), *others = heard_from_all(mine, world)
     for another, theirs in others:
         for (part, i, expected), (_, _, found) in zip(first, theirs, strict=True):
@@ -58,6 +57,24 @@ def require_same_examples(parts: Mapping[str, Dataset[Any]], seed: int, world: W
                     found=f"another one in {another}",
                     remedy="sort what comes from sets and folders, and seed what the dataset draws",
                 )
+
+
+def digest_of(examples: Dataset[Any], seed: int, device: torch.device) -> str:
+    """A hash of some of the examples, the same where floats differ by their rounding."""
+    digest = hashlib.blake2b(digest_size=16)
+    for i, sketch in _sketches(examples, seed, device):
+        rounded = [x if isinstance(x, str) else f"{x:.3g}" for x in sketch]
+        digest.update(repr((i, rounded)).encode())
+    return digest.hexdigest()
+
+
+def _sketches(
+    examples: Dataset[Any], seed: int, device: torch.device
+) -> Iterator[tuple[int, Sketch]]:
+    count = len(examples)  # type: ignore[arg-type]
+    for i in sorted({k * (count - 1) // (_LOOKED_AT - 1) for k in range(_LOOKED_AT)}):
+        with user_code("read its dataset"), seeded(seed + i, device):
+            yield i, list(_sketch(examples[i]))
 
 
 def _sketch(thing: Any) -> Iterator[str | float]:

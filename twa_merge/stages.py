@@ -31,7 +31,7 @@ def train_stages(run: Run) -> list[Fitted]:
     Beside single tensors whole layers are tried, around the same solution: fewer coordinates need
     less data.
     """
-    whole, wanted = _whole(run), parse_families(run.choices.guard.candidates)
+    whole, wanted = run.world.broadcast(_whole(run)), parse_families(run.choices.guard.candidates)
     if not wanted & {"twa", "twa-layers"}:
         return [_unfitted(run, whole)]
     if whole.rank == 0:
@@ -71,7 +71,9 @@ def _by_block(
     if groups is not None:
         grams = add_up(grams, groups, int(groups.max()) + 1)
     base = whole.alphas.expand(len(run.blocks), -1).clone()
-    chart = Chart(base, [_leading(run, gram) for gram in grams], groups)
+    # Unlike processors find axes that differ in their last digits.
+    subspaces = run.world.broadcast([_leading(run, gram) for gram in grams])
+    chart = Chart(base, subspaces, groups)
     return run.fitter.stage(f"twa-{kind}", chart, whole, folds)
 
 

@@ -242,7 +242,38 @@ def _open(found: _Found) -> Checkpoint:
         step = pickle.step if found.step is None else found.step
         return Checkpoint(found.path, step, "pickle", pickle)
     kind = "huggingface" if found.path.is_dir() else "safetensors"
-    return Checkpoint(found.path, found.step, kind, SafetensorsReader(files, index))
+    checkpoint = Checkpoint(found.path, found.step, kind, SafetensorsReader(files, index))
+    _require_unquantised(checkpoint)
+    return checkpoint
+
+
+def _require_unquantised(checkpoint: Checkpoint) -> None:
+    """Raises CheckpointError where packed integers and their scales stand for the weights.
+
+    The mean of the scales, or of both, is no scale of the mean.
+    """
+    packed = next(
+        (
+            name
+            for name, info in checkpoint.tensors.items()
+            if len(info.shape) > 1 and (info.dtype.itemsize == 1 or not info.dtype.is_float)
+        ),
+        None,
+    )
+    config = checkpoint.path / "config.json"
+    if packed is None or not config.is_file():
+        return
+    with reading(config):
+        text = config.read_text(errors="replace")
+    if '"quantization_config"' in text:
+        raise CheckpointError(
+            "The weights are quantised, so that they cannot be averaged.",
+            checkpoint=checkpoint.path,
+            tensor=packed,
+            expected="weights as they were trained",
+            found=f"{checkpoint.tensors[packed].dtype.name}, and a quantization_config",
+            remedy="merge the checkpoints before they are quantised, and quantise the result",
+        )
 
 
 def _missing(path: Path) -> CheckpointError:

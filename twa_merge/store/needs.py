@@ -14,9 +14,9 @@ BUFFERS = 16 << 20
 
 
 def own_dtype(layout: Layout) -> str:
-    """``float32`` or ``bfloat16``, whichever most of the numbers come closest to."""
+    """``bfloat16`` where most of the numbers are no finer than that, or else ``float32``."""
     infos = [layout[name].info for name in layout.in_subspace]
-    wide = sum(info.numel for info in infos if info.dtype.itemsize >= 4)
+    wide = sum(i.numel for i in infos if i.dtype.itemsize >= 4 or i.dtype.name == "float16")
     return "float32" if 2 * wide > sum(info.numel for info in infos) else "bfloat16"
 
 
