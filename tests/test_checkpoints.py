@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import shutil
 import time
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -24,10 +26,12 @@ STATE = {"w": torch.arange(6.0).reshape(3, 2), "b": torch.zeros(3)}
 def put(path: Path, **beside: object) -> Path:
     """Weights at ``path``, in the format of its suffix; ``beside`` goes into a pickle with them."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Each has weights of its own, or it would be a copy of another one.
+    state = STATE | {"b": torch.full((3,), float(zlib.crc32(bytes(path))))}
     if path.suffix == ".safetensors":
-        save_file(STATE, path, metadata={"format": "pt"})
+        save_file(state, path, metadata={"format": "pt"})
     else:
-        torch.save({"model": STATE, **beside} if beside else STATE, path)
+        torch.save({"model": state, **beside} if beside else state, path)
     return path
 
 
@@ -124,6 +128,31 @@ def test_lightnings_last_is_the_checkpoint_of_its_step_once_more(tmp_path: Path)
     shutil.rmtree(tmp_path / "another")
     put(tmp_path / "last.ckpt", global_step=350)
     assert [c.step for c in open_checkpoints([tmp_path])] == [200, 300, 350]
+
+
+def test_copies_without_a_number_count_once(tmp_path: Path) -> None:
+    """As torchvision, timm, Lightning and the Trainer leave them."""
+    pickles, folders = tmp_path / "pickles", tmp_path / "folders"
+    for step in (7, 12, 9):
+        put(pickles / f"model_{step}.pth", epoch=step, args=argparse.Namespace(lr=0.1))
+        put(folders / f"checkpoint-{step}" / "model.safetensors")
+    for name, step in (("model_best", 7), ("checkpoint", 12)):
+        saved = torch.load(pickles / f"model_{step}.pth", weights_only=False)
+        torch.save(saved | {"best": 1.0}, pickles / f"{name}.pth")
+    shutil.copytree(folders / "checkpoint-9", folders / "final")
+    for run in (pickles, folders):
+        assert [step for _, step in found(run)] == [7, 9, 12]
+    # Whoever names a copy wants it.
+    given = sorted(pickles.iterdir())
+    assert len(found(*given, root=pickles)) == len(given)
+
+
+def test_the_best_is_not_taken_for_the_newest(tmp_path: Path) -> None:
+    for name in ("model_1.pth", "model_2.pth", "model_best.pth", "bestow.pth"):
+        put(tmp_path / name)
+    names = [name for name, _ in found(tmp_path)]
+    assert names == ["model_best.pth", "model_1.pth", "model_2.pth", "bestow.pth"]
+    assert found(tmp_path, selection=Selection(last=2))[1][0] == "bestow.pth"
 
 
 def test_order_without_steps(tmp_path: Path) -> None:

@@ -615,3 +615,16 @@ def test_the_state_never_goes_where_checkpoints_are(tmp_path):
     with pytest.raises(OutputError, match="holds something else"):
         merge([run], task, tmp_path / "lm", **QUICK)
     assert sorted(run.rglob("*")) == before
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_an_example_that_spoils_the_fit_is_named_and_no_fit_is_listed(tmp_path):
+    task, _, run, out = make(tmp_path)
+    fit = split(task, DataConfig().guard_fraction, 0).fit
+    task.y[fit.indices[3]] = float("nan")
+    said: list[object] = []
+    document = merge([run], task, out, progress=said.append)
+    assert not {c["name"] for c in document["candidates"]} & {"twa", "twa-tensors", "twa-blocks"}
+    notes = [event.text for event in said if isinstance(event, Noted)]
+    assert any(f"1 of 60 examples (number {fit.indices[3]} of the dataset)" in n for n in notes)
+    assert not any("--lr" in note for note in notes)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from runs import save_run, states_of
+from torch import nn
 
 from twa_merge.checkpoints import open_checkpoints
 from twa_merge.errors import CheckpointError, ConfigError
@@ -36,6 +37,27 @@ def test_floats_are_averaged_and_the_rest_is_copied(tmp_path):
     assert layout["bn.running_mean"].statistic
     assert "bn.running_mean" in layout.averaged
     assert "bn.running_mean" not in layout.in_subspace
+
+
+@pytest.mark.parametrize("norm", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
+def test_singular_vectors_of_spectral_norm_are_copied(tmp_path, norm):
+    """Their mean is no unit vector, and the layer divides by what they make of its weight."""
+    torch.manual_seed(0)
+    models = []
+    for _ in range(3):
+        model = nn.Sequential(norm(nn.Linear(6, 5)), nn.Linear(5, 2))
+        model(torch.randn(4, 6))
+        models.append(model)
+    states = [{k: v.clone() for k, v in m.state_dict().items()} for m in models]
+    # A name alone is none: this one is an ordinary parameter.
+    for state in states:
+        state["bias_u"] = torch.rand(2)
+    layout = make_layout(opened(tmp_path, states))
+    assert len(layout.copied) == 2
+    assert all(
+        torch.equal(states[0][name].norm().round(), torch.tensor(1.0)) for name in layout.copied
+    )
+    assert "bias_u" in layout.in_subspace
 
 
 def broken(kind: str):

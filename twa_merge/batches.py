@@ -44,6 +44,11 @@ class Batches:
         self._cache: dict[tuple[int, ...], Any] = {}
         self._cached_bytes = 0
 
+    def number(self, position: int) -> int:
+        """The place of an example in the dataset that the split is a part of."""
+        place = self.order[position]
+        return int(getattr(self._dataset, "indices", range(self.size))[place])
+
     def parts(self, chosen: Sequence[int]) -> list[list[int]]:
         """``chosen`` batch by batch, over all ranks.
 

@@ -7,8 +7,10 @@ import contextlib
 import ctypes
 import datetime
 import os
+import signal
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -136,7 +138,7 @@ def start(device: str = "auto", timeout_minutes: float = TIMEOUT_MINUTES) -> Wor
         timeout_minutes: how long a collective waits for a rank before the run is given up.
 
     Raises:
-        ConfigError: the device does not exist.
+        ConfigError: the device does not exist, or the processes do not find one another.
     """
     size = world_size()
     rank = int(os.environ.get("RANK", "0"))
@@ -145,15 +147,41 @@ def start(device: str = "auto", timeout_minutes: float = TIMEOUT_MINUTES) -> Wor
     if size > 1 and where.type == "cpu":
         _give_memory_back()
     if size > 1 and not dist.is_initialized():
-        dist.init_process_group(
-            _backend(where),
-            timeout=datetime.timedelta(minutes=timeout_minutes),
-            device_id=where if where.type == "cuda" else None,
-        )
+        try:
+            with _signals_end_it():
+                dist.init_process_group(
+                    _backend(where),
+                    timeout=datetime.timedelta(minutes=timeout_minutes),
+                    device_id=where if where.type == "cuda" else None,
+                )
+        except dist.DistError as error:
+            address = ":".join(os.environ.get(f"MASTER_{k}", "?") for k in ("ADDR", "PORT"))
+            raise ConfigError(
+                "The processes of this run do not find one another.",
+                expected=f"{size} processes (WORLD_SIZE) that meet at {address} (MASTER_ADDR and "
+                "MASTER_PORT)",
+                found=str(error).split("\n")[0],
+                remedy="start them with torchrun, or leave these variables out of the environment",
+            ) from error
         if where.type == "cpu":
             # Not for NCCL, which may wait for ranks that are gone.
             atexit.register(_stop_at_exit)
     return World(rank, size, where)
+
+
+@contextlib.contextmanager
+def _signals_end_it() -> Iterator[None]:
+    """SIGINT and SIGTERM end the process at once: while C++ waits, no handler is heard."""
+    heard = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if callable(signal.getsignal(number)):
+                heard[number] = signal.signal(number, signal.SIG_DFL)
+    try:
+        yield
+    finally:
+        for number, handler in heard.items():
+            signal.signal(number, handler)
 
 
 def ensure_group(world: World) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,12 @@ from .errors import CheckpointError, ConfigError, listing
 # Batch-norm statistics are re-estimated after a merge and have no gradient; their scale would
 # drown the weights in the metric of the subspace.
 _STATISTICS = ("running_mean", "running_var")
+# Where spectral norm keeps its vectors, beside the weight that they belong to: the parametrization,
+# and the hook that came before it. A mean of unit vectors is no unit vector.
+_SINGULAR_VECTORS = (
+    (re.compile(r"(.+\.)?parametrizations\.[^.]+(?=\.\d+\._[uv]$)"), ".original"),
+    (re.compile(r"(.+\.)?[^.]+(?=_[uv]$)"), "_orig"),
+)
 
 
 @dataclass(frozen=True)
@@ -19,7 +26,8 @@ class Entry:
     """What happens to one saved tensor.
 
     Attributes:
-        averaged: float tensors are averaged, all others are copied from the newest checkpoint.
+        averaged: float tensors are averaged, all others are copied from the newest checkpoint, and
+            so are the singular vectors of spectral norm.
         statistic: a batch-norm running statistic: averaged, but no part of the subspace.
         tied_to: the earlier tensor that shares its storage; it follows that one in everything.
     """
@@ -97,7 +105,10 @@ def make_layout(checkpoints: Sequence[Checkpoint]) -> Layout:
         _require_same(first, other)
     entries = {}
     for name, info in first.tensors.items():
-        averaged = info.dtype.is_float or info.dtype.is_complex
+        averaged = (info.dtype.is_float or info.dtype.is_complex) and not any(
+            (found := pattern.match(name)) and found[0] + weight in first.tensors
+            for pattern, weight in _SINGULAR_VECTORS
+        )
         # Tied in the first is not enough: untied weights may have drifted apart later.
         root = first.aliases.get(name)
         tied = root if all(c.aliases.get(name) == root for c in checkpoints) else None

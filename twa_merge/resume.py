@@ -29,6 +29,9 @@ _STATE = "state.jsonl"
 _SCRATCH = "state.jsonl.new"
 _HEADER, _COLUMNS = {"run"}, {"stage", "z", "mark", "loss", "gradient"}
 _ALIKE = 1e-3
+_ANOTHER_WAY = (
+    "From here on the run goes another way than the earlier one, of which it takes no more."
+)
 _CHANGED = (
     "A known evaluation has another loss now: the task or its data has changed, and nothing "
     "further is taken from the earlier run."
@@ -139,8 +142,8 @@ class EvaluationLog:
                         self._checked.add(sample)
                         self._kept.append(record)
                         return record["loss"], torch.tensor(record["gradient"], dtype=torch.float64)
-                    self._progress(Noted(_CHANGED))
-                # From here on the run takes another way, say on another machine.
+                # Another way: say on another machine, or with another number of processes.
+                self._progress(Noted(_ANOTHER_WAY if found is None else _CHANGED))
                 self._known.clear()
             loss, gradient = found or function(z)
             self._append(

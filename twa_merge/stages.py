@@ -10,6 +10,7 @@ from torch.nn.functional import pad
 
 from .candidates import parse_families, window
 from .config import parse_subspace
+from .errors import listing
 from .fit import Fitted
 from .optimize import FitResult
 from .progress import Noted
@@ -54,7 +55,7 @@ def train_stages(run: Run) -> list[Fitted]:
         )
     for stage in fitted:
         if not math.isfinite(stage.result.loss):
-            run.progress(Noted(_given_up(stage)))
+            run.progress(Noted(_given_up(run, stage)))
     return fitted
 
 
@@ -77,12 +78,22 @@ def _by_block(
     return run.fitter.stage(f"twa-{kind}", chart, whole, folds)
 
 
-def _given_up(stage: Fitted) -> str:
+def _given_up(run: Run, stage: Fitted) -> str:
     trace = stage.result.trace
     if trace and math.isfinite(trace[0][1]):
-        met = f"diverged after {len(trace)} evaluations (a smaller --lr may help)"
+        met = f"diverged after {len(trace)} evaluations"
+        if run.choices.fit.optimizer != "lbfgs":
+            met += " (a smaller --lr may help)"
+        elif len(trace) == 1:
+            met = "met gradients that are not finite at its start"
     else:
-        met = "met a loss that is not finite at its start"
+        losses = run.fitter.losses(stage.chart.base, range(run.fitter.limit))
+        bad = (~losses.isfinite()).nonzero().flatten().tolist()
+        numbers = listing(str(run.fitter.batches.number(i)) for i in bad)
+        met = (
+            f"met a loss that is not finite at its start, that of {len(bad)} of {len(losses)} "
+            f"examples (number {numbers} of the dataset),"
+        )
     return (
         f"The fit of {stage.name} {met} and was given up; the guard picks among the remaining "
         "candidates."

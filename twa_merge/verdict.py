@@ -70,7 +70,9 @@ def judge(run: Run, fitted: Sequence[Fitted]) -> Verdict:
     if soups:
         candidates.append(soups.without(()))
     whole, *by_block = fitted
-    if whole.name in families:
+    # One that was given up stands where it began.
+    by_block = [stage for stage in by_block if math.isfinite(stage.result.loss)]
+    if whole.name in families and math.isfinite(whole.result.loss):
         candidates.append(Candidate(whole.name, whole.alphas, 7, whole.evaluations))
     for stage in by_block:
         cost = whole.evaluations + stage.evaluations
@@ -86,8 +88,7 @@ def judge(run: Run, fitted: Sequence[Fitted]) -> Verdict:
         _cross_validate(run, scored, held_out)
     cost = sum(stage.evaluations for stage in fitted)
     if "blend" in families:
-        # One that was given up stands where the whole model's stage ended.
-        fits = {stage.name for stage in by_block if math.isfinite(stage.result.loss)}
+        fits = {stage.name for stage in by_block}
         both = [s for s in scored if s.name in fits]
         scored += _mixture(run, _MIXED, 10, both, held_out, cost) if len(both) > 1 else []
     shown, best_single = _headlines(run, scored)

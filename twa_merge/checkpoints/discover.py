@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
+import numpy as np
+
 from ..config import Selection
 from ..errors import CheckpointError, listing
 from .base import Checkpoint, reading
@@ -30,6 +32,8 @@ _KINDS = f"Hugging Face folders, {SAFETENSORS} files, or torch.save files ({', '
 _ALL = Selection()
 # Lightning's name for a copy of the newest checkpoint.
 _LAST = re.compile(r"last(-v\d+)?\.ckpt")
+# Numbers of a tensor, from its start and from its end, that tell it from another one.
+_COMPARED = 512
 # Beside the weights of every merge.
 _REPORT = "twa_merge.json"
 
@@ -71,14 +75,16 @@ def open_checkpoints(
     final model.
 
     So it is with the ``last.ckpt`` of Lightning: of the same step as another checkpoint of the run
-    it is that one again.
+    it is that one again. Any other checkpoint of a run folder without a number in its name
+    (``model_best.pth``, ``final/``) is left out where it holds the weights of one with a number.
 
     Where safetensors and pickles of one model lie together, safetensors are read. A path that
     comes twice counts once.
 
     The training step is ``global_step`` of a ``trainer_state.json``, or what the name says, or for
     pickles whose names say nothing what a script has saved in them. Order: by step where all have
-    one; otherwise as listed; inside one run folder those without a step come last.
+    one; otherwise as listed; inside one run folder those without a step come last, but for
+    the best, which is not said to be the newest.
 
     Args:
         selection: which of them take part; see ``Selection``.
@@ -101,7 +107,7 @@ def open_checkpoints(
     given = [Path(p) for p in paths]
     if not given:
         raise CheckpointError("No checkpoints were given.", expected=_KINDS)
-    found = [_with_step(f) for f in _once(_expand(given))]
+    found = _opened_to_compare([_with_step(f) for f in _once(_expand(given))], given)
     listed = len(given) > 1 or not given[0].is_dir()
     opened: list[Checkpoint] = []
     try:
@@ -205,10 +211,61 @@ def _once(found: Sequence[_Found]) -> list[_Found]:
 
 
 def _distinct(found: Sequence[_Found], given: Sequence[Path]) -> list[_Found]:
-    """Without files in a run folder that are called the last, where another one is of its step."""
+    """Without what is in a run folder under a name without a number, and there again with one."""
     lasts = [f for f in found if _LAST.fullmatch(f.path.name) and f.path not in given]
     saved = {(f.path.parent, f.step) for f in found if f not in lasts and f.step is not None}
-    return [f for f in found if f not in lasts or (f.path.parent, f.step) not in saved]
+    return [
+        f
+        for f in found
+        if (f not in lasts or (f.path.parent, f.step) not in saved)
+        and not any(_is_copy(f, other) for other in _originals(f, found, given))
+    ]
+
+
+def _opened_to_compare(found: Sequence[_Found], given: Sequence[Path]) -> list[_Found]:
+    """All of a run folder are opened where one of them may be another one's copy."""
+    wanted: set[Path] = set()
+    for f in found:
+        if originals := _originals(f, found, given):
+            wanted |= {f.path, *(g.path for g in originals)}
+    return [_opened(f) if f.path in wanted else f for f in found]
+
+
+def _originals(f: _Found, found: Sequence[_Found], given: Sequence[Path]) -> list[_Found]:
+    """What a checkpoint may be a copy of: those of its run folder with a number, of its step."""
+    if f.path in given or re.search(r"\d", f.path.name):
+        return []
+    return [
+        g
+        for g in found
+        if g.path.parent == f.path.parent
+        and g.step is not None
+        and f.step in (None, g.step)
+        and re.search(r"\d", g.path.name)
+    ]
+
+
+def _opened(found: _Found) -> _Found:
+    try:
+        return replace(found, opened=_open(found))
+    except CheckpointError as problem:
+        return replace(found, problem=problem)
+
+
+def _is_copy(found: _Found, other: _Found) -> bool:
+    """Whether two hold the same weights, by their shapes and parts of their numbers."""
+    if not (found.opened and other.opened) or found.opened.tensors != other.opened.tensors:
+        return False
+    one, another = found.opened.reader, other.opened.reader
+    for name, info in one.tensors.items():
+        count = min(info.numel, _COMPARED)
+        for first in {0, info.numel - count}:
+            parts = [np.empty(count, info.dtype.array) for _ in range(2)]
+            one.read(name, first, parts[0])
+            another.read(name, first, parts[1])
+            if parts[0].tobytes() != parts[1].tobytes():
+                return False
+    return True
 
 
 def _with_step(found: _Found) -> _Found:

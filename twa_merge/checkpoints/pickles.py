@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 import warnings
 import zipfile
@@ -19,6 +20,10 @@ from .base import TensorInfo, WeightFile, reading, require_file
 from .names import resolve_names
 from .shards import read_index, require_all_shards, require_consistent
 from .state_dicts import WEIGHTS_ALONE, aliases_of, named_tensors, state_dict_of, step_of
+
+# What command lines are parsed into, which training scripts save beside the weights: attributes,
+# and nothing that runs.
+_HARMLESS = [argparse.Namespace]
 
 
 class PickleReader:
@@ -86,7 +91,8 @@ def load(path: Path) -> Any:
             warnings.simplefilter("ignore")
             entries = _entries(path)
             mapped = bool(entries) and all(e.compress_type == zipfile.ZIP_STORED for e in entries)
-            document = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+            with torch.serialization.safe_globals(_HARMLESS):
+                document = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
     except CheckpointError:
         raise
     except Exception as error:  # a hostile pickle can end in any exception there is
@@ -170,7 +176,8 @@ def _refused_globals(path: Path, message: str) -> list[str]:
     if not first:
         return []
     try:
-        every = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        with torch.serialization.safe_globals(_HARMLESS):
+            every = torch.serialization.get_unsafe_globals_in_checkpoint(path)
     except Exception:  # not a zip archive, or damaged beyond what was read so far
         every = []
     return sorted({first[0], *every})

@@ -21,6 +21,7 @@ _WORDS = (
 )
 # Losses, versions and precisions are numbers too, but never steps.
 _NO_STEP = re.compile(r"\d+\.\d+|(?<![a-z])(?:fp|bf|int|float|bfloat)\d+")
+_BEST = re.compile(r"(?<![a-z])best(?![a-z])")
 _FOLDER = re.compile(
     r"(?:model[-_])?(?:global[-_]?)?(?:checkpoint|ckpt|step|iter|iteration|epoch|ba)[-_=. ]?\d+",
     re.I,
@@ -97,7 +98,8 @@ def in_order(found: Sequence[T], *, listed: bool) -> list[T]:
     Args:
         listed: the user has listed them, so that without a step for every one of them they stay
             in the order given. Those of one run folder stand in natural order of their names
-            then, those without a step last (``final.pt``); where no name has a number in it, in
+            then, those without a step last (``final.pt``), but first if they are called the best
+            (``model_best.pth``), which may be any of them; where no name has a number in it, in
             the order in which they were written.
     """
     if all(c.step is not None for c in found):
@@ -106,10 +108,14 @@ def in_order(found: Sequence[T], *, listed: bool) -> list[T]:
         return list(found)
     if not any(re.search(r"\d", c.path.name) for c in found) and all(c.step is None for c in found):
         return sorted(found, key=lambda c: (_written(c.path), natural(c.path.name)))
-    return sorted(
-        found,
-        key=lambda c: (c.step is None, c.step or 0, natural(c.path.name)),
-    )
+    return sorted(found, key=_in_a_run)
+
+
+def _in_a_run(found: HasStep) -> tuple[int, int, list[tuple[int, int | str]]]:
+    place = 1
+    if found.step is None:
+        place = 0 if _BEST.search(found.path.name.lower()) else 2
+    return place, found.step or 0, natural(found.path.name)
 
 
 def select(found: Sequence[T], selection: Selection) -> list[T]:
