@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from twa_merge import average
 from twa_merge.checkpoints import open_checkpoints, sidecars
 from twa_merge.errors import CheckpointError
 
@@ -38,15 +39,33 @@ def test_sidecars_of_a_hugging_face_folder(tmp_path: Path) -> None:
     touch(tmp_path, *kept.split(), *left.split())
     save_file({"w": torch.ones(2)}, tmp_path / "model.safetensors")
     (checkpoint,) = open_checkpoints([tmp_path])
-    assert [p.as_posix() for p in sidecars(checkpoint)] == sorted(kept.split())
+    assert list(sidecars(checkpoint)) == sorted(kept.split())
 
 
 def test_sidecars_of_bare_files_and_plain_folders(tmp_path: Path) -> None:
     touch(tmp_path / "step_1", "config.yaml", "data/big.txt", "optimizer.pt")
     bare = tmp_path / "step_1" / "model_x.pt"
     torch.save({"w": torch.ones(2)}, bare)
-    assert sidecars(open_checkpoints([bare])[0]) == []
-    assert sidecars(open_checkpoints([bare.parent])[0]) == [Path("config.yaml")]
+    assert sidecars(open_checkpoints([bare])[0]) == {}
+    assert list(sidecars(open_checkpoints([bare.parent])[0])) == ["config.yaml"]
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "adapter_model.safetensors"])
+def test_a_file_with_a_hugging_face_name_takes_its_folders_sidecars_along(
+    tmp_path: Path, name: str
+) -> None:
+    """As `checkpoint-*/model.safetensors` names them."""
+    for step in (1, 2):
+        folder = tmp_path / f"checkpoint-{step}"
+        touch(folder, "config.json", "tokenizer.json", "sub/x.json", "optimizer.pt")
+        save_file({"w": torch.ones(2)}, folder / name)
+        save_file({"w": torch.ones(2)}, folder / "other.safetensors")
+    average(sorted(tmp_path.glob(f"checkpoint-*/{name}")), tmp_path / "out")
+    written = {p.relative_to(tmp_path / "out").as_posix() for p in (tmp_path / "out").rglob("*.*")}
+    documents = {"README.md", "twa_merge.json"}
+    assert written == {name, "config.json", "tokenizer.json", "sub/x.json"} | documents
+    other = open_checkpoints([tmp_path / "checkpoint-2" / "other.safetensors"])[0]
+    assert sidecars(other) == {}
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.float8_e4m3fn])
