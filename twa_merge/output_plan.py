@@ -10,7 +10,7 @@ from typing import Any
 
 from .checkpoints import sidecars
 from .checkpoints.base import Checkpoint, TensorInfo, reading
-from .checkpoints.folders import is_model_file
+from .checkpoints.folders import is_model_file, require_own
 from .dtypes import BY_CODE, Dtype
 from .errors import OutputError
 from .safetensors_writer import SavedTensor, aligned, header
@@ -82,6 +82,8 @@ def plan_output(checkpoints: Sequence[Checkpoint], dtype: Dtype | None) -> Outpu
     index = _index(first, files, converted=dtype is not None)
     taken = {file.name for file in files} | ({index[0]} if index else set())
     beside = {name: file for name, file in sidecars(newest).items() if name not in taken}
+    for sidecar in beside.values():
+        require_own(sidecar, newest)
     return OutputPlan(files, index, beside)
 
 
