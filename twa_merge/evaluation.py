@@ -14,7 +14,7 @@ from torch.utils.data import Dataset
 from . import report
 from .agreement import require_same_choices, require_same_files
 from .batches import Batches
-from .checkpoints import Checkpoint, open_checkpoints, sidecars
+from .checkpoints import Checkpoint, is_run, open_checkpoints, sidecars
 from .checkpoints.base import reading
 from .config import DataConfig, EngineConfig, Selection, StoreConfig, as_dict
 from .distributed import World, start
@@ -46,6 +46,10 @@ def evaluate(
 ) -> dict[str, Any]:
     """Loss and metrics of any number of models on all of the data.
 
+    Args:
+        selection: of the checkpoints of every run folder among ``models``.
+        engine: of which device and precision are used.
+
     Returns:
         A document with one row a model: mean loss, its 95 % interval and the metrics' means.
 
@@ -53,7 +57,12 @@ def evaluate(
         TwaMergeError: of the kind that says what is wrong.
     """
     engine, data_config = engine or EngineConfig(), data_config or DataConfig()
-    found = [c for path in models for c in open_checkpoints([path], selection or Selection())]
+    found, everything = [], Selection()
+    selection = selection or everything
+    for path in models:
+        # A model that is named is meant whatever its step; that of a merge nobody knows.
+        selects = selection != everything and is_run(path)
+        found += open_checkpoints([path], selection if selects else everything)
     world = start(engine.device)
     require_same_files(found, world)
     rows = []
