@@ -149,6 +149,8 @@ def test_every_command_has_help_with_an_example(
         [*TRAIN, "--optimizer", "sgd", "--lr", "0"],
         [*TRAIN, "--optimizer", "sgd", "--momentum", "1"],
         [*TRAIN, "--nproc", "0"],
+        ["eval", "run", "--task", "t", "--gather", "model"],
+        ["eval", "run", "--task", "t", "--activation-checkpointing"],
         ["average", "run"],
         ["inspect", "run", "--gpu-memory", "80 parsecs"],
         ["inspect", "run", "--gpu-memory", "80"],
