@@ -144,6 +144,28 @@ def test_nproc_starts_the_same_thing(tmp_path):
     assert json.loads(done.stdout)["world_size"] == 2
 
 
+_IMPOSTOR = """
+from pathlib import Path
+Path(__file__).with_suffix(".mark").touch()
+"""
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_the_working_directory_shadows_no_package(tmp_path, monkeypatch, nproc):
+    """While what lies beside the task file can be imported."""
+    train(tmp_path / "run", checkpoints=2)
+    here = tmp_path / "here"
+    (here / "tasks").mkdir(parents=True)
+    for name in ("rich", "click", "safetensors", "beside"):
+        (here / f"{name}.py").write_text(_IMPOSTOR)
+    (here / "tasks" / "beside.py").write_text("from small_task import Small")
+    (here / "tasks" / "task.py").write_text("from beside import Small as task")
+    monkeypatch.chdir(here)
+    done = run(1, "eval", tmp_path / "run", "--task", "tasks/task.py", "--nproc", nproc)
+    assert done.returncode == 0, done.stderr
+    assert not list(here.glob("*.mark"))
+
+
 _TIDY = """
 import atexit, os
 from pathlib import Path
