@@ -522,6 +522,28 @@ def test_nproc_passes_the_exit_code_on_and_one_process_speaks(tmp_path: Path) ->
     assert "0 of 2 5" in out
 
 
+@pytest.mark.parametrize(
+    ("error", "code", "times"),
+    [("ConfigError", 2, 1), ("NoImprovement", 3, 1), ("RuntimeError", 1, 3)],
+)
+def test_only_what_may_go_well_another_time_is_tried_again(
+    error: str, code: int, times: int, tmp_path: Path
+) -> None:
+    act = (
+        "if os.environ['RANK'] == '0':\n"
+        f"    open({str(tmp_path / 'tries')!r}, 'a').write('x')\n"
+        "from twa_merge.errors import ConfigError, NoImprovement\n"
+        f"raise {error}('Not so.')"
+    )
+    args = [*TRAIN, "--nproc", "2", "--max-restarts", "2"]
+    process = python("-m", "twa_merge_cli", *args, act=act, folder=tmp_path, cwd=tmp_path)
+    found, _, err = finish(process, 120)
+    assert found == code
+    assert len((tmp_path / "tries").read_text()) == times
+    assert err.count("Not so.") == times
+    assert err.count("failed. Starting again") == times - 1
+
+
 def test_a_bug_on_all_processes_is_told_once(tmp_path: Path) -> None:
     # Both in the same moment.
     act = "time.sleep(4 - time.time() % 4)\nraise RuntimeError('it broke')"
