@@ -482,7 +482,11 @@ def test_a_report_with_nan_is_refused(tmp_path: Path) -> None:
 
 
 def test_ascii_terminals_get_ascii(tmp_path: Path) -> None:
-    act = f"return {{**json.load(open({str(DOCUMENT)!r})), 'notes': ['Größe']}}"
+    act = (
+        f"document = json.load(open({str(DOCUMENT)!r}))\n"
+        "document['checkpoints'][0]['path'] = 'Größe'\n"
+        "return document"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONIOENCODING", "ascii")
         process = python("-m", "twa_merge_cli", *TRAIN, act=act, folder=tmp_path)
@@ -491,7 +495,7 @@ def test_ascii_terminals_get_ascii(tmp_path: Path) -> None:
     assert out.isascii()
     assert "\\u" not in out
     assert out.count("\\x") == 2
-    assert r"note: Gr\xf6\xdfe" in out
+    assert r"Gr\xf6\xdfe" in out
     assert "#####" in out
 
 
