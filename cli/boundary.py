@@ -183,7 +183,8 @@ def _report_internal(error: BaseException, session: Session) -> None:
         kind, said = "error", f"{lost}\n{how_to_continue(session)}".rstrip()
     text = Text.assemble((f"{kind}: ", "bold red"), _lines(said, "  "))
     if kind == "out of memory":
-        text.append("\n  try a smaller --batch-size, --activation-checkpointing or --store disk")
+        text.append("\n  try a smaller --batch-size; for train also --activation-checkpointing")
+        text.append(" or --store disk")
     if session.debug:
         text.append("\n" + details.rstrip())
     else:

@@ -21,7 +21,7 @@ from .command import execute
 @options.eval_data_options
 @options.selection_options
 @options.json_option
-@options.engine_options
+@options.eval_engine_options
 @debug_option
 @options.launch_options
 def command(

@@ -5,54 +5,99 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
+from typing import TYPE_CHECKING
 
-from .boundary import INTERNAL, INTERRUPTED, LAUNCHED, Exited, Session, how_to_continue
+from twa_merge.errors import NoImprovement
+
+from .boundary import (
+    INTERNAL,
+    INTERRUPTED,
+    LAUNCHED,
+    WRONG_INPUT,
+    Exited,
+    Session,
+    how_to_continue,
+)
 from .console import make_console, plain
+
+if TYPE_CHECKING:
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+# Exit codes that the same command has again.
+_ANSWERS = (WRONG_INPUT, NoImprovement.exit_code)
 
 
 def relaunch(session: Session, nproc: int, max_restarts: int) -> None:
-    """Runs this command in ``nproc`` processes on this machine.
+    """Runs this command in ``nproc`` processes on this machine, again where one of them has died.
 
     Raises:
         Exited: always, with the exit code of the process that failed first, or 0.
     """
-    # As `python -m torch.distributed.run`, but in this process: the module's own main prints a
-    # page about the failed child and turns every exit code into 1.
-    from torch.distributed import run as torchrun
     from torch.distributed.elastic.multiprocessing.api import SignalException
-    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 
-    # A store that outlives the workers would hand those that are started again the addresses of
-    # the dead (pytorch/pytorch issue 135712).
-    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     # The launcher's default is one thread a process, with a warning.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // nproc)))
+    os.environ[LAUNCHED] = str(os.getpid())
     if not session.debug:
         logging.disable(logging.ERROR)
-    options = ["--standalone", f"--nproc-per-node={nproc}", f"--max-restarts={max_restarts}"]
     try:
-        # The launcher leaves its own temporary folder behind.
-        with tempfile.TemporaryDirectory(prefix="twa-merge-") as logs:
-            arguments = torchrun.parse_args([*options, f"--log-dir={logs}", "-m", __package__])
-            # Not parsed with the rest: argparse would take --nproc for one of its own.
-            arguments.training_script_args = session.argv
-            os.environ[LAUNCHED] = str(os.getpid())
-            torchrun.run(arguments)
-    except ChildFailedError as error:
-        rank, failure = error.get_first_failure()
-        if failure.exitcode < 0:
-            _say(
-                f"Process {rank} of {nproc} was killed by {failure.signal_name()}"
-                f"{_guess(failure.exitcode)}. {how_to_continue(session)}"
-            )
-        elif failure.exitcode == INTERRUPTED:
-            # A signal that was sent to it alone: this one would have heard of the terminal's.
-            _say(f"Process {rank} of {nproc} was told to stop. {how_to_continue(session)}")
-        raise Exited(failure.exitcode if failure.exitcode > 0 else INTERNAL) from None
+        for left in reversed(range(max_restarts + 1)):
+            error = _launch(session, nproc)
+            if error is None:
+                raise Exited(0)
+            code = _report(error, session, nproc, left)
+            if code is not None:
+                raise Exited(code)
     except (SignalException, KeyboardInterrupt):
         _say(f"Interrupted. {how_to_continue(session)}")
         raise Exited(INTERRUPTED) from None
-    raise Exited(0)
+
+
+def _launch(session: Session, nproc: int) -> ChildFailedError | None:
+    """Runs all processes once; returns what became of them unless all is well."""
+    # As `python -m torch.distributed.run`, but in this process: the module's own main prints a
+    # page about the failed child and turns every exit code into 1.
+    from torch.distributed import run as torchrun
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+
+    # Restarts are not left to the launcher, which would try again what the user has to mend.
+    options = ["--standalone", f"--nproc-per-node={nproc}", "--max-restarts=0"]
+    # The launcher leaves its own temporary folder behind.
+    with tempfile.TemporaryDirectory(prefix="twa-merge-") as logs:
+        arguments = torchrun.parse_args([*options, f"--log-dir={logs}", "-m", __package__])
+        # Not parsed with the rest: argparse would take --nproc for one of its own.
+        arguments.training_script_args = session.argv
+        try:
+            torchrun.run(arguments)
+        except ChildFailedError as error:
+            return error
+    return None
+
+
+def _report(error: ChildFailedError, session: Session, nproc: int, left: int) -> int | None:
+    """Says what the failed processes do not say themselves.
+
+    Args:
+        left: how many more times they may be started.
+
+    Returns:
+        The exit code, or None where they are to be started again.
+    """
+    rank, failure = error.get_first_failure()
+    again = left > 0 and not any(f.exitcode in _ANSWERS for f in error.failures.values())
+    after = f"Starting again; restarts left after that: {left - 1}."
+    then = after if again else how_to_continue(session)
+    if failure.exitcode < 0:
+        killed = f"was killed by {failure.signal_name()}{_guess(failure.exitcode)}"
+        _say(f"Process {rank} of {nproc} {killed}. {then}")
+    elif failure.exitcode == INTERRUPTED:
+        # A signal that was sent to it alone: this one would have heard of the terminal's.
+        _say(f"Process {rank} of {nproc} was told to stop. {then}")
+    elif again:
+        _say(f"Process {rank} of {nproc} failed. {then}")
+    if again:
+        return None
+    return failure.exitcode if failure.exitcode > 0 else INTERNAL
 
 
 def _guess(exitcode: int) -> str:

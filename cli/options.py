@@ -209,14 +209,20 @@ store_options = group(
     },
 )  # fmt: skip
 
-engine_options = group(
+_DEVICE = opt("device", "--device", "auto, cpu, cuda or cuda:N.", metavar="DEVICE")
+
+
+def _precision(of: str) -> Opt:
+    return opt("precision", "--precision", of, type=click.Choice(config.PRECISIONS))
+
+
+train_engine_options = group(
     "engine",
     config.EngineConfig,
     {
         "Memory and speed": [
-            opt("device", "--device", "auto, cpu, cuda or cuda:N.", metavar="DEVICE"),
-            opt("precision", "--precision", "Of forward and backward passes.",
-                type=click.Choice(config.PRECISIONS)),
+            _DEVICE,
+            _precision("Of forward and backward passes."),
             opt("activation_checkpointing", "--activation-checkpointing",
                 "Recompute activations to save memory."),
             opt("gather", "--gather", "A layer at a time, or the model once an evaluation.",
@@ -224,6 +230,12 @@ engine_options = group(
         ]
     },
 )  # fmt: skip
+# Without a backward pass there are no activations to recompute, and layers are gathered in turn.
+eval_engine_options = group(
+    "engine",
+    config.EngineConfig,
+    {"Memory and speed": [_DEVICE, _precision("Of forward passes.")]},
+)
 
 _OUT = [
     opt("dtype", "--dtype", "Of averaged tensors.  [default: as saved]",

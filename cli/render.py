@@ -43,7 +43,6 @@ def show_train(document: Document, console: Console, output: Path) -> None:
     for sentence in verdict(document):
         uncertain = "within noise" in sentence or sentence.startswith("No candidate")
         console.print(Text(plain(sentence), "yellow" if uncertain else "green"))
-    _show_notes(document, console)
     show_coefficients(document, console)
     _show_written(document, console, output)
 
@@ -51,7 +50,6 @@ def show_train(document: Document, console: Console, output: Path) -> None:
 def show_average(document: Document, console: Console, output: Path) -> None:
     """The effective coefficients, and where the result lies."""
     show_coefficients(document, console)
-    _show_notes(document, console)
     _show_written(document, console, output)
 
 
@@ -65,13 +63,12 @@ def show_evaluation(document: Document, console: Console) -> None:
         table.add_row(
             Text(plain(model["path"]), overflow="fold"),
             number(model.get("loss"), digits),
-            _half_width(model, "loss", digits),
+            _half_width(model, "ci95", digits),
             *(_metric(model, column) for column in metrics),
         )
     console.print(fitted(table, console.width))
     if document.get("examples") is not None:
         console.print(Text(f"{document['examples']} examples", "dim"))
-    _show_notes(document, console)
 
 
 def candidates_table(document: Document, width: int) -> Table:
@@ -80,7 +77,7 @@ def candidates_table(document: Document, width: int) -> Table:
     rows = leading_candidates(document, _MOST_CANDIDATES)
     keys = loss_columns(document)
     digits = max((decimals([row.get(key) for row in rows]) for key in keys), default=4)
-    with_interval = {key for key in keys if _any(everything, _interval_key(key))}
+    with_interval = {"guard_loss"} if _any(everything, "guard_ci95") else set()
     metrics = _metrics(rows, "guard_metrics") + _metrics(rows, "test_metrics")
     headings = [h for key in keys for h in (key.replace("_", " "), *_plus(key in with_interval))]
     headings += _headings(metrics)
@@ -91,7 +88,7 @@ def candidates_table(document: Document, width: int) -> Table:
         for key in keys:
             cells.append(Text(number(row.get(key), digits)))
             if key in with_interval:
-                cells.append(Text(_half_width(row, key, digits), "dim"))
+                cells.append(Text(_half_width(row, "guard_ci95", digits), "dim"))
         cells += [Text(_metric(row, column)) for column in metrics]
         if _any(everything, "cost"):
             cells.append(Text(_cost(row.get("cost"))))
@@ -166,7 +163,6 @@ def show_inspection(document: Document, console: Console) -> None:
     for difference in document.get("differences") or []:
         said = "; ".join(line.strip() for line in difference.splitlines())
         console.print(Text.assemble(("difference: ", "yellow"), plain(said)))
-    _show_notes(document, console)
     if document.get("geometry"):
         labels = [plain(label) for label in checkpoint_labels(document["checkpoints"])]
         show_geometry(document["geometry"], labels, console)
@@ -206,11 +202,6 @@ def _show_bars(labels: list[str], values: Sequence[float], console: Console) -> 
         console.print(Text(f"  and {len(values) - len(kept)} more, none beyond {rest:.4f}", "dim"))
 
 
-def _show_notes(document: Document, console: Console) -> None:
-    for note in document.get("notes") or []:
-        console.print(Text.assemble(("note: ", "yellow"), plain(note)))
-
-
 def _show_written(document: Document, console: Console, output: Path) -> None:
     timings = document.get("timings")
     took = f" in {duration(sum(timings.values()))}" if timings else ""
@@ -222,16 +213,12 @@ def _any(rows: Sequence[Document], key: str) -> bool:
     return any(row.get(key) is not None for row in rows)
 
 
-def _interval_key(key: str) -> str:
-    return key.removesuffix("loss") + "ci95"
-
-
 def _plus(wanted: bool) -> list[str]:
     return ["+/- 95 %"] if wanted else []
 
 
 def _half_width(row: Document, key: str, digits: int) -> str:
-    found = interval(row, _interval_key(key))
+    found = interval(row, key)
     return number((found[1] - found[0]) / 2, digits) if found else NONE
 
 

@@ -29,7 +29,7 @@ from .command import execute
 @options.train_out_options
 @options.json_option
 @options.store_options
-@options.engine_options
+@options.train_engine_options
 @debug_option
 @options.launch_options
 def command(

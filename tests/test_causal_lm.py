@@ -467,6 +467,29 @@ def test_tensors_that_transformers_renames_as_it_loads_them(
     assert document["models"][0]["loss"] == pytest.approx(losses.mean().item(), abs=1e-5)
 
 
+def test_text_is_read_again_only_for_another_configuration_or_tokenizer(
+    saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = [shutil.copytree(saved, tmp_path / "run" / f"checkpoint-{step}") for step in (1, 2, 3)]
+    elsewhere = shutil.copytree(saved, tmp_path / "elsewhere" / "checkpoint-1")
+    other = shutil.copytree(saved, tmp_path / "run" / "other")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rms_norm_eps": 0.5}))
+    (run[1] / "trainer_state.json").write_text("{}")
+    (tmp_path / "text.txt").write_text(" ".join(WORDS[:300]))
+    read = []
+    monkeypatch.setattr(
+        "twa_merge.tasks.causal_lm.read_documents",
+        lambda *given: (read.append(given), read_documents(*given))[1],
+    )
+    models = [*run, other, elsewhere]
+    document = evaluate(models, "causal-lm", data=str(tmp_path / "text.txt"))
+    assert len(read) == 3
+    losses = [row["loss"] for row in document["models"]]
+    assert losses[0] == losses[1] == losses[2] == losses[4]
+    assert losses[3] != losses[0]
+
+
 def test_a_task_file_may_bring_a_model_that_transformers_saves_under_other_names(
     tmp_path: Path,
 ) -> None:

@@ -149,6 +149,8 @@ def test_every_command_has_help_with_an_example(
         [*TRAIN, "--optimizer", "sgd", "--lr", "0"],
         [*TRAIN, "--optimizer", "sgd", "--momentum", "1"],
         [*TRAIN, "--nproc", "0"],
+        ["eval", "run", "--task", "t", "--gather", "model"],
+        ["eval", "run", "--task", "t", "--activation-checkpointing"],
         ["average", "run"],
         ["inspect", "run", "--gpu-memory", "80 parsecs"],
         ["inspect", "run", "--gpu-memory", "80"],
@@ -480,7 +482,11 @@ def test_a_report_with_nan_is_refused(tmp_path: Path) -> None:
 
 
 def test_ascii_terminals_get_ascii(tmp_path: Path) -> None:
-    act = f"return {{**json.load(open({str(DOCUMENT)!r})), 'notes': ['Größe']}}"
+    act = (
+        f"document = json.load(open({str(DOCUMENT)!r}))\n"
+        "document['checkpoints'][0]['path'] = 'Größe'\n"
+        "return document"
+    )
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONIOENCODING", "ascii")
         process = python("-m", "twa_merge_cli", *TRAIN, act=act, folder=tmp_path)
@@ -489,7 +495,7 @@ def test_ascii_terminals_get_ascii(tmp_path: Path) -> None:
     assert out.isascii()
     assert "\\u" not in out
     assert out.count("\\x") == 2
-    assert r"note: Gr\xf6\xdfe" in out
+    assert r"Gr\xf6\xdfe" in out
     assert "#####" in out
 
 
@@ -518,6 +524,28 @@ def test_nproc_passes_the_exit_code_on_and_one_process_speaks(tmp_path: Path) ->
     assert code == 3
     assert err == "error: Nothing is better.\n"
     assert "0 of 2 5" in out
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "times"),
+    [("ConfigError", 2, 1), ("NoImprovement", 3, 1), ("RuntimeError", 1, 3)],
+)
+def test_only_what_may_go_well_another_time_is_tried_again(
+    error: str, code: int, times: int, tmp_path: Path
+) -> None:
+    act = (
+        "if os.environ['RANK'] == '0':\n"
+        f"    open({str(tmp_path / 'tries')!r}, 'a').write('x')\n"
+        "from twa_merge.errors import ConfigError, NoImprovement\n"
+        f"raise {error}('Not so.')"
+    )
+    args = [*TRAIN, "--nproc", "2", "--max-restarts", "2"]
+    process = python("-m", "twa_merge_cli", *args, act=act, folder=tmp_path, cwd=tmp_path)
+    found, _, err = finish(process, 120)
+    assert found == code
+    assert len((tmp_path / "tries").read_text()) == times
+    assert err.count("Not so.") == times
+    assert err.count("failed. Starting again") == times - 1
 
 
 def test_a_bug_on_all_processes_is_told_once(tmp_path: Path) -> None:

@@ -112,14 +112,11 @@ def test_modules_that_are_not_to_be_split_may_lie_in_one_another(tmp_path):
     (tmp_path / "nested.py").write_text(NESTED)
     options = ["eval", tmp_path / "run", "--task", tmp_path / "nested.py", "--device", "cpu"]
     options.append("--json")
-    done = in_turn(2, options, [*options, "--activation-checkpointing"])
+    done = run(2, *options)
     assert done.returncode == 0, done.stderr
-    (one,) = documents_in(here(*options))
+    (one,), (two,) = documents_in(here(*options)), documents_in(done.stdout)
     expected = [row["loss"] for row in one["models"]]
-    two = documents_in(done.stdout)
-    assert len(two) == 2
-    for found in two:
-        assert [row["loss"] for row in found["models"]] == pytest.approx(expected, abs=1e-6)
+    assert [row["loss"] for row in two["models"]] == pytest.approx(expected, abs=1e-6)
 
 
 def test_average_and_geometry_on_several_processes(tmp_path):
@@ -145,6 +142,28 @@ def test_nproc_starts_the_same_thing(tmp_path):
     # fmt: on
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["world_size"] == 2
+
+
+_IMPOSTOR = """
+from pathlib import Path
+Path(__file__).with_suffix(".mark").touch()
+"""
+
+
+@pytest.mark.parametrize("nproc", [1, 2])
+def test_the_working_directory_shadows_no_package(tmp_path, monkeypatch, nproc):
+    """While what lies beside the task file can be imported."""
+    train(tmp_path / "run", checkpoints=2)
+    here = tmp_path / "here"
+    (here / "tasks").mkdir(parents=True)
+    for name in ("rich", "click", "safetensors", "beside"):
+        (here / f"{name}.py").write_text(_IMPOSTOR)
+    (here / "tasks" / "beside.py").write_text("from small_task import Small")
+    (here / "tasks" / "task.py").write_text("from beside import Small as task")
+    monkeypatch.chdir(here)
+    done = run(1, "eval", tmp_path / "run", "--task", "tasks/task.py", "--nproc", nproc)
+    assert done.returncode == 0, done.stderr
+    assert not list(here.glob("*.mark"))
 
 
 _TIDY = """

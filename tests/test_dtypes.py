@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from twa_merge.dtypes import DTYPES, Dtype, narrow, widen
-from twa_merge.tensors import as_array, as_tensor, dtype_of, torch_dtype
+from twa_merge.tensors import as_tensor, dtype_of, torch_dtype
 
 FLOATS = [d for d in DTYPES.values() if d.is_float]
 NARROW = [d for d in FLOATS if d.itemsize < 4]
@@ -18,6 +18,12 @@ def every_number(dtype: Dtype) -> Tensor:
     """All numbers of a dtype of one or two bytes."""
     codes = np.arange(256**dtype.itemsize).astype(f"<u{dtype.itemsize}").view(dtype.array)
     return as_tensor(codes, dtype)
+
+
+def as_array(tensor: Tensor) -> np.ndarray:
+    """The same memory, as files hold it."""
+    array = dtype_of(tensor.dtype).array
+    return tensor.flatten().view(torch.uint8).numpy().view(array).reshape(tuple(tensor.shape))
 
 
 def narrowed(numbers: np.ndarray, dtype: Dtype) -> Tensor:

@@ -376,6 +376,58 @@ def test_evaluate_agrees_with_the_task_itself(tmp_path):
     assert document["examples"] == 80
 
 
+_COUNTED = """
+import gc, weakref
+from pathlib import Path
+from runs import LinearTask
+
+BUILT = []
+
+
+def mark(what):
+    with (Path(__file__).parent / "marks").open("a") as file:
+        file.write(what)
+
+
+class Counted(LinearTask):
+    def dataset(self):
+        mark("d")
+        return super().dataset()
+
+    def build_model(self):
+        if any(model() is not None for model in BUILT):
+            mark("alive")
+        model = super().build_model()
+        BUILT.append(weakref.ref(model))
+        return model
+
+
+mark("t")
+task = Counted
+"""
+
+
+def test_evaluate_loads_a_task_once_and_one_model_at_a_time(tmp_path):
+    _, _, run, _ = make(tmp_path, n=3)
+    (tmp_path / "counted.py").write_text(_COUNTED)
+    document = evaluate([run], str(tmp_path / "counted.py"))
+    assert len(document["models"]) == 3
+    assert (tmp_path / "marks").read_text() == "td"
+
+
+def test_a_selection_is_of_runs_and_spares_a_model_that_is_named(tmp_path):
+    """A merge, whose step nobody knows, beside the run that it is of."""
+    task, _, run, out = make(tmp_path, n=4)
+    average([run], out)
+    named = run / "checkpoint-100"
+    selection = Selection(from_step=200, to_step=300, last=1)
+    document = evaluate([run, out, named], task, selection=selection)
+    found = [row["path"] for row in document["models"]]
+    assert found == [str(run / "checkpoint-300"), str(out), str(named)]
+    with pytest.raises(CheckpointError, match="left by the selection"):
+        evaluate([run, out], task, selection=Selection(from_step=900))
+
+
 def test_geometry_against_explicit_float64(tmp_path):
     _, states, run, _ = make(tmp_path, n=4)
     document = inspect([run], geometry=True)

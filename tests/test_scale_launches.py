@@ -229,5 +229,6 @@ def test_max_restarts_goes_on_after_a_killed_rank(tmp_path):
     ranks_of(psutil.Process(process.pid))[1].send_signal(signal.SIGKILL)
     _, said = process.communicate(timeout=120)
     assert process.returncode == 0, said
+    assert "was killed by SIGKILL, often a sign of too little memory. Starting again" in said
     assert "Continuing" in said
     assert document(tmp_path / "m")["world_size"] == 2

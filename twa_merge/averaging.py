@@ -66,8 +66,8 @@ def average(
         blocks, alphas, directions = _coefficients(weights, found, layout, progress)
     require_same_choices({"coefficients": alphas.tolist(), "dtype": out.dtype}, world)
     document = report.header("average") | {
-        "weights": weights,
-        "checkpoints": report.checkpoint_list(found),
+        "weights": report.weights_source(weights),
+        **report.sources(checkpoints, found),
         "coefficients": report.coefficients(alphas, len(found), blocks, directions),
         "options": {"dtype": out.dtype, "selection": as_dict(selection or Selection())},
         "world_size": world.size,

@@ -56,12 +56,12 @@ def _by_block(value: Any) -> dict[str, list[float]]:
     return {str(name): list(row) for name, row in blocks.items() if row}
 
 
-def checkpoint_labels(checkpoints: Sequence[Document]) -> list[str]:
-    """The shortest endings of the paths that tell the checkpoints apart."""
+def checkpoint_labels(checkpoints: Sequence[Document], least: int = 1) -> list[str]:
+    """The shortest endings of the paths, of ``least`` parts or more, that tell them apart."""
     parts = [
         [p for p in PurePath(str(c["path"])).parts if p not in ("/", "..")] for c in checkpoints
     ]
-    for depth in range(1, max(map(len, parts), default=1) + 1):
+    for depth in range(least, max(map(len, parts), default=1) + 1):
         labels = ["/".join(p[-depth:]) for p in parts]
         if len(set(labels)) == len(labels):
             return labels

@@ -29,7 +29,6 @@ def fit_document(run: Run, fitted: Sequence[Fitted], verdict: Verdict) -> dict[s
         coefficients = {"global": whole.alphas[0].tolist()} | coefficients
     document = report.header("twa") | {
         "seed": seed,
-        "checkpoints": report.checkpoint_list(run.checkpoints),
         "coefficients": coefficients,
         "subspace": {
             "rank": subspace.rank,

@@ -111,7 +111,6 @@ def html_report(document: Document, landscape: Mapping[str, Any] | None = None) 
 def _head(document: Document) -> str:
     sentences = verdict(document) if document.get("candidates") else []
     unsure = any("within noise" in s or s.startswith("No candidate") for s in sentences)
-    sentences += document.get("notes") or []
     said = "".join(f"<p>{_text(sentence)}</p>" for sentence in sentences)
     box = f'<div class="verdict{" unsure" if unsure else ""}">{said}</div>\n' if said else ""
     title = f"{written_name(document)} from {len(document['checkpoints'])} checkpoints"

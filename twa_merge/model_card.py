@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import shlex
 from collections.abc import Sequence
-from typing import Any
 
 from .document import (
     GLOBAL,
@@ -15,7 +14,6 @@ from .document import (
     coefficient_note,
     decimals,
     examples,
-    folder_name,
     guard_metric,
     interval,
     leading_candidates,
@@ -37,7 +35,8 @@ _MOST_BLOCKS, _MOST_CHECKPOINTS = 64, 32
 def model_card(document: Document) -> str:
     """A model card in the Hugging Face form: YAML front matter, then Markdown.
 
-    It names checkpoints and folders, but no path of the machine that it was made on.
+    It names checkpoints and the folders that they lie in, but no path of the machine that it was
+    made on.
     """
     sections = [
         f"---\ntags:\n- merge\n- {_PROJECT}\n---\n",
@@ -63,7 +62,7 @@ def _introduction(document: Document) -> str:
     if document.get("chosen"):
         lines.append(f"- winner: {_text(document['chosen'])}")
     if document.get("weights"):
-        lines.append(f"- weights: {_text(_without_folders(document['weights']))}")
+        lines.append(f"- weights: {_text(document['weights'])}")
     data = document.get("data") or {}
     if data:
         lines.append(
@@ -135,15 +134,16 @@ def _coefficients(document: Document) -> str:
 def _again(document: Document) -> str:
     """The command that makes the same weights from the same checkpoints, without any data."""
     checkpoints = document["checkpoints"]
-    folders = list(dict.fromkeys(_parent(c["path"]) for c in checkpoints))
     steps = [c["step"] for c in checkpoints if c.get("step") is not None]
     command = ["twa-merge", "average"]
-    if len(folders) == 1 and len(steps) == len(checkpoints):
-        command += [folders[0], "--from-step", str(min(steps)), "--to-step", str(max(steps))]
+    # Of files that were listed one by one, a range of steps would take in what lies between.
+    if document.get("run") and len(steps) == len(checkpoints):
         every = ((document.get("options") or {}).get("selection") or {}).get("every")
+        command += [document["run"], "--to-step", str(max(steps))]
         command += ["--every", str(every)] if every else []
+        command += ["--last", str(len(checkpoints))]
     else:
-        command += checkpoint_labels(checkpoints)
+        command += checkpoint_labels(checkpoints, least=2)
     command += ["--weights", "@twa_merge.json", "-o", "merged"]
     dtype = (document.get("options") or {}).get("dtype")
     command += ["--dtype", str(dtype)] if dtype else []
@@ -155,15 +155,6 @@ def _again(document: Document) -> str:
         else ""
     )
     return f"## The same again\n\n{fence}sh\n{line}\n{fence}\n{but}"
-
-
-def _parent(path: Any) -> str:
-    parts = str(path).replace("\\", "/").rstrip("/").rpartition("/")
-    return folder_name(parts[0]) if parts[0] else "."
-
-
-def _without_folders(weights: str) -> str:
-    return f"@{folder_name(weights[1:])}" if weights.startswith("@") else weights
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

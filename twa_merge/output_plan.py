@@ -10,6 +10,7 @@ from typing import Any
 
 from .checkpoints import sidecars
 from .checkpoints.base import Checkpoint, TensorInfo, reading
+from .checkpoints.folders import is_model_file, require_own
 from .dtypes import BY_CODE, Dtype
 from .errors import OutputError
 from .safetensors_writer import SavedTensor, aligned, header
@@ -65,7 +66,7 @@ def plan_output(checkpoints: Sequence[Checkpoint], dtype: Dtype | None) -> Outpu
     """Files and names as in the first checkpoint, sidecars as in the newest.
 
     Pickles become ``model.safetensors``, or shards of at most 5 GB; one bare file becomes
-    ``model.safetensors``.
+    ``model.safetensors``, unless it has another of Hugging Face's names.
 
     Args:
         dtype: of averaged real tensors; each keeps its saved dtype without it.
@@ -80,8 +81,10 @@ def plan_output(checkpoints: Sequence[Checkpoint], dtype: Dtype | None) -> Outpu
             _require_savable(first, tensor)
     index = _index(first, files, converted=dtype is not None)
     taken = {file.name for file in files} | ({index[0]} if index else set())
-    beside = {path.as_posix(): newest.path / path for path in sidecars(newest)}
-    return OutputPlan(files, index, {k: v for k, v in beside.items() if k not in taken})
+    beside = {name: file for name, file in sidecars(newest).items() if name not in taken}
+    for sidecar in beside.values():
+        require_own(sidecar, newest)
+    return OutputPlan(files, index, beside)
 
 
 def _same_files(first: Checkpoint, dtype: Dtype | None) -> tuple[PlannedFile, ...]:
@@ -93,7 +96,8 @@ def _same_files(first: Checkpoint, dtype: Dtype | None) -> tuple[PlannedFile, ..
         if first.path.is_dir() and first.path in file.path.parents:
             name = file.path.relative_to(first.path).as_posix()
         else:
-            name = _SINGLE_FILE if len(first.files) == 1 else file.path.name
+            unnamed = len(first.files) == 1 and not is_model_file(file.path)
+            name = _SINGLE_FILE if unnamed else file.path.name
         pairs = zip(file.names, file.raw_names or file.names, strict=True)
         tensors = [SavedTensor(n, raw, _saved(first.tensors[n], dtype)) for n, raw in pairs]
         planned.append(PlannedFile(name, aligned(tensors), file.metadata))

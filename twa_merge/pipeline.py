@@ -9,6 +9,7 @@ from os import PathLike
 from pathlib import Path
 from typing import Any
 
+from . import report
 from .agreement import require_shared_place
 from .candidates import SINGLES, parse_families
 from .checkpoints import open_checkpoints
@@ -129,7 +130,8 @@ def merge(
         fitted = train_stages(run)
     with clock.part("guard"):
         verdict = _judge(run, fitted)
-    document = fit_document(run, fitted, verdict) | record(names)
+    document = fit_document(run, fitted, verdict) | report.sources(checkpoints, found)
+    document |= record(names)
     if choices.guard.require_improvement and not verdict.over_single.certain:
         log.remove()
         raise _no_improvement(run, verdict)

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .document import Document, decimals, interval, is_finite
+from .document import Document, decimals, interval, is_finite, sortable
 from .document import figure as written
 from .svg import BLUE, GREEN, INK, ORANGE, draw
 
@@ -103,12 +103,15 @@ def coefficient_map(
 
 
 def candidates(rows: Sequence[Document], chosen: str) -> str:
-    """Guard and test loss of each candidate with 95 % intervals, the best at the top."""
+    """Guard loss of each candidate with its 95 % interval, and test loss, the best at the top."""
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
         both = any(is_finite(row.get("test_loss")) for row in rows)
         left, right = _frame(rows)
+        for y, row in enumerate(rows):
+            if (span := interval(row, "guard_ci95")) and is_finite(row.get("guard_loss")):
+                axes.plot(span, [y - 0.14 * both] * 2, color=BLUE, linewidth=1.6, alpha=0.55)
         for key, offset, colour, marker in (
             ("guard", -0.14 * both, BLUE, "o"),
             ("test", 0.14, ORANGE, "D"),
@@ -116,10 +119,6 @@ def candidates(rows: Sequence[Document], chosen: str) -> str:
             known = [(y, r) for y, r in enumerate(rows) if is_finite(r.get(f"{key}_loss"))]
             if not known:
                 continue
-            for y, row in known:
-                span = interval(row, f"{key}_ci95")
-                if span:
-                    axes.plot(span, [y + offset] * 2, color=colour, linewidth=1.6, alpha=0.55)
             axes.plot([r[f"{key}_loss"] for _, r in known], [y + offset for y, _ in known],
                       marker, color=colour, markersize=5, label=f"{key} loss")  # fmt: skip
             beyond = [y + offset for y, row in known if row[f"{key}_loss"] > right]
@@ -142,13 +141,13 @@ def candidates(rows: Sequence[Document], chosen: str) -> str:
 
 def _frame(rows: Sequence[Document]) -> tuple[float, float]:
     """Ends of the axis of losses; infinity where all fit, as they do unless some exploded."""
-    found = [(row.get(f"{key}_loss"), interval(row, f"{key}_ci95"))
-             for row in rows for key in ("guard", "test")]  # fmt: skip
-    known = sorted(float(v) for v, _ in found if v is not None and is_finite(v))
+    found = [row.get(key) for row in rows for key in ("guard_loss", "test_loss")]
+    known = sorted(float(v) for v in found if v is not None and is_finite(v))
     low, middle = known[0], known[len(known) // 2]
     near = low + _FAR * (middle - low)
     # Whatever lies inside the interval of one that is shown is no further off than that.
-    ends = [span[1] for v, span in found if span and v is not None and is_finite(v) and v <= near]
+    spans = [interval(row, "guard_ci95") for row in rows if sortable(row.get("guard_loss")) <= near]
+    ends = [span[1] for span in spans if span]
     kept = [v for v in known if v <= max([near, *ends])]
     if len(kept) == len(known):
         return -math.inf, math.inf

@@ -6,6 +6,7 @@ import math
 import resource
 import sys
 from collections.abc import Mapping, Sequence
+from os import PathLike
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ import numpy as np
 
 from . import __version__
 from .checkpoints.base import Checkpoint
+from .document import checkpoint_labels, folder_name
 from .dtypes import Float64
 from .errors import ConfigError, listing
 from .layout import Blocks, Layout, blocks_from_members, global_block
@@ -34,6 +36,33 @@ def steps_of(document: Mapping[str, Any]) -> list[int | None]:
     return (
         [c.get("step") for c in listed if isinstance(c, dict)] if isinstance(listed, list) else []
     )
+
+
+def sources(given: Sequence[str | PathLike[str]], found: Sequence[Checkpoint]) -> dict[str, Any]:
+    """What was merged, as the document of a merge says it.
+
+    The document is published with the merge, so paths are cut to what tells the checkpoints apart
+    and the folder that they lie in: no more of the machine is anybody's business.
+
+    Args:
+        given: the paths that the user gave.
+
+    Returns:
+        ``run``, the name of the folder where one run folder was given, and ``checkpoints``.
+    """
+    paths = [Path(p) for p in ([given] if isinstance(given, (str, PathLike)) else given)]
+    is_run = len(paths) == 1 and all(c.path.parent == paths[0] for c in found)
+    rows = checkpoint_list(found)
+    labels = checkpoint_labels(rows, least=2)
+    return {
+        "run": paths[0].absolute().name if is_run else None,
+        "checkpoints": [row | {"path": k} for row, k in zip(rows, labels, strict=True)],
+    }
+
+
+def weights_source(weights: str) -> str:
+    """What ``--weights`` said, of a file no more than its name."""
+    return f"@{folder_name(weights[1:])}" if weights.startswith("@") else weights
 
 
 def coefficient_values(alphas: Float64, blocks: Blocks) -> Any:

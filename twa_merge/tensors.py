@@ -29,18 +29,6 @@ def as_tensor(array: Array, dtype: Dtype) -> Tensor:
     return tensor if tensor.dtype == wanted else tensor.view(wanted)
 
 
-def as_array(tensor: Tensor) -> Array:
-    """The same memory as an array of ``dtype_of(tensor.dtype).array``; a copy if not contiguous.
-
-    The tensor is one on the CPU.
-    """
-    array = dtype_of(tensor.dtype).array
-    flat = tensor.detach().contiguous().reshape(-1)
-    if not flat.numel():
-        return np.empty(tuple(tensor.shape), array)
-    return flat.view(torch.uint8).numpy().view(array).reshape(tuple(tensor.shape))
-
-
 def tensor_rows(
     checkpoint: Checkpoint, name: str, start: int = 0, stop: int | None = None
 ) -> Tensor:

@@ -1,7 +1,7 @@
 """Folder → ordered checkpoints, checked from headers only."""
 
 from .base import Checkpoint, Reader, TensorInfo, WeightFile
-from .discover import open_checkpoints
+from .discover import is_run, open_checkpoints
 from .folders import sidecars
 from .names import resolve_names
 
@@ -10,6 +10,7 @@ __all__ = [
     "Reader",
     "TensorInfo",
     "WeightFile",
+    "is_run",
     "open_checkpoints",
     "resolve_names",
     "sidecars",

@@ -124,6 +124,15 @@ def open_checkpoints(
                 early.opened.close()
 
 
+def is_run(path: str | PathLike[str]) -> bool:
+    """Whether a path stands for several checkpoints.
+
+    Raises:
+        CheckpointError: there are none, or the path cannot be read.
+    """
+    return len(_once(_expand([Path(path)]))) > 1
+
+
 def _expand(given: Sequence[Path]) -> list[_Found]:
     """Every path as the checkpoints that it stands for; shards given one by one as one of them."""
     given = list(dict.fromkeys(given))

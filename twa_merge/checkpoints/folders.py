@@ -159,7 +159,7 @@ def is_model_file(path: Path) -> bool:
     return without_shard(path.name).rpartition(".")[0] in _HF_NAMES
 
 
-def sidecars(checkpoint: Checkpoint) -> list[Path]:
+def sidecars(checkpoint: Checkpoint) -> dict[str, Path]:
     """The files that a checkpoint's folder holds besides weights and training state.
 
     Config, tokenizer, chat templates, remote code, licence and the like, in subfolders too.
@@ -168,20 +168,64 @@ def sidecars(checkpoint: Checkpoint) -> list[Path]:
     the folder. Of a folder that does not look like Hugging Face's, subfolders are left out too.
 
     Returns:
-        Paths relative to ``checkpoint.path``, sorted; none for a bare file.
+        Name relative to the folder → file, sorted; none for a bare file, unless it is called as
+        Hugging Face's are and lies beside their configuration.
     """
-    root = checkpoint.path
-    if not root.is_dir():
-        return []
-    deep = any(is_model_file(f.path) for f in checkpoint.files) or any(
-        (root / config).is_file() for config in _HF_CONFIGS
-    )
+    root = _folder_of(checkpoint)
+    of_a_model = any(is_model_file(f.path) for f in checkpoint.files)
+    configured = any((root / config).is_file() for config in _HF_CONFIGS)
+    if checkpoint.path != root and not (of_a_model and configured):
+        return {}
+    deep = of_a_model or configured
     found = []
     with reading(root):
         for parent, folders, files in os.walk(root, onerror=_raise):
             folders[:] = [name for name in folders if deep and _belongs(Path(parent, name))]
             found += [Path(parent, name).relative_to(root) for name in files if _is_sidecar(name)]
-    return sorted(found, key=lambda p: p.as_posix())
+    return {name: root / name for name in sorted(path.as_posix() for path in found)}
+
+
+def require_own(file: Path, checkpoint: Checkpoint) -> None:
+    """Checks that a sidecar is the run's own: whoever gets the merge gets a copy of it.
+
+    A link may lead to what the run's checkpoints share, in the folder that they lie in, and to the
+    blobs of the Hub's cache; to nothing hidden, as a run may lie in somebody's home.
+
+    Raises:
+        CheckpointError: it is a link to somewhere else, or no regular file.
+    """
+    with reading(file):
+        folder, target = _folder_of(checkpoint).resolve(), file.resolve()
+        own = any(
+            target.is_relative_to(place) and not _is_hidden(target.relative_to(place))
+            for place in (folder, folder.parent, *_hub_blobs(folder))
+        )
+        regular = target.is_file()
+    if own and regular:
+        return
+    link = file.is_symlink()
+    raise CheckpointError(
+        "A file beside the weights cannot be copied into the merge."
+        if own
+        else "A link beside the weights leads out of the run, perhaps to a private file.",
+        checkpoint=file,
+        expected=f"a file in {folder.parent}, or a link to one" if link else "a regular file",
+        found=f"a link to {target}" if link else "a device, a socket or a pipe",
+        remedy="delete it, or put a copy in its place if the model needs that file",
+    )
+
+
+def _folder_of(checkpoint: Checkpoint) -> Path:
+    return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
+
+
+def _hub_blobs(folder: Path) -> list[Path]:
+    """The folder that the files of ``snapshots/REVISION/`` in the Hub's cache are links into."""
+    return [(p.parent / "blobs").resolve() for p in folder.parents if p.name == "snapshots"]
+
+
+def _is_hidden(path: Path) -> bool:
+    return any(part.startswith(".") for part in path.parts)
 
 
 def _named(folder: Path, names: set[str]) -> Weights | None:

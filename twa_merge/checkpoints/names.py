@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 # torch.compile, FSDP 1 and activation checkpointing may wrap any submodule, so these stand
 # anywhere in a name, and no model has a part that is called so.
@@ -34,11 +34,6 @@ def resolve_names(names: Iterable[str]) -> dict[str, str]:
             break
         resolved = shorter
     return dict(zip(raw, resolved, strict=True))
-
-
-def original_names(resolved: Mapping[str, str]) -> dict[str, str]:
-    """The inverse: name without wrappers → name as saved."""
-    return {short: raw for raw, short in resolved.items()}
 
 
 def _drop_segments(name: str) -> str:
