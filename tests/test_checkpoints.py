@@ -136,11 +136,13 @@ def test_copies_without_a_number_count_once(tmp_path: Path) -> None:
     for step in (7, 12, 9):
         put(pickles / f"model_{step}.pth", epoch=step, args=argparse.Namespace(lr=0.1))
         put(folders / f"checkpoint-{step}" / "model.safetensors")
+        put(tmp_path / "tar" / f"checkpoint-{step}.pth.tar", epoch=step)
+    shutil.copy(tmp_path / "tar/checkpoint-9.pth.tar", tmp_path / "tar/model_best.pth.tar")
     for name, step in (("model_best", 7), ("checkpoint", 12)):
         saved = torch.load(pickles / f"model_{step}.pth", weights_only=False)
         torch.save(saved | {"best": 1.0}, pickles / f"{name}.pth")
     shutil.copytree(folders / "checkpoint-9", folders / "final")
-    for run in (pickles, folders):
+    for run in (pickles, folders, tmp_path / "tar"):
         assert [step for _, step in found(run)] == [7, 9, 12]
     # Whoever names a copy wants it.
     given = sorted(pickles.iterdir())

@@ -62,7 +62,7 @@ def open_checkpoints(
 
     Each path may be
 
-    - a file: ``.safetensors``, ``.pt``, ``.pth``, ``.bin`` or ``.ckpt``;
+    - a file: ``.safetensors``, ``.pt``, ``.pth``, ``.bin``, ``.ckpt`` or ``.pth.tar``;
     - a folder that is one checkpoint: with Hugging Face's names for weights, or with one file (or
       one set of shards) of weights in it;
     - a run folder: the checkpoints directly in it, folders and files. Where there are two or more
@@ -153,7 +153,7 @@ def _expand(given: Sequence[Path]) -> list[_Found]:
 def _file(path: Path, group: tuple[Path, ...]) -> _Found:
     if path.name.endswith((f"{SAFETENSORS}.index.json", ".bin.index.json")):
         return _Found(path.parent, Weights((), path))
-    if path.suffix not in (SAFETENSORS, *PICKLES) or not path.is_file():
+    if not path.name.endswith((SAFETENSORS, *PICKLES)) or not path.is_file():
         raise CheckpointError(
             "A file is not a checkpoint that can be read.",
             checkpoint=path,
@@ -326,7 +326,7 @@ def _require_unquantised(checkpoint: Checkpoint) -> None:
         ),
         None,
     )
-    config = checkpoint.path / "config.json"
+    config = checkpoint.files[0].path.with_name("config.json")
     if packed is None or not config.is_file():
         return
     with reading(config):

@@ -14,7 +14,7 @@ from .shards import group_shards, without_shard
 from .steps import is_step_folder, natural
 
 SAFETENSORS = ".safetensors"
-PICKLES = (".pt", ".pth", ".bin", ".ckpt")
+PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
 _INDEX = re.compile(r"(?P<stem>.+)(?P<kind>\.safetensors|\.bin)\.index\.json")
 
 # What Hugging Face's libraries call a model's weights; the first that is there is the model.
@@ -122,7 +122,7 @@ def bare_weights(files: Sequence[Path]) -> list[Weights]:
     A pickle that stands beside a safetensors file of the same name is the same weights again.
     """
     weights = [
-        f for f in files if f.suffix in (SAFETENSORS, *PICKLES) and not _STATE.search(f.stem)
+        f for f in files if f.name.endswith((SAFETENSORS, *PICKLES)) and not _STATE.search(f.stem)
     ]
     stems = {f.stem for f in weights if f.suffix == SAFETENSORS}
     groups = group_shards(f for f in weights if f.suffix == SAFETENSORS or f.stem not in stems)
@@ -253,7 +253,7 @@ def _belongs(folder: Path) -> bool:
     if _NOT_ENTERED.fullmatch(folder.name) or is_step_folder(folder):
         return False
     inside = entries(folder)
-    return not any(p.suffix in (SAFETENSORS, *PICKLES, *_OTHER_WEIGHTS) for p in inside)
+    return not any(p.name.endswith((SAFETENSORS, *PICKLES, *_OTHER_WEIGHTS)) for p in inside)
 
 
 def _raise(error: OSError) -> None:

@@ -7,7 +7,7 @@ import re
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from .state_dicts import WEIGHTS_ALONE, aliases_of, named_tensors, state_dict_of
 
 # What command lines are parsed into, which training scripts save beside the weights: attributes,
 # and nothing that runs.
-_HARMLESS = [argparse.Namespace]
+_HARMLESS: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [argparse.Namespace]
 
 
 class PickleReader:
