@@ -58,7 +58,7 @@ def test_bytes_by_kind_on_one_gpu():
 
 def test_bytes_fall_with_the_number_of_ranks():
     plan = plan_for(gpus(8))
-    assert plan.device["offsets"] == 2 * N * NUMBERS // 8
+    assert plan.device["offsets"] == 4 * N * NUMBERS // 8
     assert plan.device["parameters"] == 4 * NUMBERS // 8 + 8
     assert plan.device["gathered layer"] == 4 * (3 * LAYER + 2 * ROOT)
     shared = plan_for(gpus(8), shared={"embed.weight": True})
@@ -109,7 +109,19 @@ def test_auto_puts_width_before_place_and_disk_last(memory, host, kind, dtype):
 
 def test_the_checkpoints_own_width():
     assert plan_for(gpus(memory=200), dtype=DTYPES["float32"]).dtype == "float32"
-    assert plan_for(gpus(memory=200), dtype=DTYPES["float16"]).dtype == "bfloat16"
+    assert plan_for(gpus(memory=100), dtype=DTYPES["float16"]).dtype == "float32"
+    assert plan_for(gpus(memory=100)).dtype == "bfloat16"
+    # Where there is room the offsets are exact.
+    for roomy in (gpus(memory=200), Machine(1, 1, "cpu", None, 200 * GB)):
+        plan = plan_for(roomy)
+        assert (plan.kind, plan.dtype, plan.machine, plan.advice) == (
+            "device",
+            "float32",
+            roomy,
+            (),
+        )
+    assert plan_for(gpus(memory=200), StoreConfig("host")).dtype == "bfloat16"
+    assert plan_for(Machine(1, 1, "cpu", None, None)).dtype == "bfloat16"
 
 
 def test_a_cpu_has_one_memory():
