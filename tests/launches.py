@@ -35,8 +35,9 @@ def environment(*, pictures: bool = False, **more: str) -> dict[str, str]:
     Args:
         pictures: whether it may draw those of report.html, which takes longer than a small merge.
     """
-    paths = [*([] if pictures else [WITHOUT_PICTURES]), TESTS, os.environ.get("PYTHONPATH", "")]
-    path = os.pathsep.join(map(str, paths))
+    paths = [*([] if pictures else [WITHOUT_PICTURES]), TESTS, os.environ.get("PYTHONPATH")]
+    # An empty one would be the working directory.
+    path = os.pathsep.join(str(p) for p in paths if p)
     return os.environ | {"PYTHONPATH": path, "OMP_NUM_THREADS": "1"} | more
 
 

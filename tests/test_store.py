@@ -624,10 +624,10 @@ def test_a_file_that_is_lost_in_mid_run_is_named(tmp_path, harm, when):
     assert "what to do" in caught.value.details
 
 
-def test_auto_keeps_small_runs_in_memory_in_their_own_width(tmp_path):
+def test_auto_keeps_small_runs_in_memory_and_exact(tmp_path):
     run = Offsets(tmp_path, dtype=torch.bfloat16)
     notes = []
     store = run.store("auto", "auto", progress=notes.append)
     numbers = sum(w.shape[1] for w in run.weights.values())
-    assert store.nbytes == numbers * (2 * N + 4)
+    assert store.nbytes == numbers * (4 * N + 4)
     assert notes == []
