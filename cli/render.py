@@ -22,6 +22,8 @@ from twa_merge.document import (
     interval,
     leading_candidates,
     loss_columns,
+    metric_columns,
+    metric_of,
     verdict,
     written_coefficients,
 )
@@ -56,7 +58,7 @@ def show_average(document: Document, console: Console, output: Path) -> None:
 def show_evaluation(document: Document, console: Console) -> None:
     """One row a model."""
     models = document["models"]
-    metrics = _metrics(models, "metrics")
+    metrics = metric_columns(models, "metrics")
     digits = decimals([model.get("loss") for model in models])
     table = new_table("model", "loss", "+/- 95 %", *_headings(metrics))
     for model in models:
@@ -64,7 +66,7 @@ def show_evaluation(document: Document, console: Console) -> None:
             Text(plain(model["path"]), overflow="fold"),
             number(model.get("loss"), digits),
             _half_width(model, "ci95", digits),
-            *(_metric(model, column) for column in metrics),
+            *(number(metric_of(model, column)) for column in metrics),
         )
     console.print(fitted(table, console.width))
     if document.get("examples") is not None:
@@ -78,7 +80,7 @@ def candidates_table(document: Document, width: int) -> Table:
     keys = loss_columns(document)
     digits = max((decimals([row.get(key) for row in rows]) for key in keys), default=4)
     with_interval = {"guard_loss"} if _any(everything, "guard_ci95") else set()
-    metrics = _metrics(rows, "guard_metrics") + _metrics(rows, "test_metrics")
+    metrics = metric_columns(rows, "guard_metrics", "test_metrics")
     headings = [h for key in keys for h in (key.replace("_", " "), *_plus(key in with_interval))]
     headings += _headings(metrics)
     table = new_table("candidate", *headings, *(["cost"] if _any(everything, "cost") else []))
@@ -89,7 +91,7 @@ def candidates_table(document: Document, width: int) -> Table:
             cells.append(Text(number(row.get(key), digits)))
             if key in with_interval:
                 cells.append(Text(_half_width(row, "guard_ci95", digits), "dim"))
-        cells += [Text(_metric(row, column)) for column in metrics]
+        cells += [Text(number(metric_of(row, column))) for column in metrics]
         if _any(everything, "cost"):
             cells.append(Text(_cost(row.get("cost"))))
         table.add_row(*cells, style="bold green" if chosen else None)
@@ -222,20 +224,8 @@ def _half_width(row: Document, key: str, digits: int) -> str:
     return number((found[1] - found[0]) / 2, digits) if found else NONE
 
 
-def _metrics(rows: Sequence[Document], key: str) -> list[tuple[str, str]]:
-    """(key of a row, name of a metric under it), for every metric that a row has."""
-    return [(key, name) for name in sorted({n for row in rows for n in row.get(key) or {}})]
-
-
-def _headings(metrics: Sequence[tuple[str, str]]) -> list[str]:
-    return [
-        plain(f"{key.removesuffix('metrics').strip('_')} {name}").strip() for key, name in metrics
-    ]
-
-
-def _metric(row: Document, column: tuple[str, str]) -> str:
-    value = (row.get(column[0]) or {}).get(column[1])
-    return number(value) if isinstance(value, (int, float)) else NONE
+def _headings(metrics: Sequence[tuple[str, str, str]]) -> list[str]:
+    return [plain(heading) for heading, _, _ in metrics]
 
 
 def _cost(cost: Any) -> str:

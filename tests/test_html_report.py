@@ -173,6 +173,13 @@ def test_blocks_are_drawn_as_a_map(by_block: str) -> None:
     assert "in each block" in page.text
 
 
+def test_the_tasks_metrics_are_among_the_numbers(train: dict[str, Any]) -> None:
+    for k, row in enumerate(train["candidates"]):
+        row["guard_metrics"], row["test_metrics"] = {"iou": 0.1234 + k}, {"iou": 0.5678 + k}
+    words = Page(html_report(train)).words
+    assert {"guard iou", "test iou", "0.1234", "1.5678"} <= set(words)
+
+
 def test_parts_may_be_missing(train: dict[str, Any]) -> None:
     for key in ("candidates", "optimizer", "data", "timings", "subspace", "improvement"):
         del train[key]

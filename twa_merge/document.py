@@ -102,6 +102,23 @@ def loss_columns(document: Document) -> list[str]:
     return [key for key in keys if any(is_finite(row.get(key)) for row in rows)]
 
 
+def metric_columns(rows: Sequence[Document], *keys: str) -> list[tuple[str, str, str]]:
+    """(heading, key of a row, name of the metric under it), for every metric that a row has."""
+    found = []
+    for key in keys:
+        split = key.removesuffix("metrics").strip("_")
+        names = sorted({name for row in rows for name in row.get(key) or {}})
+        found += [(f"{split} {name}".strip(), key, name) for name in names]
+    return found
+
+
+def metric_of(row: Document, column: tuple[str, str, str]) -> float | None:
+    """A row's value in a column of ``metric_columns``."""
+    _, key, name = column
+    value = (row.get(key) or {}).get(name)
+    return value if isinstance(value, (int, float)) else None
+
+
 def examples(document: Document, split: str) -> str:
     """How many examples a split has, or how many of them were used: of large data a part is."""
     data = document.get("data") or {}

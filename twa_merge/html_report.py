@@ -19,6 +19,8 @@ from .document import (
     is_finite,
     leading_candidates,
     loss_columns,
+    metric_columns,
+    metric_of,
     span,
     verdict,
     written_coefficients,
@@ -28,6 +30,7 @@ from .errors import OutputError
 
 _MOST_CANDIDATES = 24
 _LONGEST_LABEL = 36
+_METRIC_PLACES = 4
 _SPLITS = ("fit", "guard", "test")
 
 _STYLE = """
@@ -212,14 +215,17 @@ def _tables(document: Document) -> str:
     rows = document.get("candidates") or []
     keys = loss_columns(document)
     places = decimals([row.get(key) for row in rows for key in keys])
+    metrics = metric_columns(rows, "guard_metrics", "test_metrics")
     chosen = written_name(document)
     body = []
     for row in leading_candidates(document, len(rows)):
         cells = [str(row["name"]), *(cell(row.get(key), places) for key in keys)]
         cells += [span(interval(row, "guard_ci95"), places)]
+        cells += [cell(metric_of(row, column), _METRIC_PLACES) for column in metrics]
         cells += [f"{row['cost']:g}" if is_finite(row.get("cost")) else ""]
         body.append((row["name"] == chosen, cells))
-    head = ["candidate", *(k.replace("_", " ") for k in keys), "guard, 95 %", "cost, evaluations"]
+    head = ["candidate", *(k.replace("_", " ") for k in keys), "guard, 95 %"]
+    head += [*(heading for heading, _, _ in metrics), "cost, evaluations"]
     others = [
         (False, [str(row["name"]), cell(row.get("guard_loss"), places)])
         for row in document.get("other_candidates") or []
