@@ -120,6 +120,8 @@ def test_the_checkpoints_own_width():
             roomy,
             (),
         )
+    (unknown,) = plan_for(gpus(memory=200, host=None)).advice
+    assert "Each node needs" in unknown
     assert plan_for(gpus(memory=200), StoreConfig("host")).dtype == "bfloat16"
     assert plan_for(Machine(1, 1, "cpu", None, None)).dtype == "bfloat16"
 

@@ -87,13 +87,14 @@ def _given_up(run: Run, stage: Fitted) -> str:
         elif len(trace) == 1:
             met = "met gradients that are not finite at its start"
     else:
+        met = "met a loss that is not finite at its start"
         losses = run.fitter.losses(stage.chart.base, range(run.fitter.limit))
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
-        numbers = listing(str(run.fitter.batches.number(i)) for i in bad)
-        met = (
-            f"met a loss that is not finite at its start, that of {len(bad)} of {len(losses)} "
-            f"examples (number {numbers} of the dataset),"
-        )
+        if bad:
+            numbers = listing(str(run.fitter.batches.number(i)) for i in bad)
+            met += (
+                f", that of {len(bad)} of {len(losses)} examples (number {numbers} of the dataset),"
+            )
     return (
         f"The fit of {stage.name} {met} and was given up; the guard picks among the remaining "
         "candidates."

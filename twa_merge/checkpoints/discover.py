@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -330,8 +331,12 @@ def _require_unquantised(checkpoint: Checkpoint) -> None:
     if packed is None or not config.is_file():
         return
     with reading(config):
-        text = config.read_text(errors="replace")
-    if '"quantization_config"' in text:
+        content = config.read_bytes()
+    try:
+        quantised = json.loads(content).get("quantization_config")
+    except (ValueError, AttributeError):
+        return
+    if quantised:
         raise CheckpointError(
             "The weights are quantised, so that they cannot be averaged.",
             checkpoint=checkpoint.path,

@@ -143,11 +143,10 @@ def memory_plan(
     """
     work, rates = work or Work(), rates or Rates()
     planner = _Planner(layout, n, work, rates, shared or {})
-    if exact := planner.roomy(machine, config):
-        return exact
+    exact = planner.roomy(machine, config)
     plans = [planner.plan(machine, kind, dtype) for kind, dtype in choices(layout, config, machine)]
-    best = next((plan for plan in plans if plan.fits), plans[-1])
-    advice = planner.advice(best, config, wished=plans[0])
+    best = exact or next((plan for plan in plans if plan.fits), plans[-1])
+    advice = planner.advice(best, config, wished=exact or plans[0])
     return dataclasses.replace(best, advice=tuple(advice))
 
 
