@@ -144,6 +144,12 @@ def test_copies_without_a_number_count_once(tmp_path: Path) -> None:
     shutil.copytree(folders / "checkpoint-9", folders / "final")
     for run in (pickles, folders, tmp_path / "tar"):
         assert [step for _, step in found(run)] == [7, 9, 12]
+    numbers = tmp_path / "numbers"
+    for step in (3, 10):
+        put(numbers / f"resnet50_epoch_{step}.pth")
+    shutil.copy(numbers / "resnet50_epoch_3.pth", numbers / "resnet50_best.pth")
+    put(numbers / "resnet50_final.pth")
+    assert [step for _, step in found(numbers)] == [3, 10, None]
     # Whoever names a copy wants it.
     given = sorted(pickles.iterdir())
     assert len(found(*given, root=pickles)) == len(given)

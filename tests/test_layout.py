@@ -6,10 +6,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import save_run, states_of
+from runs import LinearTask, save_run, states_of
+from safetensors.torch import load_file
 from torch import nn
 
+from twa_merge import average, merge
 from twa_merge.checkpoints import open_checkpoints
+from twa_merge.config import FitConfig, GuardConfig, OutputConfig
 from twa_merge.errors import CheckpointError, ConfigError
 from twa_merge.layout import (
     blocks_from_members,
@@ -19,6 +22,7 @@ from twa_merge.layout import (
     tensor_blocks,
 )
 from twa_merge.stream import blame, row_slices, stream
+from twa_merge.task import split
 
 
 def opened(folder: Path, states):
@@ -40,24 +44,62 @@ def test_floats_are_averaged_and_the_rest_is_copied(tmp_path):
 
 
 @pytest.mark.parametrize("norm", [nn.utils.parametrizations.spectral_norm, nn.utils.spectral_norm])
-def test_singular_vectors_of_spectral_norm_are_copied(tmp_path, norm):
-    """Their mean is no unit vector, and the layer divides by what they make of its weight."""
+def test_singular_vectors_of_spectral_norm_keep_unit_length(tmp_path, norm):
+    """The layer divides by what they make of its weight: next to nothing, if they shrink."""
     torch.manual_seed(0)
-    models = []
+    states = []
     for _ in range(3):
         model = nn.Sequential(norm(nn.Linear(6, 5)), nn.Linear(5, 2))
         model(torch.randn(4, 6))
-        models.append(model)
-    states = [{k: v.clone() for k, v in m.state_dict().items()} for m in models]
-    # A name alone is none: this one is an ordinary parameter.
-    for state in states:
-        state["bias_u"] = torch.rand(2)
-    layout = make_layout(opened(tmp_path, states))
-    assert len(layout.copied) == 2
-    assert all(
-        torch.equal(states[0][name].norm().round(), torch.tensor(1.0)) for name in layout.copied
+        # A name alone says nothing: this one is an ordinary parameter.
+        states.append(
+            {k: v.clone() for k, v in model.state_dict().items()} | {"b_u": torch.rand(2)}
+        )
+    layout = make_layout(opened(tmp_path / "run", states))
+    vectors = [name for name, entry in layout.entries.items() if entry.singular]
+    assert len(vectors) == 2
+    assert not set(vectors) & set(layout.in_subspace)
+    assert "b_u" in layout.in_subspace
+
+    average([tmp_path / "run"], tmp_path / "mean")
+    average([tmp_path / "run"], tmp_path / "one", weights="0,1,0")
+    mean, one = (load_file(tmp_path / k / "model.safetensors") for k in ("mean", "one"))
+    for name in vectors:
+        expected = sum(s[name].double() for s in states)
+        torch.testing.assert_close(mean[name], (expected / expected.norm()).float())
+        assert torch.equal(one[name], states[1][name])
+
+
+def test_trained_merges_are_judged_by_the_singular_vectors_that_are_written(tmp_path):
+    class Normed(LinearTask):
+        def build_model(self):
+            torch.manual_seed(0)
+            layer = nn.Linear(self.inputs, self.outputs, bias=False)
+            return nn.Sequential(nn.utils.parametrizations.spectral_norm(layer))
+
+    task = Normed(examples=80)
+    states = []
+    for state in task.states(4):
+        model = task.build_model()
+        with torch.no_grad():
+            model[0].parametrizations.weight.original.copy_(state["0.weight"])
+        model.train()(torch.randn(3, task.inputs))
+        states.append({k: v.clone() for k, v in model.state_dict().items()})
+    save_run(tmp_path / "run", states)
+    document = merge(
+        [tmp_path / "run"],
+        task,
+        tmp_path / "out",
+        fit=FitConfig(blocks="global", ridge=0.1, max_evaluations=3),
+        guard=GuardConfig(candidates="uniform"),
+        out=OutputConfig(dtype="float32"),
     )
-    assert "bias_u" in layout.in_subspace
+    (row,) = [c for c in document["candidates"] if c["name"] == document["chosen"]]
+    model = task.build_model().eval()
+    model.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
+    x, y = (torch.stack(column) for column in zip(*split(task, 0.25, 0).guard, strict=True))
+    own = float(task.loss(model, (x, y)).detach().double().mean())
+    assert row["guard_loss"] == pytest.approx(own, rel=1e-5)
 
 
 def broken(kind: str):

@@ -14,7 +14,7 @@ import numpy as np
 from . import threads
 from .accumulator import Accumulator, Terms
 from .checkpoints.base import Checkpoint, Reader, TensorInfo
-from .dtypes import Array, Dtype, Float64, named
+from .dtypes import Array, Dtype, Float64, named, widen
 from .errors import OutputError, TwaMergeError
 from .layout import Blocks, Layout
 from .progress import Advanced, Progress
@@ -85,7 +85,22 @@ class Combination:
             return [(self._override(name), 1.0)]
         if not entry.averaged:
             return [(_saved(self.checkpoints[-1], name), 1.0)]
-        return [(_saved(self.checkpoints[i], name), a) for i, a in self._of(name)]
+        terms = [(_saved(self.checkpoints[i], name), a) for i, a in self._of(name)]
+        if not entry.singular or [a for _, a in terms] == [1.0]:
+            return terms
+        length = self._length(name, terms)
+        return [(source, a / length) for source, a in terms]
+
+    def _length(self, name: str, terms: Terms) -> float:
+        """‖Σ α w‖ of a vector, which is small: a row or a column of a matrix."""
+        info = self.layout[name].info
+        total, numbers = np.zeros(info.numel), np.empty(info.numel)
+        rows, single = np.empty(info.numel, info.dtype.array), np.empty(info.numel, np.float32)
+        for source, alpha in terms:
+            source.read(0, rows)
+            widen(rows, info.dtype, numbers, single)
+            total += alpha * numbers
+        return max(float(np.linalg.norm(total)), float(np.finfo(np.float32).tiny))
 
     def _of(self, name: str) -> list[tuple[int, float]]:
         if len(self._taking_part) == 1:

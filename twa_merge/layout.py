@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from .checkpoints.base import Checkpoint, TensorInfo
@@ -14,7 +14,7 @@ from .errors import CheckpointError, ConfigError, listing
 # drown the weights in the metric of the subspace.
 _STATISTICS = ("running_mean", "running_var")
 # Where spectral norm keeps its vectors, beside the weight that they belong to: the parametrization,
-# and the hook that came before it. A mean of unit vectors is no unit vector.
+# and the hook that came before it.
 _SINGULAR_VECTORS = (
     (re.compile(r"(.+\.)?parametrizations\.[^.]+(?=\.\d+\._[uv]$)"), ".original"),
     (re.compile(r"(.+\.)?[^.]+(?=_[uv]$)"), "_orig"),
@@ -26,9 +26,10 @@ class Entry:
     """What happens to one saved tensor.
 
     Attributes:
-        averaged: float tensors are averaged, all others are copied from the newest checkpoint, and
-            so are the singular vectors of spectral norm.
+        averaged: float tensors are averaged, all others are copied from the newest checkpoint.
         statistic: a batch-norm running statistic: averaged, but no part of the subspace.
+        singular: a singular vector of spectral norm, of unit length, which divides its weight by
+            what it makes of it: no part of the subspace, and its mean is brought to unit length.
         tied_to: the earlier tensor that shares its storage; it follows that one in everything.
     """
 
@@ -36,11 +37,12 @@ class Entry:
     info: TensorInfo
     averaged: bool
     statistic: bool = False
+    singular: bool = False
     tied_to: str | None = None
 
     @property
     def in_subspace(self) -> bool:
-        return self.averaged and not self.statistic and self.tied_to is None
+        return self.averaged and not (self.statistic or self.singular or self.tied_to)
 
 
 @dataclass(frozen=True)
@@ -105,10 +107,7 @@ def make_layout(checkpoints: Sequence[Checkpoint]) -> Layout:
         _require_same(first, other)
     entries = {}
     for name, info in first.tensors.items():
-        averaged = (info.dtype.is_float or info.dtype.is_complex) and not any(
-            (found := pattern.match(name)) and found[0] + weight in first.tensors
-            for pattern, weight in _SINGULAR_VECTORS
-        )
+        averaged = info.dtype.is_float or info.dtype.is_complex
         # Tied in the first is not enough: untied weights may have drifted apart later.
         root = first.aliases.get(name)
         tied = root if all(c.aliases.get(name) == root for c in checkpoints) else None
@@ -117,6 +116,7 @@ def make_layout(checkpoints: Sequence[Checkpoint]) -> Layout:
             info=info,
             averaged=averaged,
             statistic=averaged and name.rpartition(".")[2] in _STATISTICS,
+            singular=info.dtype.is_float and _is_singular_vector(name, first.tensors),
             tied_to=tied,
         )
     if not any(e.in_subspace for e in entries.values()):
@@ -126,6 +126,13 @@ def make_layout(checkpoints: Sequence[Checkpoint]) -> Layout:
             found=listing(entries) or "no tensors",
         )
     return Layout(entries)
+
+
+def _is_singular_vector(name: str, names: Container[str]) -> bool:
+    return any(
+        (found := pattern.match(name)) is not None and found[0] + weight in names
+        for pattern, weight in _SINGULAR_VECTORS
+    )
 
 
 def _require_same(first: Checkpoint, other: Checkpoint) -> None:

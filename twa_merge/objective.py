@@ -80,6 +80,7 @@ class Engine:
     def set_weights(self, alphas: Tensor) -> None:
         """w = Σ α_i w_i in every averaged tensor, from the store."""
         self.store.combine(alphas, self.live.targets())
+        self.live.normalise_singular_vectors()
 
     def losses_of(self, batch: Any, expected: int) -> Tensor:
         """One loss per example, (batch,) float."""

@@ -82,7 +82,8 @@ class EvaluationLog:
             raise ConfigError(
                 f"{folder} holds the state of an interrupted run with other inputs or options.",
                 expected=f"the same {', '.join(changed) or 'version'} as before",
-                remedy="repeat the earlier command to continue it, or give --fresh to start over",
+                remedy="repeat the earlier command to continue it, or give --fresh to start over"
+                + ("; a dataset that draws has to be seeded" if "examples" in changed else ""),
             )
         self._header = wanted
         self._known = records[1:] if header is not None else []

@@ -27,7 +27,7 @@ from .folders import (
 )
 from .safetensors_files import SafetensorsReader
 from .shards import group_shards
-from .steps import in_order, is_step_folder, named_step, select, trainer_step
+from .steps import in_order, is_numbered, is_step_folder, named_step, select, trainer_step
 
 _KINDS = f"Hugging Face folders, {SAFETENSORS} files, or torch.save files ({', '.join(PICKLES)})"
 _ALL = Selection()
@@ -243,7 +243,7 @@ def _opened_to_compare(found: Sequence[_Found], given: Sequence[Path]) -> list[_
 
 def _originals(f: _Found, found: Sequence[_Found], given: Sequence[Path]) -> list[_Found]:
     """What a checkpoint may be a copy of: those of its run folder with a number, of its step."""
-    if f.path in given or re.search(r"\d", f.path.name):
+    if f.path in given or is_numbered(f.path):
         return []
     return [
         g
@@ -251,7 +251,7 @@ def _originals(f: _Found, found: Sequence[_Found], given: Sequence[Path]) -> lis
         if g.path.parent == f.path.parent
         and g.step is not None
         and f.step in (None, g.step)
-        and re.search(r"\d", g.path.name)
+        and is_numbered(g.path)
     ]
 
 
@@ -307,9 +307,10 @@ def _open(found: _Found) -> Checkpoint:
 
         pickle = PickleReader(files, index)
         step = pickle.step if found.step is None else found.step
-        return Checkpoint(found.path, step, "pickle", pickle)
-    kind = "huggingface" if found.path.is_dir() else "safetensors"
-    checkpoint = Checkpoint(found.path, found.step, kind, SafetensorsReader(files, index))
+        checkpoint = Checkpoint(found.path, step, "pickle", pickle)
+    else:
+        kind = "huggingface" if found.path.is_dir() else "safetensors"
+        checkpoint = Checkpoint(found.path, found.step, kind, SafetensorsReader(files, index))
     _require_unquantised(checkpoint)
     return checkpoint
 

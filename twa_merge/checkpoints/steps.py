@@ -21,6 +21,8 @@ _WORDS = (
 )
 # Losses, versions and precisions are numbers too, but never steps.
 _NO_STEP = re.compile(r"\d+\.\d+|(?<![a-z])(?:fp|bf|int|float|bfloat)\d+")
+# What stands in the place of a number; others in such a name are the model's, as in resnet50_best.
+_NICKNAME = re.compile(r"(?<![a-z])(?:best|last|latest|final)(?![a-z])")
 _BEST = re.compile(r"(?<![a-z])best(?![a-z])")
 _FOLDER = re.compile(
     r"(?:model[-_])?(?:global[-_]?)?(?:checkpoint|ckpt|step|iter|iteration|epoch|ba)[-_=. ]?\d+",
@@ -52,11 +54,16 @@ def is_step_folder(folder: Path) -> bool:
     return _FOLDER.fullmatch(folder.name) is not None
 
 
+def is_numbered(path: Path) -> bool:
+    """Whether a checkpoint is called by a number, and not the best, the last or the final one."""
+    return bool(re.search(r"\d", path.name)) and not _NICKNAME.search(path.name.lower())
+
+
 def named_step(path: Path, files: Sequence[Path]) -> NamedStep | None:
     """The step that the name of a checkpoint tells.
 
     ``step`` and ``iter`` are believed before ``checkpoint``, that before ``epoch``, and any of
-    them before the last number in the name.
+    them before the last number in the name, which counts for nothing in that of the best one.
 
     Args:
         path: the folder, or the file itself.
@@ -71,6 +78,8 @@ def named_step(path: Path, files: Sequence[Path]) -> NamedStep | None:
             if numbers := words.findall(name):
                 return NamedStep(int(numbers[-1]), certain=k < 2)
     for name in reversed(names):
+        if _NICKNAME.search(name):
+            continue
         if numbers := re.findall(r"\d+", _NO_STEP.sub("", name)):
             return NamedStep(int(numbers[-1]), certain=True)
     return None
