@@ -12,7 +12,7 @@ from torch import nn
 
 from twa_merge import average, merge
 from twa_merge.checkpoints import open_checkpoints
-from twa_merge.config import FitConfig, GuardConfig, OutputConfig
+from twa_merge.config import FitConfig, GuardConfig
 from twa_merge.errors import CheckpointError, ConfigError
 from twa_merge.layout import (
     blocks_from_members,
@@ -86,17 +86,12 @@ def test_trained_merges_are_judged_by_the_singular_vectors_that_are_written(tmp_
         model.train()(torch.randn(3, task.inputs))
         states.append({k: v.clone() for k, v in model.state_dict().items()})
     save_run(tmp_path / "run", states)
-    document = merge(
-        [tmp_path / "run"],
-        task,
-        tmp_path / "out",
-        fit=FitConfig(blocks="global", ridge=0.1, max_evaluations=3),
-        guard=GuardConfig(candidates="uniform"),
-        out=OutputConfig(dtype="float32"),
-    )
-    (row,) = [c for c in document["candidates"] if c["name"] == document["chosen"]]
+    fit, guard = FitConfig(blocks="global", ridge=0.1), GuardConfig(candidates="uniform")
+    document = merge([tmp_path / "run"], task, tmp_path / "out", fit=fit, guard=guard)
+    average([tmp_path / "run"], tmp_path / "mean")
+    (row,) = [c for c in document["candidates"] if c["name"] == "uniform"]
     model = task.build_model().eval()
-    model.load_state_dict(load_file(tmp_path / "out" / "model.safetensors"))
+    model.load_state_dict(load_file(tmp_path / "mean" / "model.safetensors"))
     x, y = (torch.stack(column) for column in zip(*split(task, 0.25, 0).guard, strict=True))
     own = float(task.loss(model, (x, y)).detach().double().mean())
     assert row["guard_loss"] == pytest.approx(own, rel=1e-5)
