@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from .checkpoints.base import Checkpoint
 from .config import (
+    STARTS,
     DataConfig,
     EngineConfig,
     FitConfig,
@@ -89,7 +90,7 @@ def require_directions(fit: FitConfig, n: int, layout: Layout) -> None:
 def require_start(fit: FitConfig, checkpoints: Sequence[Checkpoint]) -> None:
     """Raises ConfigError where --start names a step that no checkpoint has."""
     steps = [str(checkpoint.step) for checkpoint in checkpoints]
-    if fit.start not in ("auto", "mean", "last") and str(int(fit.start)) not in steps:
+    if fit.start not in STARTS and str(int(fit.start)) not in steps:
         raise ConfigError(
             "--start names a step that no checkpoint has.",
             expected=", ".join(steps),

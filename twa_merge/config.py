@@ -12,6 +12,7 @@ from .errors import ConfigError
 BLOCKS = ("auto", "global", "layers", "tensors")
 OPTIMIZERS = ("lbfgs", "sgd", "adamw")
 SCHEDULES = ("constant", "step", "linear", "cosine")
+STARTS = ("auto", "mean", "last")
 BATCH_NORM = ("auto", "reestimate", "average", "newest")
 STORES = ("auto", "device", "host", "disk")
 STORE_DTYPES = ("auto", "float32", "bfloat16", "int8", "int4", "int1")
@@ -154,7 +155,7 @@ class FitConfig:
         _at_least("--epochs", self.epochs, 1)
         _at_least("--label-smoothing", self.label_smoothing, 0.0)
         _at_least("--sharpness", self.sharpness, 0.0)
-        if self.start not in ("auto", "mean", "last") and not _is_number(self.start):
+        if self.start not in STARTS and not _is_number(self.start):
             raise ConfigError(
                 "--start is not known.", expected="auto, mean, last or a step", found=self.start
             )

@@ -138,12 +138,9 @@ class LiveModel:
         """Whether the tensor is a running statistic of batch norm."""
         return self._layout[name].statistic
 
-    def normalise_singular_vectors(self) -> None:
-        """Brings the singular vectors of spectral norm, as they are now, to unit length."""
-        if any(self._layout[name].singular for name in self.names):
-            for name, target in self.targets().items():
-                if self._layout[name].singular:
-                    target.div_(target.norm().clamp(min=torch.finfo(target.dtype).tiny))
+    def is_singular_vector(self, name: str) -> bool:
+        """Whether the tensor is a singular vector of spectral norm."""
+        return self._layout[name].singular
 
     def is_buffer(self, name: str) -> bool:
         return self.names.get(name) in self._buffers

@@ -78,9 +78,12 @@ class Engine:
 
     @torch.no_grad()
     def set_weights(self, alphas: Tensor) -> None:
-        """w = Σ α_i w_i in every averaged tensor, from the store."""
-        self.store.combine(alphas, self.live.targets())
-        self.live.normalise_singular_vectors()
+        """w = Σ α_i w_i in every averaged tensor, from the store; w/‖w‖ of singular vectors."""
+        targets = self.live.targets()
+        self.store.combine(alphas, targets)
+        for name, target in targets.items():
+            if self.live.is_singular_vector(name):
+                target.div_(target.norm().clamp(min=torch.finfo(target.dtype).tiny))
 
     def losses_of(self, batch: Any, expected: int) -> Tensor:
         """One loss per example, (batch,) float."""

@@ -33,9 +33,8 @@ def checkpoint_list(checkpoints: Sequence[Checkpoint]) -> list[dict[str, Any]]:
 def steps_of(document: Mapping[str, Any]) -> list[int | None]:
     """The training steps of the checkpoints that a report is of; none where it does not say."""
     listed = document.get("checkpoints")
-    return (
-        [c.get("step") for c in listed if isinstance(c, dict)] if isinstance(listed, list) else []
-    )
+    rows = listed if isinstance(listed, list) else []
+    return [row.get("step") for row in rows if isinstance(row, dict)]
 
 
 def sources(given: Sequence[str | PathLike[str]], found: Sequence[Checkpoint]) -> dict[str, Any]:

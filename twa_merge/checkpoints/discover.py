@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from os import PathLike
 from pathlib import Path
 
-import numpy as np
-
 from ..config import Selection
 from ..errors import CheckpointError, listing
 from .base import Checkpoint, reading
+from .contents import require_unquantised, same_weights
 from .folders import (
     PICKLES,
     SAFETENSORS,
@@ -33,8 +31,6 @@ _KINDS = f"Hugging Face folders, {SAFETENSORS} files, or torch.save files ({', '
 _ALL = Selection()
 # Lightning's name for a copy of the newest checkpoint.
 _LAST = re.compile(r"last(-v\d+)?\.ckpt")
-# Numbers of a tensor, from its start and from its end, that tell it from another one.
-_COMPARED = 512
 # Beside the weights of every merge.
 _REPORT = "twa_merge.json"
 
@@ -108,7 +104,7 @@ def open_checkpoints(
     given = [Path(p) for p in paths]
     if not given:
         raise CheckpointError("No checkpoints were given.", expected=_KINDS)
-    found = _opened_to_compare([_with_step(f) for f in _once(_expand(given))], given)
+    found = _without_copies([_with_step(f) for f in _once(_expand(given))], given)
     listed = len(given) > 1 or not given[0].is_dir()
     opened: list[Checkpoint] = []
     try:
@@ -221,24 +217,25 @@ def _once(found: Sequence[_Found]) -> list[_Found]:
 
 
 def _distinct(found: Sequence[_Found], given: Sequence[Path]) -> list[_Found]:
-    """Without what is in a run folder under a name without a number, and there again with one."""
+    """Without files in a run folder that are called the last, where another one is of its step."""
     lasts = [f for f in found if _LAST.fullmatch(f.path.name) and f.path not in given]
     saved = {(f.path.parent, f.step) for f in found if f not in lasts and f.step is not None}
-    return [
-        f
-        for f in found
-        if (f not in lasts or (f.path.parent, f.step) not in saved)
-        and not any(_is_copy(f, other) for other in _originals(f, found, given))
-    ]
+    return [f for f in found if f not in lasts or (f.path.parent, f.step) not in saved]
 
 
-def _opened_to_compare(found: Sequence[_Found], given: Sequence[Path]) -> list[_Found]:
-    """All of a run folder are opened where one of them may be another one's copy."""
-    wanted: set[Path] = set()
+def _without_copies(found: Sequence[_Found], given: Sequence[Path]) -> list[_Found]:
+    """Without what is in a run folder under a name without a number, and there again with one."""
+    kept = {f.path: f for f in found}
     for f in found:
-        if originals := _originals(f, found, given):
-            wanted |= {f.path, *(g.path for g in originals)}
-    return [_opened(f) if f.path in wanted else f for f in found]
+        for original in _originals(f, found, given):
+            for path in (f.path, original.path):
+                kept[path] = _opened(kept[path])
+            one, other = kept[f.path].opened, kept[original.path].opened
+            if one and other and same_weights(one, other):
+                del kept[f.path]
+                one.close()
+                break
+    return list(kept.values())
 
 
 def _originals(f: _Found, found: Sequence[_Found], given: Sequence[Path]) -> list[_Found]:
@@ -260,22 +257,6 @@ def _opened(found: _Found) -> _Found:
         return replace(found, opened=_open(found))
     except CheckpointError as problem:
         return replace(found, problem=problem)
-
-
-def _is_copy(found: _Found, other: _Found) -> bool:
-    """Whether two hold the same weights, by their shapes and parts of their numbers."""
-    if not (found.opened and other.opened) or found.opened.tensors != other.opened.tensors:
-        return False
-    one, another = found.opened.reader, other.opened.reader
-    for name, info in one.tensors.items():
-        count = min(info.numel, _COMPARED)
-        for first in {0, info.numel - count}:
-            parts = [np.empty(count, info.dtype.array) for _ in range(2)]
-            one.read(name, first, parts[0])
-            another.read(name, first, parts[1])
-            if parts[0].tobytes() != parts[1].tobytes():
-                return False
-    return True
 
 
 def _with_step(found: _Found) -> _Found:
@@ -311,41 +292,8 @@ def _open(found: _Found) -> Checkpoint:
     else:
         kind = "huggingface" if found.path.is_dir() else "safetensors"
         checkpoint = Checkpoint(found.path, found.step, kind, SafetensorsReader(files, index))
-    _require_unquantised(checkpoint)
+    require_unquantised(checkpoint)
     return checkpoint
-
-
-def _require_unquantised(checkpoint: Checkpoint) -> None:
-    """Raises CheckpointError where packed integers and their scales stand for the weights.
-
-    The mean of the scales, or of both, is no scale of the mean.
-    """
-    packed = next(
-        (
-            name
-            for name, info in checkpoint.tensors.items()
-            if len(info.shape) > 1 and (info.dtype.itemsize == 1 or not info.dtype.is_float)
-        ),
-        None,
-    )
-    config = checkpoint.files[0].path.with_name("config.json")
-    if packed is None or not config.is_file():
-        return
-    with reading(config):
-        content = config.read_bytes()
-    try:
-        quantised = json.loads(content).get("quantization_config")
-    except (ValueError, AttributeError):
-        return
-    if quantised:
-        raise CheckpointError(
-            "The weights are quantised, so that they cannot be averaged.",
-            checkpoint=checkpoint.path,
-            tensor=packed,
-            expected="weights as they were trained",
-            found=f"{checkpoint.tensors[packed].dtype.name}, and a quantization_config",
-            remedy="merge the checkpoints before they are quantised, and quantise the result",
-        )
 
 
 def _missing(path: Path) -> CheckpointError:
