@@ -47,7 +47,7 @@ plan_options = group(
             opt("gpu_memory", "--gpu-memory", "Of one, such as 80GB.", type=Bytes(1 << 20),
                 metavar="SIZE"),
             opt("gather", "--gather", "As `train` would.", type=click.Choice(config.GATHERS),
-                default="layer", show_default=True),
+                default="auto", show_default=True),
         ]
     },
 )  # fmt: skip

@@ -308,8 +308,8 @@ def test_the_plan_reaches_the_library(library: Callable[..., list[dict[str, Any]
     )
     assert run(cli, ["inspect", "r", "--gpu-memory", "1.5GiB", "--json"]) == 0
     assert run(cli, ["inspect", "r", "--json"]) == 0
-    assert calls[0]["plan"] == {"gpus": 8, "gpu_memory": 80_000_000_000, "gather": "layer"}
-    assert calls[1]["plan"] == {"gpus": 1, "gpu_memory": 3 << 29, "gather": "layer"}
+    assert calls[0]["plan"] == {"gpus": 8, "gpu_memory": 80_000_000_000, "gather": "auto"}
+    assert calls[1]["plan"] == {"gpus": 1, "gpu_memory": 3 << 29, "gather": "auto"}
     assert "plan" not in calls[2]
 
 

@@ -9,11 +9,11 @@ from runs import LinearTask, save_run
 
 from twa_merge import inspect
 from twa_merge.checkpoints.base import TensorInfo
-from twa_merge.config import StoreConfig
+from twa_merge.config import EngineConfig, StoreConfig
 from twa_merge.distributed import World
 from twa_merge.dtypes import DTYPES
 from twa_merge.layout import Entry, Layout
-from twa_merge.store import Machine, Rates, Work, memory_plan, this_machine
+from twa_merge.store import Machine, Rates, Work, gathering, memory_plan, this_machine
 from twa_merge.store.limits import host_memory
 from twa_merge.store.plan import gigabytes
 
@@ -74,6 +74,29 @@ def test_a_model_that_is_gathered_whole_does_not_get_smaller_with_the_ranks():
     assert not {"gathered model", "gathered layer"} & set(
         plan_for(gpus(), work=Work(whole_model=True)).device
     )
+
+
+# Over 8 processes: 1.06 GB of parameters and gradients, 9.05 GB of offsets in float32 and centre,
+# 8.68 GB of the gathered model: 18.80 GB.
+@pytest.mark.parametrize(
+    ("machine", "store", "engine", "expected"),
+    [
+        (gpus(8), StoreConfig(), EngineConfig(), "model"),
+        (gpus(8, memory=41), StoreConfig(), EngineConfig(), "model"),
+        (gpus(8, memory=40.8), StoreConfig(), EngineConfig(), "layer"),
+        # Offsets on the host leave the GPU to the model.
+        (gpus(8, memory=23), StoreConfig("host"), EngineConfig(), "model"),
+        (gpus(8, memory=21), StoreConfig("disk"), EngineConfig(), "layer"),
+        (gpus(8), StoreConfig(), EngineConfig(gather="layer"), "layer"),
+        (gpus(8, memory=1), StoreConfig(), EngineConfig(gather="model"), "model"),
+        (gpus(8), StoreConfig(), EngineConfig(precision="bf16"), "layer"),
+        (gpus(1), StoreConfig(), EngineConfig(), "layer"),
+        (Machine(8, 8, "cuda"), StoreConfig(), EngineConfig(), "layer"),
+        (Machine(8, 8, "cpu", None, 10**13), StoreConfig(), EngineConfig(), "layer"),
+    ],
+)  # fmt: skip
+def test_gpus_gather_the_whole_model_where_there_is_ample_room(machine, store, engine, expected):
+    assert gathering(layout_of(), N, machine, store, engine) == expected
 
 
 def test_only_files_that_are_read_again_and_again_are_copied_into_memory():
@@ -287,3 +310,5 @@ def test_inspect_plans_for_gpus_for_this_cpu_and_for_a_gathered_model(tmp_path):
     assert bytes_of(gpus=0)["host"]["parameters"] == 4 * numbers
     assert "gathered layer" in bytes_of(gpus=2)["device"]
     assert "gathered model" in bytes_of(gpus=2, gather="model")["device"]
+    assert "gathered model" in bytes_of(gpus=2, gpu_memory=GB)["device"]
+    assert "gathered layer" in bytes_of(gpus=2, gpu_memory=GB, gather="layer")["device"]

@@ -129,11 +129,11 @@ def write(folder, more):
     return task
 
 
-def merging(k, folder, task):
+def merging(folder, task, out, gather):
     # fmt: off
-    return ["train", folder / "run", "--task", task, "-o", folder / f"m{k}", "--batch-size", 1,
+    return ["train", folder / "run", "--task", task, "-o", folder / out, "--batch-size", 1,
             "--blocks", "global", "--ridge", "0.01", "--max-evaluations", 4, "--candidates",
-            "last,twa", "--device", "cpu"]
+            "last,twa", "--gather", gather, "--device", "cpu"]
     # fmt: on
 
 
@@ -143,6 +143,7 @@ def evaluating(folder, task):
     # fmt: on
 
 
+GATHERED = ("layer", "model")
 INSIDE_AND_BEHIND = {"inside": ROUTED_ITSELF, "behind": EARLY_EXITS}
 
 
@@ -153,21 +154,26 @@ def done(tmp_path_factory):
     tasks = {name: write(folder / name, more) for name, more in INSIDE_AND_BEHIND.items()}
     whole = evaluating(folder / "whole", write(folder / "whole", GATHERED_AT_ONCE))
     for name, task in tasks.items():
-        here(*merging(1, folder / name, task))
-    merges = (merging(2, folder / name, task) for name, task in tasks.items())
+        here(*merging(folder / name, task, "alone", "layer"))
+    merges = (
+        merging(folder / name, task, gather, gather)
+        for name, task in tasks.items()
+        for gather in GATHERED
+    )
     launched = in_turn(2, whole, *merges)
     assert launched.returncode == 0, launched.stderr
     return folder, [documents_in(printed)[0] for printed in (here(*whole), launched.stdout)]
 
 
+@pytest.mark.parametrize("gather", GATHERED)
 @pytest.mark.parametrize("what", INSIDE_AND_BEHIND)
-def test_what_the_data_choose_inside_layers_and_behind_them(done, what):
+def test_what_the_data_choose_inside_layers_and_behind_them(done, what, gather):
     """A rank sums up gradients of experts and of layers that its own batch did without."""
-    found = {k: document(done[0] / what / f"m{k}") for k in (1, 2)}
-    assert found[2]["world_size"] == 2
-    one, other = ([row["guard_loss"] for row in found[k]["candidates"]] for k in (1, 2))
+    alone, both = (document(done[0] / what / out) for out in ("alone", gather))
+    assert both["world_size"] == 2
+    one, other = ([row["guard_loss"] for row in found["candidates"]] for found in (alone, both))
     assert other == pytest.approx(one, abs=1e-6)
-    one, other = (found[k]["coefficients"]["global"] for k in (1, 2))
+    one, other = (found["coefficients"]["global"] for found in (alone, both))
     assert other == pytest.approx(one, abs=1e-5)
 
 

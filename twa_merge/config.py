@@ -17,7 +17,7 @@ BATCH_NORM = ("auto", "reestimate", "average", "newest")
 STORES = ("auto", "device", "host", "disk")
 STORE_DTYPES = ("auto", "float32", "bfloat16", "int8", "int4", "int1")
 PRECISIONS = ("fp32", "bf16")
-GATHERS = ("layer", "model")
+GATHERS = ("auto", "layer", "model")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 # Choices that mean something to some optimizers only.
 _FIRST_ORDER = ("sgd", "adamw")
@@ -234,13 +234,14 @@ class EngineConfig:
         precision: of forward and backward passes.
         activation_checkpointing: recompute activations of repeated layers to save memory.
         gather: what a rank gathers of the other ranks' rows: one ``layer`` after the other in every
-            pass, or the whole ``model`` once an evaluation, which sends less and takes more memory.
+            pass, or the whole ``model`` once an evaluation, which sends less and takes more memory;
+            ``auto`` takes the model in float32 on GPUs of which it fills no more than half.
     """
 
     device: str = "auto"
     precision: str = "fp32"
     activation_checkpointing: bool = False
-    gather: str = "layer"
+    gather: str = "auto"
 
     def __post_init__(self) -> None:
         _one_of("--precision", self.precision, PRECISIONS)

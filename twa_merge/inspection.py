@@ -9,7 +9,7 @@ from typing import Any
 from . import report
 from .checkpoints import open_checkpoints
 from .checkpoints.base import Checkpoint
-from .config import Selection, StoreConfig
+from .config import EngineConfig, Selection, StoreConfig
 from .errors import CheckpointError
 from .layout import Layout, make_layout
 from .progress import Progress, silent
@@ -30,7 +30,7 @@ def inspect(
 
     Args:
         plan: ``gpus`` (0 or None for the CPU of this machine), ``gpu_memory`` in bytes and
-            ``gather`` (``layer`` or ``model``): adds what training would take on them.
+            ``gather`` (``auto``, ``layer`` or ``model``): adds what training would take on them.
 
     Raises:
         CheckpointError: a checkpoint cannot be read, or a number is not finite.
@@ -64,7 +64,7 @@ def _plan(layout: Layout, n: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
     """The memory plan of ``train`` for these checkpoints, on other machines than this one too."""
     from .distributed import World
     from .landscape import GRID
-    from .store import Machine, Work, memory_plan, this_machine
+    from .store import Machine, Work, gathering, memory_plan, this_machine
 
     gpus = wanted.get("gpus") or 0
     if gpus:
@@ -77,8 +77,10 @@ def _plan(layout: Layout, n: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
     else:
         machine = this_machine(World())
     pictures = GRID**2 if can_draw() else 0
-    work = Work(whole_model=wanted.get("gather") == "model", pictures=pictures)
-    found = memory_plan(layout, n, machine, StoreConfig(), work=work)
+    store, engine = StoreConfig(), EngineConfig(gather=wanted.get("gather", "auto"))
+    gather = gathering(layout, n, machine, store, engine)
+    work = Work(whole_model=gather == "model", pictures=pictures)
+    found = memory_plan(layout, n, machine, store, work=work)
     advice = list(found.advice)
     if found.kind == "disk":
         advice.append(

@@ -33,7 +33,7 @@ from .random_store import RandomStore
 from .resume import EvaluationLog
 from .same_examples import digest_of, require_same_examples
 from .scoring import Jury
-from .store import Store, Work, exact_store, make_store
+from .store import Store, Work, exact_store, gathering, make_store, this_machine
 from .subspace import root_mean_square
 from .task import Splits, Task
 
@@ -88,6 +88,7 @@ def set_up(
 ) -> Run:
     """Builds the model and reads the checkpoints: Gram matrices and store in a single pass."""
     n = len(checkpoints)
+    gather = gathering(layout, n, this_machine(world), choices.store, choices.engine)
     with clock.part("build"):
         live = build(
             task,
@@ -96,7 +97,7 @@ def set_up(
             world,
             precision=choices.engine.precision,
             activation_checkpointing=choices.engine.activation_checkpointing,
-            gather=choices.engine.gather,
+            gather=gather,
         )
     note_strangers(live, layout, progress)
     blocks = _blocks(live, layout, choices.fit)
@@ -108,7 +109,7 @@ def set_up(
         world,
         choices.store,
         shared=shared,
-        work=Work(whole_model=choices.engine.gather == "model", layer_numel=live.layer_numel),
+        work=Work(whole_model=gather == "model", layer_numel=live.layer_numel),
         progress=progress,
     )
     with clock.part("ingest"):

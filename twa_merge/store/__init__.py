@@ -12,6 +12,7 @@ from ..layout import Blocks, Layout
 from ..progress import Noted, Progress, silent
 from .base import Store
 from .disk import DiskStore
+from .gathering import gathering
 from .limits import device_memory, host_memory
 from .memory import MemoryStore
 from .plan import NO_DTYPE_ON_DISK, Machine, Plan, Rates, Work, memory_plan
@@ -23,6 +24,7 @@ __all__ = [
     "Store",
     "Work",
     "exact_store",
+    "gathering",
     "make_store",
     "memory_plan",
     "this_machine",
