@@ -42,11 +42,15 @@ def environment(*, pictures: bool = False, **more: str) -> dict[str, str]:
 
 
 def run(
-    k: int, *arguments: object, module: str = "twa_merge_cli", **more: str
+    k: int,
+    *arguments: object,
+    module: str = "twa_merge_cli",
+    pictures: bool = False,
+    **more: str,
 ) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         command(k, *arguments, module=module),
-        env=environment(**more),
+        env=environment(pictures=pictures, **more),
         capture_output=True,
         text=True,
         timeout=240,

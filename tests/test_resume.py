@@ -68,6 +68,21 @@ def test_a_killed_fit_continues_and_ends_at_the_same_point(tmp_path):
     assert not (tmp_path / "killed").exists()
 
 
+def test_a_landscape_that_failed_is_left_out_until_a_fresh_start(tmp_path):
+    chart, function, _ = problem()
+    log, _ = run(tmp_path / "s", chart, function)
+    log.fail_landscape()
+    again, _ = run(tmp_path / "s", chart, function)
+    assert again.landscape_failed
+    anew, _ = run(tmp_path / "s", chart, function, fresh=True)
+    assert not anew.landscape_failed
+    later, _ = run(tmp_path / "s", chart, function)
+    assert not later.landscape_failed
+    again.fail_landscape()
+    again.remove()
+    assert not (tmp_path / "s").exists()
+
+
 def test_a_task_that_has_changed_meanwhile_starts_over_and_says_so(tmp_path):
     chart, function, calls = problem()
     with pytest.raises(Killed):

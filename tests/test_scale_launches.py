@@ -232,3 +232,57 @@ def test_max_restarts_goes_on_after_a_killed_rank(tmp_path):
     assert "was killed by SIGKILL, often a sign of too little memory. Starting again" in said
     assert "Continuing" in said
     assert document(tmp_path / "m")["world_size"] == 2
+
+
+# Checkpoints around the solution: nothing but the landscape is further out than they are.
+CAREFUL = """
+import torch
+from runs import Pairs, save_run
+from torch import nn
+
+AROUND = torch.tensor([[1.0, 0.0], [-0.5, 0.9], [-0.5, -0.9]])
+
+
+class Careful:
+    def build_model(self):
+        return nn.Linear(2, 1, bias=False)
+
+    def dataset(self):
+        x = torch.randn(40, 2, generator=torch.Generator().manual_seed(0))
+        return Pairs(x, torch.zeros(40, 1))
+
+    def loss(self, model, batch):
+        x, y = batch
+        found = model(x)
+        if (found.abs() > 1.1 * (x @ AROUND.T).abs().amax(1, keepdim=True)).any():
+            raise ValueError("a loss that explodes")
+        return (found - y).square().mean(1)
+
+
+def task():
+    return Careful()
+
+
+def train(folder):
+    save_run(folder, [{"weight": weight[None].clone()} for weight in AROUND])
+"""
+
+
+def test_a_task_that_fails_in_the_landscape_costs_a_run_of_several_processes_one_more(tmp_path):
+    task = tmp_path / "careful.py"
+    task.write_text(CAREFUL)
+    runpy.run_path(str(task))["train"](tmp_path / "run")
+    # fmt: off
+    merging = ["train", tmp_path / "run", "--task", task, "-o", tmp_path / "m", "--blocks",
+               "global", "--ridge", "0.01", "--candidates", "last,uniform,twa", "--device", "cpu"]
+    # fmt: on
+    failed = run(2, *merging, pictures=True)
+    assert failed.returncode != 0
+    assert "a loss that explodes" in failed.stderr
+    assert "the same command again goes on without the report's landscape" in failed.stderr
+    assert not (tmp_path / "m").exists()
+    done = run(2, *merging, pictures=True)
+    assert done.returncode == 0, done.stderr
+    assert "no landscape: the task failed there" in done.stderr
+    assert (tmp_path / "m" / "report.html").exists()
+    assert not (tmp_path / "m.partial").exists()

@@ -227,11 +227,22 @@ def _plane(run: Run, fitted: Sequence[Fitted], verdict: Verdict) -> dict[str, An
 
     The corners of the picture are further out than anything that has been evaluated before.
     """
+    if run.log.landscape_failed:
+        run.progress(
+            Noted("The report has no landscape: the task failed there. --fresh tries again.")
+        )
+        return None
     try:
         return landscape(run.fitter, fitted[0], verdict.shown, run.progress)
     except TaskError as error:
         # Of several processes one alone may have met it: the others wait for it.
         if run.world.size > 1:
+            run.log.fail_landscape()
+            where = error.details.get("what to do")
+            error.details["what to do"] = (
+                "the same command again goes on without the report's landscape, where this was"
+                + (f" ({where})" if where else "")
+            )
             raise
         why = ", ".join(line.strip() for line in str(error).splitlines())
         run.progress(Noted(f"The report has no landscape: {why}"))

@@ -27,6 +27,8 @@ from .subspace import Chart
 
 _STATE = "state.jsonl"
 _SCRATCH = "state.jsonl.new"
+_UNDRAWN = "no-landscape"
+_FILES = (_STATE, _SCRATCH, _UNDRAWN)
 _HEADER, _COLUMNS = {"run"}, {"stage", "z", "mark", "loss", "gradient"}
 _ALIKE = 1e-3
 _ANOTHER_WAY = (
@@ -47,6 +49,10 @@ class EvaluationLog:
             node. A state of another run is not continued.
         fresh: start over.
         progress: is told when the state turns out to be of no use.
+
+    Attributes:
+        resumed: evaluations that are known of an earlier run.
+        landscape_failed: the task ended that run where the report's landscape was evaluated.
 
     Raises:
         ConfigError: the folder holds the state of a run with other inputs or options.
@@ -90,6 +96,8 @@ class EvaluationLog:
         self._kept: list[dict[str, Any]] = []
         self._started = False
         self.resumed = len(self._known)
+        undrawn = not fresh and (folder / _UNDRAWN).exists()
+        self.landscape_failed = world.broadcast(undrawn if world.is_zero else False)
 
     def _others(self) -> list[str]:
         """What is in the way: files of another kind in the state's folder, or one of its name."""
@@ -99,7 +107,7 @@ class EvaluationLog:
             return ["a file of that name"]
         except OSError:
             return []
-        return sorted(there - {_STATE, _SCRATCH})
+        return sorted(there.difference(_FILES))
 
     def _read(self) -> list[dict[str, Any]]:
         records: list[dict[str, Any]] = []
@@ -185,13 +193,20 @@ class EvaluationLog:
         lines = [json.dumps(r) for r in [{"run": self._header}, *self._kept]]
         scratch.write_text("".join(line + "\n" for line in lines))
         scratch.replace(self.folder / _STATE)
+        if not self.landscape_failed:
+            (self.folder / _UNDRAWN).unlink(missing_ok=True)
         self._started = True
+
+    def fail_landscape(self) -> None:
+        """Has a repeated run do without the landscape; called by the rank that cannot go on."""
+        with contextlib.suppress(OSError):
+            (self.folder / _UNDRAWN).touch()
 
     def remove(self) -> None:
         """Removes the state, and nothing else that is there by now: the run has ended."""
         if self._world.is_zero:
             with contextlib.suppress(OSError):
-                for name in (_STATE, _SCRATCH):
+                for name in _FILES:
                     (self.folder / name).unlink(missing_ok=True)
                 self.folder.rmdir()
 
