@@ -10,14 +10,14 @@ from runs import LinearTask, Pairs, save_run
 from safetensors.torch import load_file
 
 from twa_merge import merge
-from twa_merge.guard import paired
-from twa_merge.ridge import FOLDS, RIDGES, RidgePath, fold_of, scale_of, too_far
+from twa_merge.ridge import FOLDS, RIDGES, RidgePath, folds_of, scale_of, too_far
+from twa_merge.sampling import paired
 
 
 def path_of(means: dict[float, float], noise: float = 0.0, size: int = 400) -> RidgePath:
     """One fold whose paired differences between ridges have a standard deviation of ``noise``."""
     generator = torch.Generator().manual_seed(0)
-    path, count = RidgePath(size), size // FOLDS
+    path, count = RidgePath(torch.arange(size)), size // FOLDS
     shared = torch.randn(count, generator=generator, dtype=torch.float64)
     for ridge, mean in means.items():
         own = torch.randn(count, generator=generator, dtype=torch.float64)
@@ -27,11 +27,32 @@ def path_of(means: dict[float, float], noise: float = 0.0, size: int = 400) -> R
 
 
 def test_every_example_is_unseen_once():
-    unseen = [p for fold in range(FOLDS) for p in fold_of(10, fold)[1]]
-    assert sorted(unseen) == list(range(10))
-    for fold in range(FOLDS):
-        train, out = fold_of(10, fold)
-        assert sorted(train + out) == list(range(10))
+    path = RidgePath(torch.arange(10))
+    assert sorted(p for part in path.parts for p in part) == list(range(10))
+    for fold, unseen in enumerate(path.parts):
+        assert sorted(path.without(fold) + unseen) == list(range(10))
+    assert path.parts == [[3, 7], [2, 6], [1, 5, 9], [0, 4, 8]]
+
+
+def test_groups_are_unseen_as_a_whole():
+    groups = torch.tensor([5, 1, 5, 2, 1, 5, 3, 7, 7, 9, 2, 5])
+    parts = folds_of(groups)
+    assert sorted(p for part in parts for p in part) == list(range(12))
+    assert sorted(map(len, parts)) == [2, 3, 3, 4]
+    for label in groups.unique():
+        members = (groups == label).nonzero().flatten().tolist()
+        assert sum(bool(set(part) & set(members)) for part in parts) == 1
+    assert folds_of(torch.tensor([1, 0, 1, 0, 0])) == [[0, 2], [1, 3, 4]]
+    assert len(folds_of(torch.zeros(8, dtype=torch.int64))) == FOLDS
+    assert folds_of(torch.arange(3)) == []
+
+
+def test_a_gain_that_few_groups_tell_of_asks_for_more_folds():
+    for count, settled in ((28, False), (32, True)):
+        grouped = path_of({math.inf: 2.0, 0.1: 1.0}, noise=0.01)
+        grouped.groups = torch.arange(400) % count
+        grouped.parts = folds_of(grouped.groups)
+        assert grouped.settled() == settled
 
 
 def test_without_noise_the_best_ridge_is_chosen():

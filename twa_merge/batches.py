@@ -28,15 +28,26 @@ class Batches:
     statistics do not follow the order of a sorted dataset. Batch k belongs to rank k mod size;
     all ranks make the same number of rounds, because the passes of a sharded model are
     collective, and a rank that has run out repeats a batch with weight zero.
+
+    Args:
+        groups: label of each example; those of one group are alike. None: none are.
     """
 
     def __init__(
-        self, dataset: Dataset[Any], task: Task, batch_size: int, seed: int, world: World
+        self,
+        dataset: Dataset[Any],
+        task: Task,
+        batch_size: int,
+        seed: int,
+        world: World,
+        groups: Sequence[int] | None = None,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.size = len(dataset)  # type: ignore[arg-type]
         self.order = torch.randperm(self.size, generator=generator).tolist()
         self.batch_size = batch_size
+        labels = range(self.size) if groups is None else groups
+        self._groups = torch.tensor([labels[place] for place in self.order], dtype=torch.int64)
         self._dataset = dataset
         self._collate = collate_of(task)
         self.seed = seed
@@ -48,6 +59,10 @@ class Batches:
         """The place of an example in the dataset that the split is a part of."""
         place = self.order[position]
         return int(getattr(self._dataset, "indices", range(self.size))[place])
+
+    def groups(self, chosen: Sequence[int]) -> Tensor:
+        """Label of the group of each chosen example, (M,) int64."""
+        return self._groups[list(chosen)]
 
     def parts(self, chosen: Sequence[int]) -> list[list[int]]:
         """``chosen`` batch by batch, over all ranks.

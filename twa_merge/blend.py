@@ -15,11 +15,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from .sampling import standard_error
+
 # Times what the least costs are and differ by.
 _OUT_OF_THE_QUESTION = 10.0
 
 
-def likelihoods(costs: Tensor) -> Tensor:
+def likelihoods(costs: Tensor, groups: Tensor | None = None) -> Tensor:
     """Weights (C,) of C candidates, Σ = 1, from what each costs on the same examples.
 
     In proportion to Φ(−d/s): d is the mean of the paired differences to the least candidate, s its
@@ -29,17 +31,16 @@ def likelihoods(costs: Tensor) -> Tensor:
         costs: (C, N) float64; a candidate of a cost that is not finite gets no weight, nor one that
             is worse by more than ten times what the costs of the least are and differ by: one
             enormous cost has a standard error as large as the mean.
+        groups: label of each example, (N,) int64; those of one group are alike.
     """
     means = costs.mean(1).nan_to_num(torch.inf)
     best = costs[means.argmin()]
     differences = costs - best
     gaps = differences.mean(1)
-    count = costs.shape[1]
-    # One difference says nothing of its error.
-    error = differences.std(1) / count**0.5 if count > 1 else torch.full_like(means, torch.inf)
+    error = standard_error(differences, groups)
     z = torch.where(differences.eq(0.0).all(1), 0.0, gaps / error)
     weights = torch.special.ndtr(-z).nan_to_num(0.0)
-    size = best.mean().abs() + (best.std() if count > 1 else 0.0)
+    size = best.mean().abs() + (best.std() if len(best) > 1 else 0.0)
     weights = torch.where(gaps > _OUT_OF_THE_QUESTION * size, 0.0, weights)
     return weights / weights.sum()
 

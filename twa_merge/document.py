@@ -304,14 +304,21 @@ def _sentence(chosen: str, improvement: Document, selected: str | None) -> str:
     text = f"{spoken(chosen)} is {how} than {spoken(improvement['over'])}"
     text += f" by {figure(abs(mean), places)}"
     text += f" in {selected}" if selected else ""
+    few = improvement.get("enough") is False
     if low is None or high is None:
-        return f"{text}."
+        return f"{text}{_too_few(improvement) if few else '.'}"
     text += f" (95 % interval {span((low, high), places)})"
-    if (low > 0 or high < 0) and improvement.get("enough") is False:
-        return f"{text}, of {improvement['examples']} examples: too few, within noise."
+    if (low > 0 or high < 0) and few:
+        return text + _too_few(improvement)
     if low == high and mean:
         return f"{text}: every example says the same, as if there were only one."
     return f"{text}." if low > 0 or high < 0 else f"{text}: within noise."
+
+
+def _too_few(improvement: Mapping[str, Any]) -> str:
+    examples, groups = improvement["examples"], improvement.get("groups")
+    alike = "" if groups in (None, examples) else f" in {groups} groups"
+    return f", of {examples} examples{alike}: too few, within noise."
 
 
 def spoken(name: str) -> str:

@@ -18,7 +18,6 @@ from .checkpoints import Checkpoint, is_run, open_checkpoints, sidecars
 from .checkpoints.base import reading
 from .config import DataConfig, EngineConfig, Selection, StoreConfig, as_dict
 from .distributed import World, start
-from .guard import bootstrap_interval
 from .ingest import ingest
 from .layout import global_block, make_layout
 from .model import build
@@ -26,8 +25,9 @@ from .objective import Engine
 from .progress import Advanced, Progress, Started, silent
 from .run import note_strangers
 from .same_examples import require_same_examples
+from .sampling import bootstrap_interval
 from .store import make_store
-from .task import Task, check_task, dataset_of, require_examples
+from .task import Task, check_task, dataset_of, groups_of, require_examples
 from .tasks import BUILT_IN, load_task
 
 Paths = Sequence[str | PathLike[str]]
@@ -137,11 +137,13 @@ def _row(
     shared = {name: live.is_shared(name) for name in layout.averaged}
     store = make_store([checkpoint], layout, blocks, world, StoreConfig("disk"), shared=shared)
     ingest([checkpoint], layout, world, store=store, shared=shared)
-    batches = Batches(dataset, task, data_config.batch_size, data_config.seed, world)
+    groups = groups_of(task, dataset)
+    batches = Batches(dataset, task, data_config.batch_size, data_config.seed, world, groups)
     runner = Engine(live, store, blocks, task, world)
     runner.set_weights(torch.ones(1, 1, dtype=torch.float64))
-    losses, metrics = runner.example_losses(batches, range(batches.size), with_metrics=True)
-    low, high = bootstrap_interval(losses, data_config.seed)
+    everything = range(batches.size)
+    losses, metrics = runner.example_losses(batches, everything, with_metrics=True)
+    low, high = bootstrap_interval(losses, data_config.seed, batches.groups(everything))
     return {
         "path": str(checkpoint.path),
         "step": checkpoint.step,

@@ -13,12 +13,13 @@ from .batches import Batches
 from .candidates import single, window
 from .config import FitConfig
 from .first_order import first_order
-from .guard import finite_mean, paired
+from .guard import finite_mean
 from .objective import Engine, Objective
 from .optimize import FitResult, Function, lbfgs
 from .progress import Advanced, Evaluated, Progress, Started
 from .resume import EvaluationLog
-from .ridge import FOLDS, RidgePath, fold_of, scale_of, too_far
+from .ridge import RidgePath, scale_of, too_far
+from .sampling import paired
 from .subspace import Chart
 
 # On the path a fit needs to be good enough to compare ridges, no more; each begins where the one
@@ -180,17 +181,19 @@ class Fitter:
         """Whether the larger sample's answer is better on it by more than one standard error."""
         if torch.equal(old, new):
             return False
-        gain, error = paired(*(self.losses(chart.alphas(z), chosen) for z in (old, new)))
+        losses, others = (self.losses(chart.alphas(z), chosen) for z in (old, new))
+        gain, error = paired(losses, others, self.batches.groups(chosen))
         return gain > error
 
     def _path(self, name: str, chart: Chart, before: Fitted | None, folds: int | None) -> RidgePath:
         """Cross-validates the ridge, fold by fold until its gain on unseen examples is settled."""
-        path, fewest = RidgePath(min(self.limit, _RIDGE_SAMPLE)), 1
+        sample = range(min(self.limit, _RIDGE_SAMPLE))
+        path, fewest = RidgePath(self.batches.groups(sample)), 1
         if before and before.path:
             path.scale, fewest = before.path.scale, before.path.folds
         elif chart.size:
-            path.scale = scale_of(self.losses(chart.base, range(path.size)))
-        for fold in range((folds or FOLDS) if path.size >= FOLDS and chart.size else 0):
+            path.scale = scale_of(self.losses(chart.base, sample))
+        for fold in range(len(path.parts[:folds]) if chart.size else 0):
             self._extend(path, name, self._without(chart, before, path, fold), fold)
             if folds is None and path.folds >= fewest and path.settled():
                 break
@@ -202,7 +205,7 @@ class Fitter:
             return chart
         ends = before.path.ends[before.ridge]
         if fold == len(ends):
-            stage, train = f"{before.name}/fold{fold}", fold_of(path.size, fold)[0]
+            stage, train = f"{before.name}/fold{fold}", path.without(fold)
             # The other folds' ends know the examples of this one.
             start = torch.zeros(before.chart.size, dtype=torch.float64)
             limit = 2 * _PATH_EVALUATIONS
@@ -219,7 +222,7 @@ class Fitter:
         In the first one all ridges become stronger where even the strongest lets the fit go too
         far: of few examples the spread of the losses says little of their unit.
         """
-        train, unseen = fold_of(path.size, fold)
+        train, unseen = path.without(fold), path.parts[fold]
 
         def add(ridge: float, z: Tensor) -> None:
             path.add(ridge, z, self.losses(chart.alphas(z), unseen))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,10 +11,11 @@ from torch.nn.functional import pad
 from . import report
 from .config import as_dict
 from .fit import Fitted
-from .guard import Improvement, Scored, bootstrap_interval
+from .guard import Improvement, Scored
 from .layout import Blocks
 from .report import coefficient_values, finite
 from .run import Run
+from .sampling import bootstrap_interval
 from .subspace import Subspace, orthogonality_error
 from .verdict import Verdict
 
@@ -91,9 +91,7 @@ def _candidate_row(item: Scored, n: int, blocks: Blocks, seed: int) -> dict[str,
 
     Its coefficients are those of the n checkpoints; random directions are in ``coefficients``.
     """
-    # A single loss has no interval.
-    alone = len(item.guard) < 2
-    low, high = (math.nan, math.nan) if alone else bootstrap_interval(item.guard, seed)
+    low, high = bootstrap_interval(item.guard, seed, item.groups)
     row: dict[str, Any] = {
         "name": item.name,
         "coefficients": coefficient_values(item.candidate.alphas[:, :n].numpy(), blocks),
@@ -124,6 +122,7 @@ def _improvement_row(found: Improvement) -> dict[str, Any]:
         "certain": found.certain,
         "enough": found.enough,
         "examples": found.examples,
+        "groups": found.groups,
     }
 
 

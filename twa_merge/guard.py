@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from .candidates import Candidate
+from .sampling import bootstrap_interval, independent, paired
 
-RESAMPLES = 2000
-_DRAWN_AT_ONCE = 1 << 20
 # Fewer paired differences can all have the same sign by chance, in more than 5 % of cases
 # (2 · 2^-5), and a bootstrap of them knows nothing else.
 _FEWEST = 6
@@ -25,8 +24,10 @@ class Scored:
     Attributes:
         guard: loss per example of the guard split, (N,) float64.
         metrics: name → (N,) float64, on the guard split.
+        groups: label of each example of the guard split, (N,) int64; those of one group are alike.
         unseen: (M,) float64, loss of examples of the fit split, where it was taken: each by
             coefficients that were fitted without it.
+        unseen_groups: their labels, (M,) int64; no group is on both sides.
         crossed: (N + M,) float64, what stands for both where the candidate is the best of several:
             losses of the one that the other half of the examples would have picked.
         fit_loss, test_loss: means, where they were taken.
@@ -36,7 +37,9 @@ class Scored:
     candidate: Candidate
     guard: Tensor
     metrics: dict[str, Tensor] = field(default_factory=dict)
+    groups: Tensor | None = None
     unseen: Tensor | None = None
+    unseen_groups: Tensor | None = None
     crossed: Tensor | None = None
     fit_loss: float | None = None
     test_loss: float | None = None
@@ -58,6 +61,13 @@ class Scored:
         cost = self.cost_of(select)
         return cost if self.unseen is None else torch.cat([cost, self.unseen])
 
+    @property
+    def evidence_groups(self) -> Tensor | None:
+        """Labels of the examples of ``evidence``; None: every example is a group of its own."""
+        if self.groups is None or self.unseen is None or self.unseen_groups is None:
+            return self.groups
+        return torch.cat([self.groups, self.unseen_groups + int(self.groups.max()) + 1])
+
 
 def finite_mean(losses: Tensor) -> float:
     """The mean, or infinity where it is not finite."""
@@ -71,43 +81,36 @@ def first_unless_beaten(variants: Sequence[Scored], select: str) -> Scored:
     The least of several means on a small guard split is luck more often than not, and the error of
     very few differences is itself a guess.
     """
-    beating = [variants[0]]
-    for other in variants[1:] if len(variants[0].guard) >= _FEWEST else ():
-        gain, error = paired(variants[0].cost_of(select), other.cost_of(select))
+    first = variants[0]
+    beating, known = [first], independent(len(first.guard), first.groups)
+    for other in variants[1:] if known >= _FEWEST else ():
+        gain, error = paired(first.cost_of(select), other.cost_of(select), first.groups)
         if gain > 2.0 * error:
             beating.append(other)
     return min(beating, key=lambda s: finite_mean(s.cost_of(select)))
 
 
-def paired(losses: Tensor, others: Tensor) -> tuple[float, float]:
-    """Mean of ``losses − others`` (N,) and its standard error; (0, 0) for equal ones.
-
-    A single difference has an infinite error; the mean is infinite where one is not finite.
-    """
-    if torch.equal(losses, others):
-        return 0.0, 0.0
-    difference = losses - others
-    if not bool(difference.isfinite().all()):
-        return math.inf, 0.0
-    count = len(difference)
-    error = float(difference.std()) / count**0.5 if count > 1 else math.inf
-    return float(difference.mean()), error
-
-
 @dataclass(frozen=True)
 class Improvement:
-    """Mean of a paired difference on the guard split and its 95 % interval; positive is better."""
+    """Mean of a paired difference on the guard split and its 95 % interval; positive is better.
+
+    Attributes:
+        low, high: of the interval; NaN where all examples are of one group.
+        groups: of examples that are alike, drawn as a whole; as many as examples where there are
+            none.
+    """
 
     over: str
     mean: float
     low: float
     high: float
     examples: int
+    groups: int
 
     @property
     def enough(self) -> bool:
-        """Whether there are examples enough for the interval to mean anything."""
-        return self.examples >= _FEWEST
+        """Whether there are groups enough for the interval to mean anything."""
+        return self.groups >= _FEWEST
 
     @property
     def certain(self) -> bool:
@@ -135,7 +138,8 @@ def stands(cautious: Scored, best: Scored) -> bool:
     The least of several noisy means flatters itself, and on few examples a bold candidate can be
     ahead because they hold no outlier. Equal losses are a tie, which nothing needs to withstand.
     """
-    gain, error = paired(cautious.evidence("loss"), best.evidence("loss"))
+    losses = cautious.evidence("loss"), best.evidence("loss")
+    gain, error = paired(*losses, cautious.evidence_groups)
     return gain <= error and _mean_cost(best, "loss") < _mean_cost(cautious, "loss")
 
 
@@ -147,39 +151,11 @@ def _mean_cost(item: Scored, select: str) -> float:
 def improvement(winner: Scored, other: Scored, select: str, seed: int) -> Improvement:
     """How much better the winner is than another candidate on the same examples.
 
-    A paired percentile bootstrap over examples, 2,000 resamples, drawn from ``seed``.
+    A paired percentile bootstrap over examples, or their groups: 2,000 resamples, drawn from
+    ``seed``.
     """
     difference = other.cost_of(select) - winner.cost_of(select)
-    low, high = bootstrap_interval(difference, seed)
-    return Improvement(other.name, float(difference.mean()), low, high, len(difference))
-
-
-def bootstrap_interval(values: Tensor, seed: int) -> tuple[float, float]:
-    """95 % interval of the mean of ``values`` (N,) float64: an expanded percentile bootstrap.
-
-    Plain percentiles are too narrow for few values: with normal ones by what Student's t is wider
-    than the normal distribution, and by √(N / (N − 1)). The levels are moved by that much
-    (Hesterberg, What Teachers Should Know About the Bootstrap, The American Statistician 69, 2015,
-    section 4.1.3); with 1,000 values it makes no difference.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    size = len(values)
-    many = max(1, _DRAWN_AT_ONCE // size)
-    means = []
-    for first in range(0, RESAMPLES, many):
-        shape = min(many, RESAMPLES - first), size
-        means.append(values[torch.randint(size, shape, generator=generator)].mean(1))
-    tail = _tail(size)
-    levels = torch.tensor([tail, 1.0 - tail], dtype=torch.float64)
-    low, high = torch.quantile(torch.cat(means), levels).tolist()
-    return low, high
-
-
-def _tail(size: int) -> float:
-    """The level of an expanded percentile interval's lower end, for ``size`` values."""
-    degrees = max(1, size - 1)
-    # Student's quantile (Abramowitz and Stegun, Handbook of Mathematical Functions, 26.7.5).
-    z = 1.959964
-    t = z + (z**3 + z) / (4 * degrees) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * degrees**2)
-    t += (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * degrees**3)
-    return math.erfc(t * math.sqrt((degrees + 1) / degrees) / math.sqrt(2.0)) / 2
+    low, high = bootstrap_interval(difference, seed, winner.groups)
+    size = len(difference)
+    known = independent(size, winner.groups)
+    return Improvement(other.name, float(difference.mean()), low, high, size, known)

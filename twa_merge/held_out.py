@@ -11,7 +11,6 @@ from torch import Tensor
 from .candidates import Candidate, greedy, single
 from .fit import Fitted
 from .guard import Scored
-from .ridge import fold_of
 from .run import Run
 
 # A greedy soup takes 2n evaluations; on more examples it would cost more than the fit. Three
@@ -40,6 +39,7 @@ class HeldOut:
 
     Attributes:
         parts: positions of the fit examples of each fold; none without a cross-validation.
+        groups: their labels, one fold after the other, (M,) int64.
     """
 
     def __init__(self, run: Run, fitted: Sequence[Fitted], soups: Soups | None) -> None:
@@ -49,7 +49,8 @@ class HeldOut:
         known = run.choices.guard.select == "loss" and run.jury.engine is run.engine
         whole, *by_block = fitted
         last = fitted[-1].path if known else None
-        self.parts = [fold_of(last.size, k)[1] for k in range(last.folds)] if last else []
+        self.parts = last.parts[: last.folds] if last else []
+        self.groups = last.unseen_groups if last and self.parts else None
         self._losses: dict[str, Tensor] = {}
         self._alphas: dict[str, list[Tensor]] = {}
         if last is None or not self.parts:
@@ -73,8 +74,12 @@ class HeldOut:
         """Its coefficients without each fold; what has not been fitted stays as it is."""
         return self._alphas.get(candidate.name) or [candidate.alphas] * len(self.parts)
 
-    def losses(self, item: Scored) -> Tensor:
-        """Its losses on the parts, one after the other, (M,)."""
+    def judge(self, item: Scored) -> None:
+        """Adds its losses on the parts."""
+        item.unseen, item.unseen_groups = self._losses_on_parts(item), self.groups
+
+    def _losses_on_parts(self, item: Scored) -> Tensor:
+        """One after the other, (M,)."""
         candidate, mode = item.candidate, item.batch_norm
         if candidate.name in self._losses and mode is None:
             return self._losses[candidate.name]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from .guard import paired
+from .sampling import independent, paired
 
 # Weights of ‖z‖²/2 that `auto` tries, strongest first, so that each fit starts near the next; for
 # losses whose standard deviation over the examples is about this, as that of likelihoods in nats.
@@ -20,8 +20,9 @@ _HARDLY = 0.005
 # Standard errors: the choice among several ridges looks better on the examples it was made on
 # than it is, so two are not enough.
 _CERTAIN = 3.0
-# Examples: of fewer than these, a standard error is itself a guess.
-_FEWEST = 30
+# Of fewer examples, or groups of them, than these a standard error is itself a guess. By Student's
+# t three of them are no more certain with eight groups than two of them are with many.
+_FEWEST, _FEWEST_GROUPS = 30, 8
 # Nats that an example pays for the way from the base. One direction gone by as much as the
 # checkpoints differ in it, one standard deviation, is half a nat from a normal prior. Losses on
 # unseen examples alone do not do: where all of few examples are easy, they are better the further
@@ -36,16 +37,24 @@ class RidgePath:
     """Losses on unseen examples along the ridges, over the folds so far; inf is the chart's base.
 
     Attributes:
-        size: the first so many examples take part.
+        groups: label of each example that takes part, (N,) int64; those of one group are alike.
         scale: of the ridges that are tried.
         ends: ridge → where the fit of each fold ended.
         losses: ridge → one loss an unseen example, fold after fold.
+        parts: the unseen examples of each fold there may be.
     """
 
-    size: int
+    groups: Tensor
     scale: float = 1.0
     ends: dict[float, list[Tensor]] = field(default_factory=dict)
     losses: dict[float, list[Tensor]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.parts = folds_of(self.groups)
+
+    @property
+    def size(self) -> int:
+        return len(self.groups)
 
     @property
     def ridges(self) -> tuple[float, ...]:
@@ -54,6 +63,16 @@ class RidgePath:
     @property
     def folds(self) -> int:
         return len(self.losses.get(math.inf, []))
+
+    def without(self, fold: int) -> list[int]:
+        """The examples that are not in the fold."""
+        unseen = set(self.parts[fold])
+        return [p for p in range(self.size) if p not in unseen]
+
+    @property
+    def unseen_groups(self) -> Tensor:
+        """Labels of the unseen examples, fold after fold."""
+        return torch.cat([self.groups[part] for part in self.parts[: self.folds]])
 
     def add(self, ridge: float, z: Tensor, losses: Tensor) -> None:
         self.ends.setdefault(ridge, []).append(z)
@@ -90,17 +109,17 @@ class RidgePath:
         That is so when the choice beats the base for certain, or when even two standard errors
         more than what was found would hardly change the loss.
         """
-        losses = self.complete()
-        if len(losses[math.inf]) < _FEWEST:
+        losses, groups = self.complete(), self.unseen_groups
+        if len(groups) < _FEWEST or independent(len(groups), groups) < _FEWEST_GROUPS:
             return False
-        gain, error = paired(losses[math.inf], losses[self.choice()])
+        gain, error = paired(losses[math.inf], losses[self.choice()], groups)
         return gain > _CERTAIN * error or gain + 2.0 * error < _HARDLY * self.scores()[math.inf]
 
     def hopeless(self, ridge: float) -> bool:
         """Whether a stronger ridge than this one does worse than the best for certain."""
         losses = self.complete()
         weakest = min(losses)
-        mean, error = paired(losses[weakest], losses[self.best()])
+        mean, error = paired(losses[weakest], losses[self.best()], self.unseen_groups)
         return ridge < weakest < self.ridges[0] and mean > error
 
 
@@ -121,7 +140,26 @@ def too_far(z: Tensor, examples: int) -> bool:
     return float(z @ z) / 2 > _AN_EXAMPLE_PAYS * examples
 
 
-def fold_of(size: int, fold: int) -> tuple[list[int], list[int]]:
-    """(train, unseen) positions of one of four folds."""
-    unseen = [p for p in range(size) if p % FOLDS == FOLDS - 1 - fold]
-    return [p for p in range(size) if p % FOLDS != FOLDS - 1 - fold], unseen
+def folds_of(groups: Tensor) -> list[list[int]]:
+    """Positions of the unseen examples of each of four folds, or as many as there are groups.
+
+    Whole groups go to one fold, or a fit would know of each unseen example all that the others of
+    its group tell. None for fewer examples than folds; where all are of one group that cannot be
+    helped.
+
+    Args:
+        groups: label of each example, (N,) int64.
+    """
+    labels = groups.tolist()
+    if len(labels) < FOLDS:
+        return []
+    members: dict[int, list[int]] = {}
+    for position, label in enumerate(labels):
+        members.setdefault(label, []).append(position)
+    if len(members) == 1:
+        members = {position: [position] for position in range(len(labels))}
+    folds: list[list[int]] = [[] for _ in range(min(FOLDS, len(members)))]
+    for group in sorted(members.values(), key=len, reverse=True):
+        # From the last one on, and always to the shortest.
+        min(reversed(folds), key=len).extend(group)
+    return [sorted(fold) for fold in folds]

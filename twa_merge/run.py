@@ -132,8 +132,8 @@ def set_up(
     engine = engine_of(store)
     judging = engine if exact is store else engine_of(exact)
     seed, size = choices.data.seed, choices.data.batch_size
-    fit = Batches(splits.fit, task, size, seed, world)
-    guard = Batches(splits.guard, task, size, seed, world)
+    fit = Batches(splits.fit, task, size, seed, world, splits.fit_groups)
+    guard = Batches(splits.guard, task, size, seed, world, splits.guard_groups)
     test = Batches(splits.test, task, size, seed, world) if splits.test is not None else None
     dtype = dtype_named(choices.out.dtype)
     jury = Jury(judging, fit, guard, test, n, dtype, choices.guard.select, choices.guard.batch_norm)
@@ -214,6 +214,8 @@ def require_agreement(
         parts["the test data"] = splits.test
     counts = [len(part) for part in parts.values()]  # type: ignore[arg-type]
     asked: dict[str, Any] = {"number of examples": counts}
+    for part, labels in (("fit", splits.fit_groups), ("guard", splits.guard_groups)):
+        asked[f"number of groups in the {part} split"] = labels and len(set(labels))
     for kind in ("data", "fit", "guard", "store", "engine"):
         options = as_dict(getattr(choices, kind))
         asked |= {f"{kind} option {name}": value for name, value in options.items()}

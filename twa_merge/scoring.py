@@ -82,7 +82,8 @@ class Jury:
             losses, metrics = self.engine.example_losses(
                 self.guard, self.guard_sample, with_metrics=self.select != "loss"
             )
-            tried.append(Scored(candidate, losses, metrics, batch_norm=mode))
+            groups = self.guard.groups(self.guard_sample)
+            tried.append(Scored(candidate, losses, metrics, groups, batch_norm=mode))
         return first_unless_beaten(tried, self.select)
 
     def losses(self, alphas: Tensor, mode: str | None, *parts: Sequence[int]) -> Tensor:

@@ -26,9 +26,12 @@ class Task(Protocol):
     - ``collate(examples) -> batch``: ``torch.utils.data.default_collate`` otherwise;
     - ``metrics(model, batch) -> {name: Tensor (batch,)}``: reported next to the loss;
     - ``loss_and_metrics(model, batch)``: both at once, where one forward pass serves both;
-    - ``groups() -> Sequence``: one hashable label per example of ``dataset()``; examples of one
-      group stay on one side of the split (several crops of one image, sequences of one text);
-    - ``split(guard_fraction, seed) -> (fit, guard)``: takes the splitting over altogether;
+    - ``groups() -> Sequence``, or an attribute ``groups`` of the dataset: one hashable label per
+      example of ``dataset()``; examples of one
+      group stay together (several crops of one image, sequences of one text): on one side of the
+      split, in one fold of the cross-validation, in one draw of the bootstrap;
+    - ``split(guard_fraction, seed) -> (fit, guard)``: takes the splitting over altogether; both
+      parts may have labels like those in an attribute ``groups``;
     - ``test_dataset()``: examples that are only ever reported on;
     - ``model_names(model, names) -> {checkpoint's name: model's name}``, for those of the
       checkpoints' tensors that the model calls otherwise;
@@ -57,11 +60,18 @@ class Task(Protocol):
 @dataclass(frozen=True)
 class Splits:
     """The task's data: coefficients are fitted on ``fit``, the winner is picked on ``guard``,
-    ``test`` is only reported on."""
+    ``test`` is only reported on.
+
+    Attributes:
+        fit_groups, guard_groups: label of each example; those of one group are alike. None: none
+            are.
+    """
 
     fit: Dataset[Any]
     guard: Dataset[Any]
     test: Dataset[Any] | None = None
+    fit_groups: list[int] | None = None
+    guard_groups: list[int] | None = None
 
 
 def call_factory(factory: Callable[..., Any], name: str, data: str | None) -> Task:
@@ -145,9 +155,12 @@ def split(task: Task, guard_fraction: float, seed: int, test: Task | None = None
             fit, guard = task.split(guard_fraction, seed)  # type: ignore[attr-defined]
         for part in (fit, guard):
             _require_map_style(part, "split")
+        sides = (_numbered(_own_groups(part), len(part)) for part in (fit, guard))
     else:
         data = dataset_of(task)
-        fit_index, guard_index = split_groups(_labels(task, data), guard_fraction, seed)
+        labels = groups_of(task, data)
+        fit_index, guard_index = split_groups(labels, guard_fraction, seed)
+        sides = ([labels[i] for i in side] for side in (fit_index, guard_index))
         fit, guard = Subset(data, fit_index), Subset(data, guard_index)
     if len(fit) < 1 or len(guard) < 1:  # type: ignore[arg-type]
         raise TaskError(
@@ -156,7 +169,7 @@ def split(task: Task, guard_fraction: float, seed: int, test: Task | None = None
             found=f"{len(fit)} and {len(guard)}",  # type: ignore[arg-type]
             remedy="give more data",
         )
-    return Splits(fit, guard, test_data)
+    return Splits(fit, guard, test_data, *sides)
 
 
 def split_groups(
@@ -193,6 +206,39 @@ def split_groups(
     chosen = sorted(i for group in guard for i in group)
     taken = set(chosen)
     return [i for i in range(len(groups)) if i not in taken], chosen
+
+
+def groups_of(task: Task, data: Dataset[Any]) -> list[int]:
+    """The number of the group of each example; examples of one group stay together.
+
+    Raises:
+        TaskError: the task's own code fails, or its labels do not fit its dataset.
+    """
+    with user_code("group its examples"):
+        groups = _call(task, "groups")
+    count = len(data)  # type: ignore[arg-type]
+    return _numbered(groups if groups is not None else _own_groups(data), count) or [*range(count)]
+
+
+def _own_groups(data: Any) -> Any:
+    found = getattr(data, "groups", None)
+    return None if callable(found) else found
+
+
+def _numbered(groups: Any, count: int) -> list[int] | None:
+    """Labels of any kind as numbers; None where there are none."""
+    if groups is None:
+        return None
+    # Tensors are hashed by identity: every example would be a group of its own.
+    labels = [g.tolist() if isinstance(g, Tensor) else g for g in groups]
+    if len(labels) != count or not all(isinstance(label, Hashable) for label in labels):
+        raise TaskError(
+            "The task's groups do not fit its dataset.",
+            expected=f"{count} hashable labels, one an example",
+            found=f"{len(labels)} of type {listing({type(label).__name__ for label in labels})}",
+        )
+    numbers: dict[Any, int] = {}
+    return [numbers.setdefault(label, len(numbers)) for label in labels]
 
 
 def dataset_of(task: Task) -> Dataset[Any]:
@@ -266,24 +312,6 @@ def _copied(thing: Any) -> Any:
     except Exception:
         # A lock, an open file, a tensor with a history: a loss is unlikely to edit those.
         return thing
-
-
-def _labels(task: Task, data: Dataset[Any]) -> list[Any]:
-    """One label per example that decides which examples stay together."""
-    with user_code("group its examples"):
-        groups = _call(task, "groups")
-    count = len(data)  # type: ignore[arg-type]
-    if groups is None:
-        return list(range(count))
-    # Tensors are hashed by identity: every example would be a group of its own.
-    labels = [g.tolist() if isinstance(g, Tensor) else g for g in groups]
-    if len(labels) != count or not all(isinstance(label, Hashable) for label in labels):
-        raise TaskError(
-            "The task's groups do not fit its dataset.",
-            expected=f"{count} hashable labels, one an example",
-            found=f"{len(labels)} of type {listing({type(label).__name__ for label in labels})}",
-        )
-    return labels
 
 
 def _call(task: Task, method: str) -> Any:

@@ -105,7 +105,7 @@ def _cross_validate(run: Run, scored: Sequence[Scored], held_out: HeldOut) -> No
     """
     run.progress(Started("Comparing them on held-out fit examples", len(scored), "candidates"))
     for item in scored:
-        item.unseen = held_out.losses(item)
+        held_out.judge(item)
         run.progress(Advanced())
 
 
@@ -116,7 +116,8 @@ def _mixture(
     select = run.choices.guard.select
     # The last checkpoint is often the best one as well, and a greedy soup a window.
     parts = [parts[i] for i in distinct([s.candidate.alphas for s in parts])]
-    weights = likelihoods(torch.stack([s.evidence(select) for s in parts]))
+    costs = torch.stack([s.evidence(select) for s in parts])
+    weights = likelihoods(costs, parts[0].evidence_groups)
     if not float(weights.max()) < _ALONE:
         return []
     candidates = [s.candidate for s in parts]
@@ -125,7 +126,7 @@ def _mixture(
     if held_out.parts:
         without = zip(*(held_out.alphas(c) for c in candidates), strict=True)
         held_out.add(name, [blended(weights, a) for a in without])
-        item.unseen = held_out.losses(item)
+        held_out.judge(item)
     return [item]
 
 

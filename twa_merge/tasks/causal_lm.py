@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from ..errors import TaskError
 from ..task import split_groups
 from .documents import read_documents
-from .packing import Packed, Piece, cut_few, join
+from .packing import FEW, Packed, Piece, cut_few, join, stretches
 from .pretrained import build, load_config, load_tokenizer, places, renamings
 
 _DEFAULT_LENGTH = 1024
@@ -100,7 +100,10 @@ class CausalLM:
             TaskError: it is too short, or does not fit the model's vocabulary.
         """
         pieces = [Piece(text, number) for number, text in enumerate(self._documents)]
-        return self._pack(pieces, self._tokenize(pieces))
+        packed = self._pack(pieces, self._tokenize(pieces))
+        if len(set(self._documents)) < FEW:
+            packed.groups = stretches(len(packed))
+        return packed
 
     def split(self, guard_fraction: float, seed: int) -> tuple[Packed, Packed]:
         """Two disjoint parts of the text, by document; identical documents stay together.
@@ -169,7 +172,7 @@ class CausalLM:
         return tokens
 
     def _pack(self, pieces: Sequence[Piece], tokens: Sequence[Tensor]) -> Packed:
-        stream = join(pieces, tokens, *self._separators())
+        stream, texts = join(pieces, tokens, *self._separators())
         size = self.config.get_text_config().vocab_size
         if len(stream) < 2:
             raise TaskError(
@@ -185,7 +188,7 @@ class CausalLM:
                 found=int(stream.max()),
                 remedy="give the model's own tokenizer: --tokenizer FOLDER or a Hub name",
             )
-        return Packed(stream, self.max_length)
+        return Packed(stream, self.max_length, texts)
 
     def _separators(self) -> tuple[Tensor, Tensor]:
         """What stands before and after a document: (p,) and (s,) int32."""

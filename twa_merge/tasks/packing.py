@@ -33,15 +33,24 @@ class Piece:
 
 
 class Packed(Dataset[dict[str, Tensor]]):
-    """Sequences of tokens: example i is ``{"input_ids": (length,) int64}``."""
+    """Sequences of tokens: example i is ``{"input_ids": (length,) int64}``.
 
-    def __init__(self, tokens: Tensor, length: int) -> None:
+    Attributes:
+        groups: the text that most of each sequence is of, by number; those of one text are alike.
+    """
+
+    def __init__(self, tokens: Tensor, length: int, texts: Tensor) -> None:
         """Cuts ``tokens`` (T,) into T // length sequences.
 
         The remainder is dropped, unless it is all there is.
+
+        Args:
+            texts: number of the text that each token is of, (T,) integer.
         """
         n = len(tokens) // length
         self.sequences = tokens[: n * length].view(n, length) if n else tokens[None]
+        owners = texts[: n * length].view(n, length) if n else texts[None]
+        self.groups: list[int] = owners.mode(1).values.tolist()
 
     def __len__(self) -> int:
         return len(self.sequences)
@@ -77,10 +86,17 @@ def _cut(text: str, size: int) -> Iterator[str]:
     yield text[start:]
 
 
+def stretches(size: int) -> list[int]:
+    """Groups of ``size`` sequences of few documents: what is near in one text is alike."""
+    return [i * PIECES // size for i in range(size)]
+
+
 def join(
     pieces: Sequence[Piece], tokens: Sequence[Tensor], prefix: Tensor, suffix: Tensor
-) -> Tensor:
-    """One stream of tokens, (T,) int32.
+) -> tuple[Tensor, Tensor]:
+    """One stream of tokens, (T,) int32, and the number of the text each is of, (T,) int64.
+
+    Texts that are the same have one number. The special tokens between two are of the later one.
 
     Args:
         pieces: at least one. Documents are kept apart by special tokens, pieces that follow each
@@ -88,9 +104,12 @@ def join(
         tokens: (t_i,) int32 of each piece, without special tokens.
         prefix, suffix: special tokens before and after a document.
     """
-    stream = [prefix, tokens[0]]
-    for i in range(1, len(pieces)):
-        if not pieces[i].follows(pieces[i - 1]):
-            stream += [suffix, prefix]
-        stream.append(tokens[i])
-    return torch.cat(stream)
+    numbers: dict[str, int] = {}
+    stream, texts = [], []
+    for i, (piece, own) in enumerate(zip(pieces, tokens, strict=True)):
+        apart = i > 0 and not piece.follows(pieces[i - 1])
+        between = [suffix, prefix] if apart else [] if i else [prefix]
+        stream += [*between, own]
+        length = sum(map(len, between)) + len(own)
+        texts.append(torch.full((length,), numbers.setdefault(piece.text, len(numbers))))
+    return torch.cat(stream), torch.cat(texts)
