@@ -393,6 +393,30 @@ def test_whole_documents_stay_on_one_side_where_there_are_many(make: Any) -> Non
     assert not sides[0] & sides[1]
 
 
+def test_sequences_of_one_document_are_a_group(make: Any) -> None:
+    task = make(*unique_documents(30, 50), max_length=8)
+    for side in (*task.split(0.3, 1), task.dataset()):
+        found: dict[int, set[int]] = {}
+        for group, example in zip(side.groups, side, strict=True):
+            words = words_of(task, [example])
+            # A sequence over the end of a document is of the one it has more of.
+            if len({int(w[1:]) // 50 for w in words}) == 1:
+                found.setdefault(group, set()).update(int(w[1:]) // 50 for w in words)
+        assert all(len(documents) == 1 for documents in found.values())
+        assert len(found) == len({d for documents in found.values() for d in documents})
+    copies = make(*unique_documents(30, 50), *unique_documents(30, 50), max_length=8).dataset()
+    assert len(set(copies.groups)) == 30
+
+
+def test_stretches_of_few_documents_are_groups(make: Any) -> None:
+    task = make(*unique_documents(2, 800), max_length=8)
+    data = task.dataset()
+    assert data.groups == sorted(data.groups)
+    assert len(set(data.groups)) == 32
+    fit, guard = task.split(0.25, 0)
+    assert len(set(fit.groups)) + len(set(guard.groups)) == pytest.approx(32, abs=2)
+
+
 def test_split_follows_the_seed(make: Any) -> None:
     task = make(*unique_documents(40, 30))
     first, again, other = (

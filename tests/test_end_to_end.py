@@ -680,3 +680,48 @@ def test_an_example_that_spoils_the_fit_is_named_and_no_fit_is_listed(tmp_path):
     notes = [event.text for event in said if isinstance(event, Noted)]
     assert any(f"1 of 60 examples (number {fit.indices[3]} of the dataset)" in n for n in notes)
     assert not any("--lr" in note for note in notes)
+
+
+def meanwhile(harm):
+    """What tells a merge's progress to harm a file once the coefficients are known."""
+
+    def listen(event):
+        if getattr(event, "stage", "") == "Comparing candidates":
+            harm()
+
+    return listen
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("suffix", ["safetensors", "pt"])
+@pytest.mark.parametrize("how", ["written over", "cut short"])
+def test_a_file_that_changes_before_it_is_written_from_is_told(tmp_path, suffix, how):
+    task, states, run, out = make(tmp_path)
+    if suffix == "pt":
+        run = tmp_path / "pickles"
+        run.mkdir()
+        for i, state in enumerate(states):
+            torch.save(state, run / f"step-{i}.pt")
+    files = sorted(run.rglob(f"*.{suffix}"))
+    victim, other = files[1], files[3].read_bytes()
+    assert len(other) == victim.stat().st_size
+    harm = meanwhile(lambda: victim.write_bytes(other if how == "written over" else other[:300]))
+    with pytest.raises(CheckpointError, match="vanished or changed") as caught:
+        merge([run], task, out, progress=harm, **QUICK)
+    assert caught.value.details["checkpoint"] == str(victim)
+    assert sorted(p.name for p in tmp_path.iterdir() if "merged" in p.name) == ["merged.partial"]
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize("how", ["removed", "replaced"])
+def test_a_file_that_is_no_longer_there_is_still_read_where_it_is_open(tmp_path, how):
+    """A trainer that keeps its last checkpoints removes those that are being merged."""
+    task, states, run, out = make(tmp_path)
+    victim = run / "checkpoint-200" / "model.safetensors"
+    other = tmp_path / "other"
+    shutil.copy(run / "checkpoint-400" / "model.safetensors", other)
+    harm = meanwhile(victim.unlink if how == "removed" else lambda: other.replace(victim))
+    document = merge([run], task, out, progress=harm, **QUICK)
+    expected = combined(states, document["coefficients"]["global"])
+    for name, tensor in written(out).items():
+        assert torch.equal(tensor, expected[name])

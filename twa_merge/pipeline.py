@@ -13,6 +13,7 @@ from . import report
 from .agreement import require_shared_place
 from .candidates import SINGLES, parse_families
 from .checkpoints import open_checkpoints
+from .checkpoints.watchful import watched
 from .choices import (
     Choices,
     require_compatible,
@@ -103,6 +104,8 @@ def merge(
         parse_families(choices.guard.candidates)
         require_compatible(choices.fit, choices.guard.candidates)
         found = open_checkpoints(checkpoints, choices.selection)
+        # The fit may take hours, and what is written is computed from the files as they are then.
+        sources = watched(found, in_place=True)
         layout = make_layout(several(found))
         require_directions(choices.fit, len(found), layout)
         require_start(choices.fit, found)
@@ -137,9 +140,9 @@ def merge(
         raise _no_improvement(run, verdict)
     with clock.part("report"):
         documents = _documents(run, document, fitted, verdict)
-    sources, alphas = list(found), verdict.winner.candidate.alphas.numpy()
+    alphas = verdict.winner.candidate.alphas.numpy()
     if run.directions and alphas.shape[1] > run.n:
-        sources, alphas = run.directions.among(found, alphas)
+        sources, alphas = run.directions.among(sources, alphas)
     with clock.part("write"):
         write_merge(
             sources,

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from ..checkpoints.base import Checkpoint, Reader
-from ..dtypes import Array
-from ..errors import CheckpointError
+from ..checkpoints.base import Checkpoint
+from ..checkpoints.watchful import watched
 from ..layout import Blocks, Layout
 from ..stream import SLICE_NUMEL, RowSlice, row_slices, stream
 from ..tensors import as_tensor
@@ -47,9 +43,7 @@ class DiskStore:
         held: Iterable[str] = (),
     ) -> None:
         self.blocks = blocks
-        self._checkpoints = [
-            dataclasses.replace(c, reader=WatchfulReader(c.reader)) for c in checkpoints
-        ]
+        self._checkpoints = watched(checkpoints)
         self._layout = layout
         self._share = share
         self._held = dict.fromkeys(held)
@@ -150,53 +144,3 @@ class DiskStore:
         most = READ_AHEAD // (in_flight * self._layout[name].info.dtype.itemsize)
         numel = max(4096, min(most, SLICE_NUMEL))
         return row_slices(self._layout, [name], share=lambda _: self._share(name), numel=numel)
-
-
-class WatchfulReader:
-    """A reader that looks at its files before it reads them.
-
-    Another set of numbers in the middle of a fit would be noticed by nobody, and touching a mapped
-    page beyond the end of a pickle kills the process without a word.
-    """
-
-    def __init__(self, reader: Reader) -> None:
-        self._reader = reader
-        self.tensors = reader.tensors
-        self.files = reader.files
-        self.aliases = reader.aliases
-        self._paths: dict[str, list[Path]] = {}
-        for file in reader.files:
-            for name in file.names:
-                self._paths.setdefault(name, []).append(file.path)
-        self._seen = {file.path: _look(file.path) for file in reader.files}
-
-    def read(self, name: str, first: int, out: Array) -> None:
-        self._require_unchanged(name)
-        self._reader.read(name, first, out)
-
-    def close(self) -> None:
-        self._reader.close()
-
-    def _require_unchanged(self, name: str) -> None:
-        """Raises CheckpointError if a file that holds this tensor is not what it was."""
-        for path in self._paths.get(name, self._seen):
-            now = _look(path)
-            if now != self._seen[path]:
-                size = self._seen[path][0]
-                raise CheckpointError(
-                    "A file of weights has vanished or changed while it was in use.",
-                    checkpoint=path,
-                    expected=f"{size} bytes, unchanged since the run began",
-                    found=f"{now[0]} bytes, written to since" if now[1] else "nothing there",
-                    remedy="bring the file back and run the same command again; with --store "
-                    "host or device the files are read only at the beginning and the end",
-                )
-
-
-def _look(path: Path) -> tuple[int, int]:
-    """Size and time of the last change; zeros where there is no such file."""
-    try:
-        found = os.stat(path)
-    except OSError:
-        return 0, 0
-    return found.st_size, found.st_mtime_ns
