@@ -68,6 +68,24 @@ def test_a_killed_fit_continues_and_ends_at_the_same_point(tmp_path):
     assert not (tmp_path / "killed").exists()
 
 
+def test_the_last_bits_of_coordinates_are_another_number_of_processes(tmp_path):
+    """Steps of SGD are taken in weight space; the axes' lengths are sums over the processes."""
+    chart, function, calls = problem()
+    z = torch.tensor([0.1, -2.0, 3.0, 0.0], dtype=torch.float64)
+    log = EvaluationLog(tmp_path / "s", {}, World())
+    for point in (z, z + 1):
+        known = log.answer("twa", chart, function, range(8))(point)
+    assert len(calls) == 2
+    again = EvaluationLog(tmp_path / "s", {}, World())
+    for point in (z * (1 + 1e-15), (z + 1) * (1 - 1e-15)):
+        found = again.answer("twa", chart, function, range(8))(point)
+    assert len(calls) == 3, "the first one is made again"
+    assert found[0] == known[0]
+    other = EvaluationLog(tmp_path / "s", {}, World())
+    other.answer("twa", chart, function, range(8))(z * (1 + 1e-6))
+    assert len(calls) == 4
+
+
 def test_a_landscape_that_failed_is_left_out_until_a_fresh_start(tmp_path):
     chart, function, _ = problem()
     log, _ = run(tmp_path / "s", chart, function)

@@ -143,7 +143,7 @@ class EvaluationLog:
                 record = self._known.pop(0)
                 if (
                     record["stage"] == stage
-                    and record["z"] == z.tolist()
+                    and _same_place(record["z"], z)
                     and abs(record["mark"] - mark) < 1e-9
                 ):
                     found = None if sample in self._checked else function(z)
@@ -209,6 +209,12 @@ class EvaluationLog:
                 for name in _FILES:
                     (self.folder / name).unlink(missing_ok=True)
                 self.folder.rmdir()
+
+
+def _same_place(known: list[float], z: Tensor) -> bool:
+    """Whether coordinates are those of the log, up to what another number of processes rounds."""
+    place = torch.tensor(known, dtype=torch.float64)
+    return place.shape == z.shape and torch.allclose(place, z, rtol=1e-9, atol=1e-12)
 
 
 def _alike(loss: float, known: float) -> bool:
