@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from runs import LinearTask, Pairs, save_run
+from runs import LinearTask, Pairs, save_run, states_of
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import default_collate
@@ -17,6 +17,7 @@ from transformers import BatchEncoding
 
 from twa_merge import merge
 from twa_merge.batches import Batches
+from twa_merge.candidates import window
 from twa_merge.checkpoints import open_checkpoints
 from twa_merge.config import DataConfig, FitConfig, GuardConfig, StoreConfig
 from twa_merge.distributed import World
@@ -71,6 +72,91 @@ def test_gradient_in_coordinates_is_that_of_finite_differences(tmp_path, by_tens
         down[k] -= step
         slope = (objective(up)[0] - objective(down)[0]) / (2 * step)
         assert abs(slope - float(gradient[k])) < 2e-3 * max(1.0, abs(slope))
+
+
+class Frozen(LinearTask):
+    """Its first layer is frozen, although the checkpoints differ in it."""
+
+    def build_model(self):
+        model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
+        model[0].requires_grad_(False)
+        return model
+
+    def states(self, n):
+        return states_of(
+            n,
+            shapes={"0.weight": (6, 6), "0.bias": (6,), "1.weight": (4, 6), "1.bias": (4,)},
+            scale=0.3,
+        )
+
+
+class Sparse(LinearTask):
+    """Its embedding's gradients are sparse."""
+
+    def __init__(self):
+        super().__init__(examples=60)
+        self.x = torch.randint(9, (60, 3), generator=torch.Generator().manual_seed(0))
+
+    def build_model(self):
+        return nn.Sequential(nn.EmbeddingBag(9, 6, sparse=True), nn.Linear(6, 4))
+
+    def states(self, n):
+        shapes = {"0.weight": (9, 6), "1.weight": (4, 6), "1.bias": (4,)}
+        return states_of(n, shapes=shapes, scale=0.3)
+
+
+@pytest.mark.parametrize("kind", [Frozen, Sparse])
+def test_frozen_parameters_and_sparse_gradients_count(tmp_path, kind):
+    task = kind()
+    save_run(tmp_path, task.states(5))
+    engine, grams, batches = engine_for(task, tmp_path)
+    chart = Chart(window(5, 5)[None], [make_subspace(grams.exact.sum(0))])
+    objective = Objective(engine, chart, batches, range(batches.size))
+    z = torch.tensor([0.3, -0.2, 0.5, 0.1], dtype=torch.float64)
+    _, gradient = objective(z)
+    step = 1e-2
+    for k, along in enumerate(step * torch.eye(4, dtype=torch.float64)):
+        slope = (objective(z + along)[0] - objective(z - along)[0]) / (2 * step)
+        assert slope == pytest.approx(float(gradient[k]), rel=5e-3, abs=5e-3)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_what_is_not_the_models_own_is_no_direction(tmp_path):
+    """A counter that no part of the model reads is longer than all of its weights."""
+    task = LinearTask()
+    for name, state in (("plain", {}), ("more", {"tokens_seen": torch.tensor(1e6)})):
+        states = [s | {k: i * v for k, v in state.items()} for i, s in enumerate(task.states(5))]
+        save_run(tmp_path / name, states)
+    found = [
+        merge([tmp_path / name], task, tmp_path / f"{name}-m", fit=FitConfig(ridge=0.01))
+        for name in ("plain", "more")
+    ]
+    plain, more = (document["subspace"] for document in found)
+    assert (more["rank"], more["explained"]) == (plain["rank"], plain["explained"])
+    assert found[1]["coefficients"]["global"] == found[0]["coefficients"]["global"]
+
+
+class Shared(LinearTask):
+    def build_model(self):
+        model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 4))
+        model[1] = model[0]
+        return model
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_tensor_that_was_saved_twice_counts_once(tmp_path):
+    task = Shared()
+    shapes = {"0.weight": (6, 6), "0.bias": (6,), "2.weight": (4, 6), "2.bias": (4,)}
+    states = states_of(4, shapes=shapes)
+    save_run(tmp_path / "once", states)
+    twice = [s | {f"1.{k}": s[f"0.{k}"].clone() for k in ("weight", "bias")} for s in states]
+    save_run(tmp_path / "twice", twice)
+    once, again = (
+        merge([tmp_path / name], task, tmp_path / f"{name}-m", fit=FitConfig(blocks="global"))
+        for name in ("once", "twice")
+    )
+    assert again["subspace"]["explained"] == once["subspace"]["explained"]
+    assert again["coefficients"]["global"] == once["coefficients"]["global"]
 
 
 def exact_optimum(task: LinearTask, states, blockwise: bool) -> float:

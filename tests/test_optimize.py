@@ -118,6 +118,26 @@ def test_rounding_errors_of_the_loss_are_not_blown_up():
         torch.testing.assert_close(end, ends[0], rtol=0.0, atol=1e-5)
 
 
+@pytest.mark.parametrize("unit", [2.0**-12, 2.0**-30, 2.0**-50])
+def test_the_unit_of_a_small_loss_changes_nothing(unit):
+    """A power of two changes no digit of what is computed."""
+    function, _ = quadratic(8)
+
+    def plain(z):
+        loss, gradient = function(z)
+        return (loss - 99) / 16, gradient / 16
+
+    def small(z):
+        loss, gradient = plain(z)
+        return unit * loss, unit * gradient
+
+    expected = lbfgs(plain, zeros(8), max_evaluations=60, tolerance=1e-6)
+    found = lbfgs(small, zeros(8), max_evaluations=60, tolerance=1e-6)
+    assert found.converged
+    assert plain(found.z)[0] == pytest.approx(expected.loss, rel=1e-6)
+    assert len(found.trace) <= len(expected.trace) + 2
+
+
 def test_no_coordinates_is_one_evaluation():
     result = lbfgs(lambda z: (3.0, z), zeros(0), max_evaluations=9, tolerance=1e-9)
     assert result.loss == 3.0

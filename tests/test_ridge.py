@@ -8,6 +8,7 @@ import pytest
 import torch
 from runs import LinearTask, Pairs, save_run
 from safetensors.torch import load_file
+from torch import nn
 
 from twa_merge import merge
 from twa_merge.ridge import FOLDS, RIDGES, RidgePath, folds_of, scale_of, too_far
@@ -149,6 +150,53 @@ def test_the_way_from_the_base_is_paid_for_by_the_examples():
     assert too_far(z, 15)
     assert not too_far(z, 16)
     assert not too_far(torch.zeros(0, dtype=torch.float64), 1)
+
+
+class Alike(LinearTask):
+    """Groups of eight examples that are nearly one, with noise that is the group's."""
+
+    def __init__(self, groups: int, each: int, seed: int) -> None:
+        super().__init__(inputs=16, examples=groups)
+        generator = torch.Generator().manual_seed(seed)
+        self.truth, self.each = self.truth / 4, each
+        self.x = torch.randn(groups, 16, generator=generator).repeat_interleave(each, 0)
+        self.x += 0.05 * torch.randn(self.x.shape, generator=generator)
+        noise = torch.randn(groups, 4, generator=generator).repeat_interleave(each, 0)
+        self.y = self.x @ self.truth.T + noise
+
+    def build_model(self):
+        return nn.Sequential(nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 4))
+
+    def states(self, n):
+        base = {"0.weight": torch.eye(16), "1.weight": torch.eye(16), "2.weight": self.truth}
+        base |= {"0.bias": torch.zeros(16), "1.bias": torch.zeros(16), "2.bias": torch.zeros(4)}
+        generator = torch.Generator().manual_seed(100)
+        return [
+            {k: v + 0.12 * torch.randn(v.shape, generator=generator) for k, v in base.items()}
+            for _ in range(n)
+        ]
+
+    def groups(self):
+        return [i // self.each for i in range(len(self.x))]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_ridge_is_not_chosen_by_examples_of_groups_that_the_fit_has_seen(tmp_path):
+    """Otherwise a weak one looks good, with coefficients that fit the noise of 20 groups."""
+    task, fresh = Alike(28, 8, seed=0), Alike(2000, 1, seed=1)
+    states = task.states(14)
+    save_run(tmp_path / "run", states)
+    document = merge([tmp_path / "run"], task, tmp_path / "m")
+    assert document["improvement"]["groups"] == 7
+    assert document["improvement"]["examples"] == 56
+
+    def loss(state: dict[str, torch.Tensor]) -> float:
+        model = fresh.build_model().requires_grad_(False)
+        model.load_state_dict(state)
+        return float((model(fresh.x) - fresh.y).square().mean())
+
+    mean = {k: torch.stack([s[k] for s in states]).mean(0) for k in states[0]}
+    assert loss(load_file(tmp_path / "m" / "model.safetensors")) < 1.02 * loss(mean)
 
 
 class Sign:

@@ -71,6 +71,16 @@ def test_identical_checkpoints_have_rank_zero():
     assert torch.equal(chart.alphas(torch.zeros(0, dtype=torch.float64)), chart.base)
 
 
+def test_what_float64_rounds_of_the_centre_is_no_direction():
+    weights = torch.full((3, 1000), 0.1, dtype=torch.float64)
+    offsets = weights - weights.mean(0)
+    gram, square = offsets @ offsets.T, float(weights[0] @ weights[0])
+    assert make_subspace(gram).rank == 1, "there is something to be rounded"
+    assert make_subspace(gram, centre=square).rank == 0
+    real = 1e-9 * centred(torch.randn(3, 1000))
+    assert make_subspace(real @ real.T, centre=square).rank == 2
+
+
 def test_coordinates_count_standard_deviations_of_the_checkpoints():
     torch.manual_seed(3)
     weights = torch.randn(7, 400)

@@ -77,8 +77,8 @@ def ingest(
         store: takes every slice; statistics too, which are in no Gram matrix.
         shared: tensors of which every rank holds all rows (buffers): they are stored whole and
             counted once.
-        still: tensors that are stored alone, in no Gram matrix: the model's buffers, which no
-            gradient moves. One that counts steps would be longer than all weights.
+        still: tensors that are stored alone, in no Gram matrix, such as buffers, which no gradient
+            moves. One that counts steps would be longer than all weights.
         check: add up the Gram matrix of the rounded offsets as well.
 
     Raises:

@@ -90,7 +90,7 @@ class LiveModel:
     def gradients(self) -> dict[str, Tensor]:
         """This rank's rows of the gradients: name → tensor of the same shape as in ``targets``."""
         return {
-            name: _local(parameter.grad)
+            name: _local(parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad)
             for name in self.targets()
             if (parameter := self._parameters.get(self.names[name])) is not None
             and parameter.grad is not None
@@ -198,10 +198,12 @@ def build(
     module = _build_module(task, meta)
     names = match_names(module, layout, renamed_by(task, module, layout))
     require_cover(module, names, layout)
-    for parameter in module.parameters():
+    averaged = {own for name, own in names.items() if layout[name].averaged}
+    for own, parameter in module.named_parameters(remove_duplicate=False):
         if parameter.is_floating_point():
             parameter.data = parameter.data.float()
-    averaged = {own for name, own in names.items() if layout[name].averaged}
+            # One that was frozen in training moves with the coefficients where checkpoints differ.
+            parameter.requires_grad_(parameter.requires_grad or own in averaged)
     for own, buffer in module.named_buffers(remove_duplicate=False):
         # Narrow ones are of a model that was narrowed as a whole: its parameters are wide now.
         narrow = buffer.element_size() < 4

@@ -43,6 +43,10 @@ class FitResult:
         return self.loss + more / 2 * float(self.z @ self.z), self.gradient + more * self.z
 
 
+# Losses from here on are left in their own unit.
+_SMALL = 2.0**-10
+
+
 class _Stop(Exception):
     pass
 
@@ -60,6 +64,7 @@ class _Recorder:
     trace: list[tuple[int, float]] = field(default_factory=list)
     path: list[Tensor] = field(default_factory=list)
     gradient: Tensor | None = None
+    unit: float = 1.0
 
     def __call__(self, z: Tensor) -> tuple[float, Tensor]:
         if len(self.trace) >= self.limit:
@@ -71,7 +76,7 @@ class _Recorder:
                 raise _Stop
             # A wall that the line search backs away from.
             self.observe(len(self.trace), loss, self.best)
-            return self.best + 1e3 * (1.0 + abs(self.best)), torch.zeros_like(z)
+            return self.best + 1e3 * (self.unit + abs(self.best)), torch.zeros_like(z)
         if loss < self.best:
             self.take(z, loss, gradient)
         self.observe(len(self.trace), loss, self.best)
@@ -139,14 +144,15 @@ def lbfgs(
         if key not in known:
             known[key] = record(z.detach().clone())
         loss, gradient = known[key]
-        z.grad = gradient.clone()
-        return torch.tensor(loss, dtype=torch.float64)
+        z.grad = gradient / record.unit
+        return torch.tensor(loss / record.unit, dtype=torch.float64)
 
     converged = False
     try:
+        record.unit = _unit(float(closure()), z.grad)
         closure()
         group = optimizer.param_groups[0]
-        group["lr"] = _first_step(z.grad, ridge)
+        group["lr"] = _first_step(z.grad, ridge / record.unit)
         while not converged:
             before, where = record.best, z.detach().clone()
             optimizer.step(closure)
@@ -157,6 +163,16 @@ def lbfgs(
     except _Stop:
         pass
     return record.result(start, converged)
+
+
+def _unit(loss: float, gradient: Tensor | None) -> float:
+    """What a loss is divided by that is far smaller than one, a power of two.
+
+    torch's LBFGS and its line search hold constants that are meant for losses near one: of smaller
+    ones they drop what the gradients say of the curvature.
+    """
+    size = max(abs(loss), 0.0 if gradient is None else float(gradient.norm()))
+    return 2.0 ** round(math.log2(size)) if 0.0 < size < _SMALL else 1.0
 
 
 def _first_step(gradient: Tensor | None, ridge: float) -> float:

@@ -115,7 +115,7 @@ def set_up(
     with clock.part("ingest"):
         grams = ingest(
             checkpoints, layout, world, store=store, shared=shared,
-            still=[name for name in layout.averaged if live.is_buffer(name)],
+            still=_still(live, layout),
             check=True, progress=progress,
         )  # fmt: skip
     far_apart = _far_apart(checkpoints, grams, progress)
@@ -144,6 +144,16 @@ def set_up(
         engine, fitter, jury, directions, directions_gram,
         _layers(live, layout, blocks, choices.fit),
     )  # fmt: skip
+
+
+def _still(live: LiveModel, layout: Layout) -> list[str]:
+    """Averaged tensors that are no directions of their own for the fit.
+
+    Buffers, which no gradient moves; tensors that are no part of the model; and those of which the
+    model keeps but one where the file has two.
+    """
+    first = live.tied_groups()
+    return [name for name in layout.averaged if live.is_buffer(name) or first.get(name) != name]
 
 
 def _far_apart(checkpoints: Sequence[Checkpoint], grams: Grams, progress: Progress) -> bool:

@@ -35,18 +35,20 @@ def train_stages(run: Run) -> list[Fitted]:
     whole, wanted = run.world.broadcast(_whole(run)), parse_families(run.choices.guard.candidates)
     if not wanted & {"twa", "twa-layers"}:
         return [_unfitted(run, whole)]
+    by_block = "twa-layers" in wanted
     if whole.rank == 0:
         run.progress(Noted("All checkpoints are identical: there is nothing to train."))
+        by_block = False
     elif (parse_subspace(run.choices.fit.subspace)[1] or 0) > whole.rank:
         run.progress(Noted(f"There are only {whole.rank} directions: all of them are trained."))
     start_alphas = pad(run.fitter.start(run.n), (0, whole.n - run.n))
     fitted = [run.fitter.stage("twa", Chart(start_alphas, [whole]))]
-    if len(run.blocks) > 1 and "twa-layers" in wanted:
+    if len(run.blocks) > 1 and by_block:
         fitted.append(_by_block(run, run.blocks.kind, fitted[0]))
         if run.layers is not None:
             folds = fitted[1].path.folds if fitted[1].path else None
             fitted.append(_by_block(run, "layers", fitted[0], run.layers, folds))
-    elif run.choices.fit.blocks in ("layers", "tensors") and "twa-layers" in wanted:
+    elif run.choices.fit.blocks in ("layers", "tensors") and by_block:
         run.progress(
             Noted(
                 f"--blocks {run.choices.fit.blocks}: the model has no layers to tell apart, so one "
@@ -113,14 +115,14 @@ def _whole(run: Run) -> Subspace:
     gram, fit = run.grams.exact.sum(0), run.choices.fit
     if run.directions_gram is not None:
         return random_subspace(run.n, run.directions_gram, root_mean_square(gram))
-    subspace = _leading(run, gram)
+    subspace = _leading(run, gram, float(run.grams.centre))
     if fit.span == "linear":
         subspace = with_centre(subspace, run.grams.centre, run.grams.cross)
     return subspace
 
 
-def _leading(run: Run, gram: Tensor) -> Subspace:
+def _leading(run: Run, gram: Tensor, centre: float = 0.0) -> Subspace:
     """The span of the offsets with this Gram matrix, or as many of its axes as are wanted."""
-    subspace = make_subspace(gram)
+    subspace = make_subspace(gram, centre=centre)
     word, rank = parse_subspace(run.choices.fit.subspace)
     return subspace.leading(rank) if word == "pca" and rank else subspace

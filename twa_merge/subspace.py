@@ -99,12 +99,19 @@ class Subspace:
         return Subspace(self.directions[:, :rank], self.eigenvalues[:rank], self.total)
 
 
-def make_subspace(gram: Tensor, tolerance: float = RANK_TOLERANCE) -> Subspace:
+def make_subspace(
+    gram: Tensor, tolerance: float = RANK_TOLERANCE, *, centre: float = 0.0
+) -> Subspace:
     """Eigendecomposition of a Gram matrix (n, n) float64, cut at its numerical rank.
 
     Identical or linearly dependent checkpoints lower the rank and do no harm.
+
+    Args:
+        centre: ‖c‖²: offsets that are no more than what float64 rounds of it are none.
     """
     values, directions = _axes(gram, tolerance)
+    offsets = values > len(gram) * (4.0 * torch.finfo(torch.float64).eps) ** 2 * centre
+    values, directions = values[offsets], directions[:, offsets]
     # Rounding leaves U a trace of the vector of ones, which would break Σ α = 1.
     directions = directions - directions.mean(0)
     return Subspace(_signed(directions), values, float(gram.trace()))
