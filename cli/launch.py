@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # Exit codes that the same command has again.
 _ANSWERS = (WRONG_INPUT, NoImprovement.exit_code)
+# Exit codes of a process that has said why; native code that ends it has one of its own.
+_SAID = (INTERNAL, *_ANSWERS)
 
 
 def relaunch(session: Session, nproc: int, max_restarts: int) -> None:
@@ -93,11 +95,13 @@ def _report(error: ChildFailedError, session: Session, nproc: int, left: int) ->
     elif failure.exitcode == INTERRUPTED:
         # A signal that was sent to it alone: this one would have heard of the terminal's.
         _say(f"Process {rank} of {nproc} was told to stop. {then}")
+    elif failure.exitcode not in _SAID:
+        _say(f"Process {rank} of {nproc} ended itself with exit code {failure.exitcode}. {then}")
     elif again:
         _say(f"Process {rank} of {nproc} failed. {then}")
     if again:
         return None
-    return failure.exitcode if failure.exitcode > 0 else INTERNAL
+    return failure.exitcode if failure.exitcode in (*_SAID, INTERRUPTED) else INTERNAL
 
 
 def _guess(exitcode: int) -> str:

@@ -86,6 +86,18 @@ def test_the_last_bits_of_coordinates_are_another_number_of_processes(tmp_path):
     assert len(calls) == 4
 
 
+def test_a_run_goes_on_without_its_state(tmp_path):
+    """Another one with the same output has ended and removed it."""
+    chart, function, _ = problem()
+    log = EvaluationLog(tmp_path / "s", {}, World())
+    answered = log.answer("twa", chart, function, range(8))
+    answered(torch.zeros(4, dtype=torch.float64))
+    EvaluationLog(tmp_path / "s", {}, World()).remove()
+    assert not (tmp_path / "s").exists()
+    answered(torch.ones(4, dtype=torch.float64))
+    assert EvaluationLog(tmp_path / "s", {}, World()).resumed == 1
+
+
 def test_a_landscape_that_failed_is_left_out_until_a_fresh_start(tmp_path):
     chart, function, _ = problem()
     log, _ = run(tmp_path / "s", chart, function)

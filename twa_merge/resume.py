@@ -172,7 +172,8 @@ class EvaluationLog:
         if not self._world.is_zero:
             return
         try:
-            if not self._started:
+            # Another run with the same output that has ended takes the folder with it.
+            if not (self._started and self.folder.is_dir()):
                 self._restart()
             with (self.folder / _STATE).open("a") as file:
                 file.write(json.dumps(record) + "\n")
