@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from runs import Pairs, save_run
 from torch import Tensor, nn
+from torch.nn.utils.parametrizations import orthogonal
 
 FEATURES, CLASSES = 6, 3
 
@@ -17,6 +18,8 @@ class Odd(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.first = nn.Linear(FEATURES, 8)
+        # Its constructor computes a buffer, which fails on the meta device.
+        self.turned = orthogonal(nn.Linear(8, 8))
         self.last = nn.Linear(8, CLASSES)
         self.empty = nn.Parameter(torch.empty(0, 4))
         self.scale = nn.Parameter(torch.zeros(8, dtype=torch.int8), requires_grad=False)
@@ -28,7 +31,7 @@ class Odd(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         hidden = self.first(x) * self.scale + self.wide + self.narrow + self.empty.sum()
         mixed = (self.mask.exp() @ hidden.float().T).T / 8
-        return self.last(mixed.tanh())
+        return self.last(self.turned(mixed.tanh()))
 
 
 class OddTask:
@@ -71,6 +74,6 @@ def train(folder: Path, checkpoints: int = 5) -> list[dict[str, Tensor]]:
         optimizer.step()
         model.count += 2048.0
         if step % 10 == 9:
-            states.append({k: v.clone() for k, v in model.state_dict().items()})
+            states.append({k: v.clone().contiguous() for k, v in model.state_dict().items()})
     save_run(folder, states)
     return states

@@ -7,7 +7,7 @@ that is all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -196,6 +196,8 @@ def build(
     meta = world.size > 1
     once = meta and gather == "model"  # one process has all rows
     module = _build_module(task, meta)
+    if meta:
+        _make_buffers(module, layout)
     names = match_names(module, layout, renamed_by(task, module, layout))
     require_cover(module, names, layout)
     averaged = {own for name, own in names.items() if layout[name].averaged}
@@ -231,11 +233,8 @@ def build(
 
 def _build_module(task: Task, meta: bool) -> nn.Module:
     expected = "build_model() returns a torch.nn.Module"
-    if meta:
-        expected += " (its parameters are on the meta device while it is built)"
-    on_meta = parameters_on_meta() if meta else nullcontext()
-    with user_code("build its model", expected=expected), on_meta:
-        module = task.build_model()
+    with user_code("build its model", expected=expected):
+        module = _on_meta(task.build_model) if meta else task.build_model()
     if not isinstance(module, nn.Module):
         raise TaskError(
             "The task did not build a model.",
@@ -243,6 +242,41 @@ def _build_module(task: Task, meta: bool) -> nn.Module:
             found=type(module).__name__,
         )
     return module
+
+
+def _on_meta(build_model: Callable[[], nn.Module]) -> nn.Module:
+    """The module with its parameters on the meta device.
+
+    A constructor that looks at the numbers of its parameters cannot be run there. Such a model is
+    made whole first, and its numbers are dropped at once.
+    """
+    try:
+        with parameters_on_meta():
+            return build_model()
+    except (RuntimeError, NotImplementedError) as error:
+        if "meta" not in str(error):
+            raise
+    module = build_model()
+    known: dict[nn.Parameter, nn.Parameter] = {}
+    for part in module.modules():
+        for name, own in part._parameters.items():
+            if own is not None:
+                moved = nn.Parameter(own.detach().to("meta"), requires_grad=own.requires_grad)
+                part._parameters[name] = known.setdefault(own, moved)
+    return module
+
+
+def _make_buffers(module: nn.Module, layout: Layout) -> None:
+    """Makes buffers that a constructor computes from parameters, which the meta device has not.
+
+    So it is with orthogonal parametrizations. They are loaded like all others.
+    """
+    for path, part in module.named_modules():
+        for name, buffer in part._buffers.items():
+            entry = layout.entries.get(f"{path}.{name}" if path else name)
+            if buffer is None and entry is not None:
+                shape, dtype = entry.info.shape, torch_dtype(entry.info.dtype)
+                part._buffers[name] = torch.zeros(shape, dtype=dtype)
 
 
 @contextmanager
