@@ -18,12 +18,13 @@ from twa_merge.document import (
     Document,
     checkpoint_labels,
     coefficient_note,
-    decimals,
     interval,
     leading_candidates,
     loss_columns,
     metric_columns,
+    metric_decimals,
     metric_of,
+    table_decimals,
     verdict,
     written_coefficients,
 )
@@ -59,14 +60,14 @@ def show_evaluation(document: Document, console: Console) -> None:
     """One row a model."""
     models = document["models"]
     metrics = metric_columns(models, "metrics")
-    digits = decimals([model.get("loss") for model in models])
+    digits = table_decimals(models, ["loss"])
     table = new_table("model", "loss", "+/- 95 %", *_headings(metrics))
     for model in models:
         table.add_row(
             Text(plain(model["path"]), overflow="fold"),
             number(model.get("loss"), digits),
             _half_width(model, "ci95", digits),
-            *(number(metric_of(model, column)) for column in metrics),
+            *_metrics(model, metrics, models),
         )
     console.print(fitted(table, console.width))
     if document.get("examples") is not None:
@@ -78,7 +79,7 @@ def candidates_table(document: Document, width: int) -> Table:
     everything = document["candidates"]
     rows = leading_candidates(document, _MOST_CANDIDATES)
     keys = loss_columns(document)
-    digits = max((decimals([row.get(key) for row in rows]) for key in keys), default=4)
+    digits = max((table_decimals(rows, [key]) for key in keys), default=4)
     with_interval = {"guard_loss"} if _any(everything, "guard_ci95") else set()
     metrics = metric_columns(rows, "guard_metrics", "test_metrics")
     headings = [h for key in keys for h in (key.replace("_", " "), *_plus(key in with_interval))]
@@ -91,7 +92,7 @@ def candidates_table(document: Document, width: int) -> Table:
             cells.append(Text(number(row.get(key), digits)))
             if key in with_interval:
                 cells.append(Text(_half_width(row, "guard_ci95", digits), "dim"))
-        cells += [Text(number(metric_of(row, column))) for column in metrics]
+        cells += map(Text, _metrics(row, metrics, rows))
         if _any(everything, "cost"):
             cells.append(Text(_cost(row.get("cost"))))
         table.add_row(*cells, style="bold green" if chosen else None)
@@ -222,6 +223,12 @@ def _plus(wanted: bool) -> list[str]:
 def _half_width(row: Document, key: str, digits: int) -> str:
     found = interval(row, key)
     return number((found[1] - found[0]) / 2, digits) if found else NONE
+
+
+def _metrics(
+    row: Document, columns: Sequence[tuple[str, str, str]], rows: Sequence[Document]
+) -> list[str]:
+    return [number(metric_of(row, c), metric_decimals(rows, c)) for c in columns]
 
 
 def _headings(metrics: Sequence[tuple[str, str, str]]) -> list[str]:

@@ -71,6 +71,11 @@ def test_weights_of_every_kind():
     assert parse_weights("-0.5, 0.5 1", 3).tolist() == [-0.5, 0.5, 1.0]
 
 
+def test_what_is_fitted_by_block_has_the_names_that_are_shown():
+    for name in ("twa-layers", "twa-tensors", "twa-blocks"):
+        assert parse_families(f"twa,{name}") == {"twa", "twa-layers"}
+
+
 def test_unknown_families_are_refused():
     with pytest.raises(ConfigError, match="candidates"):
         parse_families("twa,medians")

@@ -95,7 +95,7 @@ def test_how_to_do_it_again(train: dict[str, Any]) -> None:
     assert words[:3] == ["twa-merge", "average", "lm"]
     assert words[3:9] == ["--to-step", "250", "--every", "3", "--last", "5"]
     assert words[9:11] == ["--weights", "@twa_merge.json"]
-    assert words[11:] == ["-o", "merged", "--dtype", "bfloat16"]
+    assert words[11:] == ["-o", "merged-again", "--dtype", "bfloat16"]
 
 
 @pytest.mark.parametrize("given", ["run", "files"])
@@ -113,7 +113,7 @@ def test_the_same_again_is_the_same(
     monkeypatch.chdir(tmp_path)
     shutil.copy(tmp_path / "out" / "twa_merge.json", tmp_path)
     assert run(cli, words[1:]) == 0
-    again = json.loads((tmp_path / "merged" / "twa_merge.json").read_text())
+    again = json.loads((tmp_path / "merged-again" / "twa_merge.json").read_text())
     assert again["checkpoints"] == document["checkpoints"]
 
 
@@ -142,7 +142,7 @@ def test_names_cannot_break_out(train: dict[str, Any]) -> None:
 def test_backticks_cannot_end_the_command(train: dict[str, Any]) -> None:
     for i, checkpoint in enumerate(train["checkpoints"]):
         checkpoint |= {"path": f"{i}```\n# heading", "step": None}
-    section = model_card(train).split("## The same again\n\n")[1]
+    section = model_card(train).split("beside them:\n\n")[1]
     assert section.startswith("````sh\n")
     assert section.endswith("\n````\n")
     assert section.count("\n") == 3

@@ -513,6 +513,9 @@ def test_blocks_of_a_model_that_has_none_are_said(tmp_path, blocks):
             fit=FitConfig(blocks="global"),
             guard=GuardConfig(candidates="last,twa-layers"),
         )
+    with pytest.raises(ConfigError, match="a fit that no candidate comes from"):
+        guard = GuardConfig(candidates="last,twa")
+        merge([tmp_path / "run"], task, tmp_path / "other", fit=fit, guard=guard)
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -122,7 +122,11 @@ def test_the_verdict_is_in_plain_words(train: dict[str, Any]) -> None:
     train["improvement"] |= {"mean": 0.0003, "ci95": [-0.001, 0.0015]}
     assert "within noise" in " ".join(train_text(train).split())
     train["improvement"] |= {"mean": -0.02, "ci95": [-0.03, -0.01]}
-    assert "twa is worse than the best single checkpoint by 0.0200 " in train_text(train)
+    text = " ".join(train_text(train).split())
+    assert "twa is worse than the best single checkpoint by 0.0200 (95 % interval 0.0100 to" in text
+    assert "to 0.0300)." in text, "of what is stated, not of the lead"
+    train["improvement"] |= {"mean": -0.02, "ci95": [-0.05, 0.01]}
+    assert "by 0.0200 (95 % interval -0.0100 to 0.0500): within" in verdict(train)[0]
     train["improvement"] = {"over": "best_single", "mean": 0.0, "ci95": [0.0, 0.0]}
     train["chosen"] = "last"
     assert "No candidate beat the last checkpoint." in train_text(train)
@@ -194,9 +198,24 @@ def test_a_winner_by_a_metric_is_explained_by_it(train: dict[str, Any]) -> None:
     assert "| candidate | guard accuracy |" in card
 
 
+def test_the_smallest_loss_of_a_table_keeps_three_digits(train: dict[str, Any]) -> None:
+    for row in train["candidates"]:
+        row["guard_metrics"] = {"error": -1e-4 * row["guard_loss"], "accuracy": 0.98765}
+        if row["name"] == "twa":
+            row["guard_loss"] = row["selection_loss"] = 0.000333
+    assert "0.000333" in train_text(train, width=200)
+    assert "0.000333" in model_card(train)
+    assert "0.9877" in train_text(train, width=250)
+    assert "-0.0001 " not in train_text(train, width=250)
+
+
 def test_few_examples_are_said_to_be_too_few(train: dict[str, Any]) -> None:
     train["improvement"] |= {"certain": False, "enough": False, "examples": 3}
     assert "of 3 examples: too few, within noise." in " ".join(train_text(train).split())
+    train["improvement"] |= {"examples": 60, "groups": 5}
+    assert "of 60 examples in 5 groups: too few, within noise." in verdict(train)[0]
+    train["improvement"] |= {"ci95": [None, None], "groups": 1}
+    assert "by 0.0616, of 60 examples in 1 group: too few, within noise." in verdict(train)[0]
 
 
 def test_coefficients_that_are_not_the_whole_model_say_so(train: dict[str, Any]) -> None:
@@ -217,6 +236,8 @@ def test_a_blend_says_what_it_is_made_of(train: dict[str, Any]) -> None:
     train["chosen"] = "blend"
     text = " ".join(train_text(train).split())
     assert "blend is a mean of candidates: 66% twa, 34% the uniform mean." in text
+    chosen["blend_of"] = {"last": 0.008, "greedy": 0.008, "uniform": 0.33, "twa": 0.654}
+    assert "65% twa, 33% the uniform mean and 2% others." in " ".join(verdict(train))
     assert "ahead of it" not in text
     uniform = next(row for row in train["candidates"] if row["name"] == "uniform")
     uniform["selection_loss"] = uniform["guard_loss"] = chosen["guard_loss"] - 0.001

@@ -44,6 +44,21 @@ def broken(method: str, act) -> LinearTask:
     return task
 
 
+def test_gradients_inside_a_model_need_to_be_asked_for(tmp_path) -> None:
+    save_run(tmp_path / "run", LinearTask().states(3))
+    task = LinearTask()
+
+    def forces(model, batch):
+        x = batch[0].requires_grad_(True)
+        return torch.autograd.grad(model(x).sum(), x)[0].square().sum(1)
+
+    task.loss = forces  # type: ignore[method-assign]
+    with pytest.raises(TaskError, match="failed to compute its loss") as caught:
+        merge([tmp_path / "run"], task, tmp_path / "m")
+    assert "torch.enable_grad()" in caught.value.details["what to do"]
+    assert f"{__file__}, line" in caught.value.details["what to do"]
+
+
 @pytest.mark.parametrize("act", [gives_up, raises])
 @pytest.mark.parametrize("method", METHODS)
 def test_whatever_a_task_raises_is_told_with_its_line(tmp_path, method, act) -> None:

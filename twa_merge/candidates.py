@@ -14,7 +14,10 @@ from .errors import ConfigError
 EMA_DECAYS = (0.5, 0.7, 0.8, 0.9, 0.95)
 # These take part in every comparison.
 SINGLES = ("last", "best_single")
-QUICK = (*SINGLES, "uniform", "window", "twa", "twa-layers", "blend")
+# The family of what is fitted by block, and what its members are called where they are shown.
+BY_BLOCK = "twa-layers"
+_BLOCK_NAMES = (BY_BLOCK, "twa-tensors", "twa-blocks")
+QUICK = (*SINGLES, "uniform", "window", "twa", BY_BLOCK, "blend")
 ALL = (*QUICK, "ema", "wsm", "greedy")
 
 
@@ -115,12 +118,14 @@ def parse_families(text: str) -> frozenset[str]:
         return frozenset(ALL)
     if text == "quick":
         return frozenset(QUICK)
-    names = frozenset(part.strip() for part in text.split(",") if part.strip())
+    given = (part.strip() for part in text.split(",") if part.strip())
+    names = frozenset(BY_BLOCK if name in _BLOCK_NAMES else name for name in given)
     wrong = names - frozenset(ALL)
     if wrong or not names:
         raise ConfigError(
             "--candidates is not known.",
-            expected=f"quick, all, or some of {', '.join(ALL)}",
+            expected=f"quick, all, or some of {', '.join(ALL)} ({BY_BLOCK} is what "
+            "is fitted by block, layers and tensors alike)",
             found=", ".join(sorted(wrong)) or text,
         )
     if names <= {*SINGLES, "blend"}:

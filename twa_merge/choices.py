@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from .candidates import BY_BLOCK, parse_families
 from .checkpoints.base import Checkpoint
 from .config import (
     STARTS,
@@ -46,7 +47,14 @@ def require_compatible(fit: FitConfig, candidates: str) -> None:
         ConfigError: blocks, or a span of checkpoints, were asked for as well; or a candidate by
             block where there are no blocks.
     """
-    if fit.blocks == "global" and "twa-layers" in candidates:
+    by_block = BY_BLOCK in parse_families(candidates)
+    if fit.blocks in ("layers", "tensors") and not by_block:
+        raise ConfigError(
+            "--blocks asks for a fit that no candidate comes from.",
+            expected=f"{BY_BLOCK} among the --candidates, or no --blocks",
+            found=f"--blocks {fit.blocks} --candidates {candidates}",
+        )
+    if fit.blocks == "global" and by_block and candidates not in ("quick", "all"):
         raise ConfigError(
             "There is no fit by block with one block for the whole model.",
             expected="--blocks auto, tensors or layers, or other --candidates",

@@ -16,6 +16,7 @@ _NAMED = ("last", "best_single", "uniform", "greedy")
 _EXPLODED = 1e6
 # Decimals show too little of numbers below the first, and too much of those above the second.
 _TINY, _LARGE = 1e-4, 1e4
+_PLACES, _MOST_PLACES = 4, 7
 # A smaller share of a blend is not worth naming.
 _WORTH_NAMING = 0.01
 
@@ -173,7 +174,7 @@ def decimals(values: Sequence[Any]) -> int:
     """How many, 4 to 7, tell ``values`` apart; more for tiny ones, fewer for large ones."""
     known = [float(v) for v in values if is_finite(v)]
     sizes = sorted(abs(v) for v in known if v)
-    fewest, most = 4, 7
+    fewest, most = _PLACES, _MOST_PLACES
     if sizes and sizes[len(sizes) // 2] < _TINY:
         order = math.floor(math.log10(sizes[len(sizes) // 2]))
         fewest, most = 3 - order, 6 - order
@@ -182,6 +183,23 @@ def decimals(values: Sequence[Any]) -> int:
     spread = max(known) - min(known) if known else 0.0
     wanted = 2 - math.floor(math.log10(spread)) if spread > 0 else fewest
     return min(most, max(fewest, wanted))
+
+
+def table_decimals(rows: Sequence[Document], keys: Sequence[str]) -> int:
+    """``decimals`` of a table's columns: the smallest value in it still has three digits."""
+    values = [row.get(key) for row in rows for key in keys]
+    sizes = [abs(v) for v in values if is_finite(v) and v]
+    places = decimals(values)
+    if not sizes or places < _PLACES or places > _MOST_PLACES:
+        return places
+    return min(_MOST_PLACES, max(places, 2 - math.floor(math.log10(min(sizes)))))
+
+
+def metric_decimals(rows: Sequence[Document], column: tuple[str, str, str]) -> int:
+    """Of a column of ``metric_columns``: four, unless all of it is tiny."""
+    values = [metric_of(row, column) for row in rows]
+    largest = max((abs(v) for v in values if is_finite(v)), default=1.0)  # type: ignore[arg-type]
+    return decimals(values) if 0.0 < largest < 100 * _TINY else _PLACES
 
 
 def figure(value: float, places: int) -> str:
@@ -219,7 +237,7 @@ def verdict(document: Document) -> list[str]:
     said += _which_single(document, [i["over"] for i in others])
     said += _how_it_was_picked(document, chosen) + _what_it_is_made_of(document, chosen)
     if source := statistics_source(document):
-        said.append(f"Its running statistics of batch norm were {source}.")
+        said.append(f"The running statistics of batch norm in {chosen} were {source}.")
     return [_capital(sentence) for sentence in said]
 
 
@@ -264,10 +282,13 @@ def _what_it_is_made_of(document: Document, chosen: str) -> list[str]:
     """The candidates that a blend is the mean of, the heaviest first."""
     blended = winner(document).get("blend_of") or {}
     parts = [(weight, name) for name, weight in blended.items() if weight >= _WORTH_NAMING]
-    named = [f"{weight:.0%} {spoken(name)}" for weight, name in sorted(parts, reverse=True)]
+    shares = [(round(100 * weight), name) for weight, name in sorted(parts, reverse=True)]
+    named = [f"{percent}% {spoken(name)}" for percent, name in shares]
     if not named:
         return []
-    said = [f"{chosen} is a mean of candidates: {', '.join(named)}."]
+    rest = 100 - sum(percent for percent, _ in shares)
+    others = f" and {rest}% others" if rest > 0 and len(parts) < len(blended) else ""
+    said = [f"{chosen} is a mean of candidates: {', '.join(named)}{others}."]
     ahead = min(document["candidates"], key=lambda c: _cost(c, None))
     if metric(document) is None and _cost(ahead, None) < _cost(winner(document), None):
         said.append(
@@ -299,6 +320,8 @@ def _sentence(chosen: str, improvement: Document, selected: str | None) -> str:
     mean = improvement["mean"]
     interval = improvement.get("ci95") or (None, None)
     low, high = (v if is_finite(v) else None for v in interval)
+    if mean < 0 and low is not None and high is not None:
+        low, high = -high, -low  # of what the sentence states
     places = decimals([0.0, mean, low, high])
     how = "better" if mean >= 0 else "worse"
     text = f"{spoken(chosen)} is {how} than {spoken(improvement['over'])}"
@@ -317,7 +340,7 @@ def _sentence(chosen: str, improvement: Document, selected: str | None) -> str:
 
 def _too_few(improvement: Mapping[str, Any]) -> str:
     examples, groups = improvement["examples"], improvement.get("groups")
-    alike = "" if groups in (None, examples) else f" in {groups} groups"
+    alike = "" if groups in (None, examples) else f" in {groups} group{'s' * (groups != 1)}"
     return f", of {examples} examples{alike}: too few, within noise."
 
 

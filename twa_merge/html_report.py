@@ -12,7 +12,6 @@ from .document import (
     cell,
     checkpoint_labels,
     coefficient_note,
-    decimals,
     examples,
     folder_name,
     interval,
@@ -20,8 +19,10 @@ from .document import (
     leading_candidates,
     loss_columns,
     metric_columns,
+    metric_decimals,
     metric_of,
     span,
+    table_decimals,
     verdict,
     written_coefficients,
     written_name,
@@ -30,7 +31,6 @@ from .errors import OutputError
 
 _MOST_CANDIDATES = 24
 _LONGEST_LABEL = 36
-_METRIC_PLACES = 4
 _SPLITS = ("fit", "guard", "test")
 
 _STYLE = """
@@ -214,14 +214,14 @@ def _landscape(document: Document, landscape: Mapping[str, Any] | None) -> str:
 def _tables(document: Document) -> str:
     rows = document.get("candidates") or []
     keys = loss_columns(document)
-    places = decimals([row.get(key) for row in rows for key in keys])
+    places = table_decimals(rows, keys)
     metrics = metric_columns(rows, "guard_metrics", "test_metrics")
     chosen = written_name(document)
     body = []
     for row in leading_candidates(document, len(rows)):
         cells = [str(row["name"]), *(cell(row.get(key), places) for key in keys)]
         cells += [span(interval(row, "guard_ci95"), places)]
-        cells += [cell(metric_of(row, column), _METRIC_PLACES) for column in metrics]
+        cells += [cell(metric_of(row, c), metric_decimals(rows, c)) for c in metrics]
         cells += [f"{row['cost']:g}" if is_finite(row.get("cost")) else ""]
         body.append((row["name"] == chosen, cells))
     head = ["candidate", *(k.replace("_", " ") for k in keys), "guard, 95 %"]

@@ -12,7 +12,6 @@ from .document import (
     cell,
     checkpoint_labels,
     coefficient_note,
-    decimals,
     examples,
     guard_metric,
     interval,
@@ -21,6 +20,7 @@ from .document import (
     metric,
     span,
     statistics_source,
+    table_decimals,
     verdict,
     written_coefficients,
 )
@@ -80,7 +80,7 @@ def _candidates(document: Document) -> str:
     if not rows:
         return ""
     keys = loss_columns(document)
-    places = decimals([row.get(key) for row in rows for key in keys])
+    places = table_decimals(rows, keys)
     selected = metric(document)
     decided = f"{_text(selected or 'loss')} on the guard data"
     if "selection_loss" in keys and not selected:
@@ -144,7 +144,7 @@ def _again(document: Document) -> str:
         command += ["--last", str(len(checkpoints))]
     else:
         command += checkpoint_labels(checkpoints, least=2)
-    command += ["--weights", "@twa_merge.json", "-o", "merged"]
+    command += ["--weights", "@twa_merge.json", "-o", "merged-again"]
     dtype = (document.get("options") or {}).get("dtype")
     command += ["--dtype", str(dtype)] if dtype else []
     line = _without_control(shlex.join(command))
@@ -154,7 +154,8 @@ def _again(document: Document) -> str:
         if statistics_source(document)
         else ""
     )
-    return f"## The same again\n\n{fence}sh\n{line}\n{fence}\n{but}"
+    where = "Run where the checkpoints are, with `twa_merge.json` of this folder beside them:"
+    return f"## The same again\n\n{where}\n\n{fence}sh\n{line}\n{fence}\n{but}"
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

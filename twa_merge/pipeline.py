@@ -175,16 +175,16 @@ def _judge(run: Run, fitted: Sequence[Fitted]) -> Verdict:
 def _no_improvement(run: Run, verdict: Verdict) -> NoImprovement:
     """Says how close the best merge came, where a single checkpoint won."""
     closest, found, select = verdict.winner, verdict.over_single, run.choices.guard.select
+    what = "What was picked"
     merges = [s for s in verdict.shown if s.name not in SINGLES]
     if closest not in merges and merges:
-        closest = pick(merges, select)
+        closest, what = pick(merges, select), "The best merge"
         single = next(s for s in verdict.shown if s.name == "best_single")
         found = improvement(closest, single, select, run.choices.data.seed)
     places = decimals([0.0, found.mean, found.low, found.high])
     mean, low, high = (figure(v, places) for v in (found.mean, found.low, found.high))
     return NoImprovement(
-        "What was picked is not certainly better than the best single checkpoint; nothing was "
-        "written.",
+        f"{what} is not certainly better than the best single checkpoint; nothing was written.",
         expected="an improvement on the guard split whose 95 % interval lies above zero",
         found=f"{closest.name}: {mean} [{low}, {high}]",
         remedy="give more data or other checkpoints, or leave --require-improvement out",

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from .candidates import parse_families, window
+from .candidates import BY_BLOCK, parse_families, window
 from .config import parse_subspace
 from .errors import listing
 from .fit import Fitted
@@ -33,9 +33,9 @@ def train_stages(run: Run) -> list[Fitted]:
     less data.
     """
     whole, wanted = run.world.broadcast(_whole(run)), parse_families(run.choices.guard.candidates)
-    if not wanted & {"twa", "twa-layers"}:
+    if not wanted & {"twa", BY_BLOCK}:
         return [_unfitted(run, whole)]
-    by_block = "twa-layers" in wanted
+    by_block = BY_BLOCK in wanted
     if whole.rank == 0:
         run.progress(Noted("All checkpoints are identical: there is nothing to train."))
         by_block = False

@@ -105,7 +105,7 @@ def call_factory(factory: Callable[..., Any], name: str, data: str | None) -> Ta
             f"The task {name} takes no data.",
             expected="a parameter called data",
             found=f"{getattr(factory, '__name__', name)}{inspect.signature(factory)}",
-            remedy="leave --data out, or give the function a parameter `data`",
+            remedy="leave --data and --test-data out, or give the function a parameter `data`",
         )
     task = factory(data=data) if takes_data and data is not None else factory()
     return check_task(task, name)

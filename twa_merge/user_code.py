@@ -22,8 +22,9 @@ _NOT_THE_USERS = (
 )
 
 
-# What torch says of batch norm in training on a batch of one.
+# What torch says of batch norm in training on a batch of one, and of gradients under no_grad.
 _ALONE = "more than 1 value per channel"
+_NO_GRADIENT = "does not require grad"
 
 
 @contextmanager
@@ -49,6 +50,16 @@ def user_code(doing: str, *, expected: str | None = None) -> Iterator[None]:
                 "The device ran out of memory.",
                 found=str(error).split("\n")[0],
                 remedy="a smaller --batch-size or --max-length, more processes, or another --store",
+            ) from error
+        except RuntimeError as error:
+            if _NO_GRADIENT not in str(error) or torch.is_grad_enabled():
+                raise
+            raise TaskError(
+                f"The task failed to {doing}.",
+                expected="losses that can be computed under torch.no_grad(), to be compared",
+                found=f"{type(error).__name__}: {error}",
+                remedy="take gradients inside the model under torch.enable_grad(); "
+                f"{_where(error)}",
             ) from error
 
 
