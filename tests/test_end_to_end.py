@@ -232,7 +232,7 @@ def test_a_missing_improvement_is_said_in_the_unit_of_the_loss(tmp_path):
     good, bad = task.states(2)
     save_run(tmp_path / "run", [good, {k: v + 100 for k, v in bad.items()}])
     guard = GuardConfig(candidates="uniform", require_improvement=True)
-    with pytest.raises(NoImprovement, match="What was picked is not certainly better") as caught:
+    with pytest.raises(NoImprovement, match="The best merge is not certainly better") as caught:
         merge([tmp_path / "run"], task, tmp_path / "merged", guard=guard)
     assert re.search(r"uniform: -[1-9]\.\d+e-\d+ \[-[1-9]\.\d+e-\d+, ", str(caught.value))
 

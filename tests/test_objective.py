@@ -513,8 +513,8 @@ def test_blocks_of_a_model_that_has_none_are_said(tmp_path, blocks):
             fit=FitConfig(blocks="global"),
             guard=GuardConfig(candidates="last,twa-layers"),
         )
+    guard = GuardConfig(candidates="last,twa")
     with pytest.raises(ConfigError, match="a fit that no candidate comes from"):
-        guard = GuardConfig(candidates="last,twa")
         merge([tmp_path / "run"], task, tmp_path / "other", fit=fit, guard=guard)
 
 
