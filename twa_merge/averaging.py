@@ -56,7 +56,7 @@ def average(
     out = out or OutputConfig()
     clock, target = Clock(), Path(output)
     with clock.part("open"):
-        found = open_checkpoints(checkpoints, selection or Selection())
+        found = open_checkpoints(checkpoints, selection or Selection(), progress)
         layout = make_layout(found)
         dtype = dtype_named(out.dtype)
         names = check_output(target, found, out.overwrite, dtype=dtype)

@@ -35,7 +35,7 @@ def inspect(
     Raises:
         CheckpointError: a checkpoint cannot be read, or a number is not finite.
     """
-    found = open_checkpoints(checkpoints, selection or Selection())
+    found = open_checkpoints(checkpoints, selection or Selection(), progress)
     differences: list[str] = []
     try:
         layout = make_layout(found)

@@ -93,12 +93,14 @@ class Checkpoint:
         format: ``huggingface`` (a folder with safetensors), ``safetensors`` (bare files) or
             ``pickle`` (whatever ``torch.save`` wrote, in a folder or bare); more may follow.
         reader: reads it.
+        epoch: what a script has saved in a pickle under this name.
     """
 
     path: Path
     step: int | None
     format: str
     reader: Reader
+    epoch: int | None = None
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:

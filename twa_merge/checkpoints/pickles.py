@@ -19,7 +19,14 @@ from ..tensors import as_tensor, dtype_of
 from .base import TensorInfo, WeightFile, reading, require_file
 from .names import resolve_names
 from .shards import read_index, require_all_shards, require_consistent
-from .state_dicts import WEIGHTS_ALONE, aliases_of, named_tensors, state_dict_of, step_of
+from .state_dicts import (
+    STEP_KEYS,
+    WEIGHTS_ALONE,
+    aliases_of,
+    count_of,
+    named_tensors,
+    state_dict_of,
+)
 
 # What command lines are parsed into, which training scripts save beside the weights: attributes,
 # and nothing that runs.
@@ -36,7 +43,7 @@ class PickleReader:
         index: ``pytorch_model.bin.index.json`` or another like it.
 
     Attributes:
-        step: the training step that the file itself speaks of, if it does.
+        step, epoch: that the file itself speaks of, if it does.
 
     Raises:
         CheckpointError: a file is missing, damaged, holds no weights, or asks for code to be run.
@@ -60,7 +67,9 @@ class PickleReader:
             for path, state in states.items()
         )
         self.aliases: Mapping[str, str] = aliases_of(self._tensors)
-        self.step = next(map(step_of, loaded.values()))
+        first = loaded[paths[0]]
+        self.step = count_of(first, STEP_KEYS)
+        self.epoch = count_of(first, ("epoch",))
 
     def read(self, name: str, first: int, out: Array) -> None:
         info, tensor = self.tensors[name], self._tensors[name]

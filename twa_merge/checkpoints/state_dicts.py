@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +36,7 @@ _NOT_WEIGHTS = re.compile(
 _BESIDE = re.compile(r"(^|[^a-z])(ema|averaged?|swa|shadow)([^a-z]|$)", re.I)
 # What optimizers keep for each parameter.
 _MOMENTS = frozenset({"exp_avg", "momentum_buffer", "square_avg", "exp_inf"})
-_STEP_KEYS = ("global_step", "global_steps", "iter_num", "iteration", "step")
+STEP_KEYS = ("global_step", "global_steps", "iter_num", "iteration", "step", "iter", "num_updates")
 _DEPTH = 3
 
 
@@ -161,9 +161,9 @@ def aliases_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return aliases
 
 
-def step_of(document: Mapping[str, Any]) -> int | None:
-    """The training step that a script has saved beside the weights, if it has."""
-    for key in _STEP_KEYS:
+def count_of(document: Mapping[str, Any], keys: Iterable[str]) -> int | None:
+    """The first of these that a script has saved beside the weights as a count, if any."""
+    for key in keys:
         value = document.get(key)
         if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
             value = value.item()
