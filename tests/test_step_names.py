@@ -182,6 +182,14 @@ def test_a_file_settles_what_its_name_leaves_open(tmp_path: Path) -> None:
         assert not notes
 
 
+def test_words_that_only_some_names_have(tmp_path: Path) -> None:
+    """Folds, where the first one looks like a metric."""
+    names = ["f1_3.pt", "f2_6.pt", "f12_9.pt", "x_fp16.5_1.pt", "x_fp16_2.pt"]
+    files = save(tmp_path, names)
+    assert read(*files[:3]) == (names[:3], [3, 6, 9])
+    assert read(*files[3:]) == (names[3:], [1, 2])
+
+
 def test_numbers_of_a_checkpoint_by_itself(tmp_path: Path) -> None:
     assert read(*save(tmp_path, ["llama-7b-100.pt"])) == (["llama-7b-100.pt"], [100])
     assert read(*save(tmp_path, ["m_2026-01-05.pt"])) == (["m_2026-01-05.pt"], [UNKNOWN])

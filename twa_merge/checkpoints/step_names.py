@@ -142,16 +142,13 @@ def _start_again(steps: Sequence[int], epochs: Sequence[int]) -> bool:
 
 def _columns(titles: Sequence[str]) -> list[list[int]]:
     """The whole numbers that stand in one place of every name, a list a place."""
-    rows = [
-        _NUMBER.findall("/".join(_NO_STEP.sub("", p) for p in title.split("/") if _is_plain(p)))
-        for title in titles
-    ]
+    parts = [[p for p in title.split("/") if not _NICKNAME.search(p)] for title in titles]
+    rows = [_NUMBER.findall("/".join(_NO_STEP.sub("", p) for p in each)) for each in parts]
+    if len(set(map(len, rows))) > 1:
+        # A digit is a part of the word in some of the names alone, as in f1 and f2.
+        rows = [_NUMBER.findall("/".join(each)) for each in parts]
     places = zip(*rows, strict=True)
     return [[int(text) for text in place] for place in places if "." not in "".join(place)]
-
-
-def _is_plain(part: str) -> bool:
-    return not _NICKNAME.search(part)
 
 
 def _follows(other: Sequence[Any], column: Sequence[int]) -> bool:
