@@ -17,8 +17,8 @@ from .checkpoints.base import Checkpoint
 from .distributed import World
 from .dtypes import Dtype
 from .errors import TaskError
-from .layout import Layout
-from .matching import match_names, renamed_by, require_cover
+from .layout import Layout, require_tensors_alone
+from .matching import extra_states, match_names, renamed_by, require_cover
 from .sharding import Sharded, checkpoint_activations, shard
 from .task import Task
 from .tensors import tensor_rows, torch_dtype
@@ -192,11 +192,16 @@ def build(
 
     Raises:
         TaskError: the model cannot be built, or lacks or adds parameters.
+        CheckpointError: it takes an extra state that is no tensor in the checkpoints.
     """
     meta = world.size > 1
     once = meta and gather == "model"  # one process has all rows
     module = _build_module(task, meta)
+    own_states = extra_states(module)
     names = match_names(module, layout, renamed_by(task, module, layout))
+    states = {name: own_states[own] for name, own in names.items() if own in own_states}
+    require_tensors_alone(layout, states)
+    names = {name: own for name, own in names.items() if name not in states}
     require_cover(module, names, layout)
     for parameter in module.parameters():
         if parameter.is_floating_point():
@@ -224,6 +229,9 @@ def build(
     with torch.no_grad():
         for name, target in live.copied().items():
             target.copy_(tensor_rows(newest, name))
+    for name, part in states.items():
+        with user_code(f"take the extra state {name}"):
+            part.set_extra_state(tensor_rows(newest, name))
     return live
 
 

@@ -320,7 +320,9 @@ def _open(found: _Found) -> Checkpoint:
 
         pickle = PickleReader(files, index)
         step = pickle.step if found.step is None else found.step
-        checkpoint = Checkpoint(found.path, step, "pickle", pickle, epoch=pickle.epoch)
+        checkpoint = Checkpoint(
+            found.path, step, "pickle", pickle, pickle.epoch, pickle.entry, pickle.extra_states
+        )
     else:
         kind = "huggingface" if found.path.is_dir() else "safetensors"
         checkpoint = Checkpoint(found.path, found.step, kind, SafetensorsReader(files, index))
