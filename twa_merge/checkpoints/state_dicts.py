@@ -37,7 +37,13 @@ _NOT_WEIGHTS = re.compile(
 # Averages of the weights that a script keeps beside them.
 _BESIDE = re.compile(r"(^|[^a-z])(ema|averaged?|swa|shadow)([^a-z]|$)", re.I)
 # What optimizers keep for each parameter.
-_MOMENTS = frozenset({"exp_avg", "momentum_buffer", "square_avg", "exp_inf"})
+_MOMENTS = frozenset({"exp_avg", "exp_avg_sq_row", "momentum_buffer", "square_avg", "exp_inf"})
+# What a script notes down of a run.
+_RECORDS = re.compile(
+    r"(^|[^a-z])(histor(y|ies)|logs?|losses|metrics?|meters?|results?|curves?|scores?|records?"
+    r"|accurac(y|ies)|errors?|times?|meta(data)?|info)([^a-z]|$)",
+    re.I,
+)
 STEP_KEYS = ("global_step", "global_steps", "iter_num", "iteration", "step", "iter", "num_updates")
 _DEPTH = 3
 
@@ -93,11 +99,7 @@ def state_dict_of(document: Any, path: Path) -> StateDict:
             remedy=WEIGHTS_ALONE,
         )
     chosen = found[0]
-    rivals = [
-        s
-        for s in found[1:]
-        if _rank(s) == _rank(chosen) == 1 and 10 * len(s.tensors) >= len(chosen.tensors)
-    ]
+    rivals = [s for s in found[1:] if _rank(s) == _rank(chosen) == 1 and _is_network(s)]
     if rivals:
         raise CheckpointError(
             "A file holds several sets of weights, and it is not clear which one is the model.",
@@ -126,7 +128,7 @@ def named_tensors(document: Mapping[Any, Any]) -> list[StateDict]:
             seen.add(id(mapping))
             named = {k: v for k, v in mapping.items() if isinstance(k, str)}
             tensors = {k: v for k, v in named.items() if isinstance(v, Tensor)}
-            if tensors and _MOMENTS.isdisjoint(tensors):
+            if tensors and not _is_of_an_optimizer(keys, tensors):
                 found.append(StateDict(keys, tensors, _extra_states(named)))
             if len(keys) < _DEPTH:
                 deeper += [
@@ -148,10 +150,32 @@ def _extra_states(named: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _preference(found: StateDict) -> tuple[int, int, int]:
+def _is_of_an_optimizer(keys: tuple[str, ...], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether this is the state of one parameter, which optimizers count."""
+    counted = keys[-2:-1] == ("state",) and keys[-1].isdecimal()
+    return counted or not _MOMENTS.isdisjoint(tensors)
+
+
+def _is_network(state: StateDict) -> bool:
+    """Whether there are weights in it, rather than records of the run, counts or random states.
+
+    Beside networks, in the file itself, single numbers and series of them are records.
+    """
+    if any(_RECORDS.search(key) for key in state.keys):
+        return False
+    return any(
+        (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
+        and tensor.numel() > 1
+        and not _RECORDS.search(name)
+        and (bool(state.keys) or tensor.dim() > 1 or "." in name)
+        for name, tensor in state.tensors.items()
+    )
+
+
+def _preference(found: StateDict) -> tuple[int, bool, int, int]:
     last = found.keys[-1] if found.keys else None
     place = _CONTAINERS.index(last) if last in _CONTAINERS else len(_CONTAINERS)
-    return _rank(found), -len(found.tensors), place
+    return _rank(found), not _is_network(found), -len(found.tensors), place
 
 
 def _rank(found: StateDict) -> int:
