@@ -132,16 +132,34 @@ def test_what_safetensors_cannot_hold_is_refused(tmp_path: Path) -> None:
         assert not (tmp_path / "out").exists()
 
 
-def test_what_the_tasks_model_has_no_use_for_is_left_out_and_told(tmp_path: Path) -> None:
-    run = save(tmp_path / "run", ScaledTask(Scaled))
+def notes_of(run: Path, task: ScaledTask, out: Path) -> str:
     notes: list[str] = []
 
     def hear(event: Event) -> None:
         if isinstance(event, Noted):
             notes.append(event.text)
 
-    merge([run], ScaledTask(Plain), tmp_path / "out", **QUICK, progress=hear)
-    assert any("1._extra_state" in note and "left out" in note for note in notes)
+    merge([run], task, out, **QUICK, progress=hear)
+    return "\n".join(notes)
+
+
+def test_what_the_tasks_model_has_no_use_for_is_left_out_and_told(tmp_path: Path) -> None:
+    run = save(tmp_path / "run", ScaledTask(Scaled))
+    said = notes_of(run, ScaledTask(Plain), tmp_path / "out")
+    assert "left out: 1._extra_state" in said
+
+
+def test_a_state_that_the_checkpoints_lack_is_told(tmp_path: Path) -> None:
+    run = save(tmp_path / "run", ScaledTask(Scaled))
+    for path in run.iterdir():
+        saved = torch.load(path)
+        del saved["model"]["1._extra_state"]
+        torch.save(saved, path)
+    said = notes_of(run, ScaledTask(Scaled), tmp_path / "out")
+    assert "1._extra_state" in said
+    assert "as build_model() leaves" in said
+    with_tensor = save(tmp_path / "tensors", ScaledTask(ScaledByTensor))
+    assert "extra state" not in notes_of(with_tensor, ScaledTask(ScaledByTensor), tmp_path / "out")
 
 
 @pytest.mark.parametrize("state", [None, {}, "", []])

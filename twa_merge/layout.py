@@ -147,8 +147,8 @@ def require_tensors_alone(layout: Layout, names: Iterable[str]) -> None:
         if name in layout.extra_states:
             path, kind = layout.extra_states[name]
             raise CheckpointError(
-                "A module has saved an extra state that is no tensor, which safetensors cannot "
-                "hold: the merge would be without it.",
+                "A module has saved an extra state that is no tensor: it is not read, and "
+                "safetensors cannot hold it.",
                 checkpoint=path,
                 tensor=name,
                 expected="tensors",

@@ -242,6 +242,13 @@ def note_strangers(live: LiveModel, layout: Layout, progress: Progress) -> None:
                 f"the task's model; they are left out: {listing(layout.extra_states)}."
             )
         )
+    if live.states_as_built:
+        progress(
+            Noted(
+                "The checkpoints lack extra states that the task's model takes; they stay as "
+                f"build_model() leaves them: {listing(live.states_as_built)}."
+            )
+        )
 
 
 def _directions(
