@@ -57,6 +57,7 @@ NUMBERED = {
     "hyperparameters": ("m_v2_9_lr0.01_bs32.pt m_v2_10_lr0.01_bs32.pt", [9, 10]),
     "of how many": ("model-9-of-10ep.pt model-10-of-10ep.pt", [9, 10]),
     "fairseq": ("checkpoint_1_500.pt checkpoint_2_1000.pt checkpoint_2_1500.pt", [500, 1000, 1500]),
+    "a run's number": ("ckpt2_9.pt ckpt2_10.pt", [9, 10]),
     "epoch and step": ("m_0_900.pt m_1_1000.pt m_1_1900.pt", [900, 1000, 1900]),
     "steps within an epoch": (
         "ep0_iter100.pt ep0_iter900.pt ep1_iter100.pt ep1_iter900.pt",

@@ -117,8 +117,10 @@ def _by_number(titles: Sequence[str], times: Sequence[Times]) -> tuple[Sequence[
             return (said if len(titles) == 1 else ()), False
         return said or (columns[-1] if columns else ()), len(columns) == 1
     certain = len(varying) == 1
-    if len(set(said)) == len(titles) or (certain and not times[0]):
-        return said or varying[0], certain
+    if len(set(said)) == len(titles):
+        return said, certain
+    if certain and not times[0]:
+        return varying[0], certain
     agreed = [c for c in varying if all(_follows(other, c) for other in (*varying, times))]
     if agreed:
         return agreed[-1], certain
