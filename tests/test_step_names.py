@@ -57,6 +57,9 @@ NUMBERED = {
     "hyperparameters": ("m_v2_9_lr0.01_bs32.pt m_v2_10_lr0.01_bs32.pt", [9, 10]),
     "of how many": ("model-9-of-10ep.pt model-10-of-10ep.pt", [9, 10]),
     "fairseq": ("checkpoint_1_500.pt checkpoint_2_1000.pt checkpoint_2_1500.pt", [500, 1000, 1500]),
+    "of one epoch": ("epoch_0_900.pt epoch_0_1000.pt", [900, 1000]),
+    "epochs planned": ("resnet_ep90_9.pt resnet_ep90_10.pt", [9, 10]),
+    "epochs alone": ("epoch=0-val_loss=0.31.pt epoch=0-val_loss=0.34.pt", [0, 0]),
     "a run's number": ("ckpt2_9.pt ckpt2_10.pt", [9, 10]),
     "epoch and step": ("m_0_900.pt m_1_1000.pt m_1_1900.pt", [900, 1000, 1900]),
     "steps within an epoch": (

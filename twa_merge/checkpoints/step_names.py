@@ -96,6 +96,9 @@ def _of_a_run(titles: Sequence[str]) -> list[NamedStep]:
     """Of names that differ in their digits alone."""
     rest, times = without_times(titles)
     steps, epochs = _said(_STEP, titles), _said(_EPOCH, rest)
+    if any(len(set(column)) > 1 for column in _columns(rest)):
+        # A word whose number never changes is of the run, and another number counts.
+        steps, epochs = (said if len(set(said)) > 1 else [] for said in (steps, epochs))
     if steps and not (epochs and _start_again(steps, epochs)):
         return [NamedStep(n, True, t) for n, t in zip(steps, times, strict=True)]
     if epochs and (steps or not _said(_CHECKPOINT, rest)):
