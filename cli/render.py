@@ -28,6 +28,7 @@ from twa_merge.document import (
     verdict,
     written_coefficients,
 )
+from twa_merge.errors import listing
 
 from .console import plain
 from .figures import NONE, amount, duration, number, size
@@ -163,6 +164,7 @@ def show_inspection(document: Document, console: Console) -> None:
         )
     console.print(fitted(table, console.width))
     console.print(_tensor_summary(document))
+    _show_entries(document, console)
     for difference in document.get("differences") or []:
         said = "; ".join(line.strip() for line in difference.splitlines())
         console.print(Text.assemble(("difference: ", "yellow"), plain(said)))
@@ -171,6 +173,19 @@ def show_inspection(document: Document, console: Console) -> None:
         show_geometry(document["geometry"], labels, console)
     if document.get("plan"):
         show_plan(document["plan"], console)
+
+
+def _show_entries(document: Document, console: Console) -> None:
+    """Where in pickles the weights were found, if that is not where everybody looks for them."""
+    rows = document["checkpoints"]
+    labels = checkpoint_labels(rows)
+    where: dict[str, list[str]] = {}
+    for label, row in zip(labels, rows, strict=True):
+        if row.get("entry"):
+            where.setdefault(row["entry"], []).append(label)
+    for entry, files in where.items():
+        of = "" if len(files) == len(rows) else f" in {listing(files)}"
+        console.print(Text(plain(f"weights read from the entry {entry}{of}")))
 
 
 def _tensor_summary(document: Document) -> Text:

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import launches
 import pytest
 import torch
 from torch import Tensor, nn
@@ -106,6 +107,66 @@ def test_the_model_is_found_in_its_container(tmp_path: Path, content: Any, zippe
 )
 def test_what_is_no_state_dict(tmp_path: Path, content: object, says: str) -> None:
     assert says in str(refused(save(tmp_path / "x.pt", content)))
+
+
+BACKBONE = {f"layers.{k}.weight": torch.full((2, 2), float(k)) for k in range(60)}
+HEAD = {"w": torch.ones(2), "b": torch.ones(2)}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ({"backbone": BACKBONE, "head": HEAD}, "backbone, head"),
+        ({"parts": {"backbone": BACKBONE, "head": HEAD}}, "parts.backbone, parts.head"),
+        ({"backbone": BACKBONE, "normaliser": {"mean": torch.ones(3)}}, "backbone, normaliser"),
+        ({"backbone": BACKBONE, "loss": {"centres": torch.ones(9, 2)}}, "backbone, loss"),
+        ({"backbone": BACKBONE, "head.weight": torch.ones(2)}, "backbone, the file itself"),
+        ({"backbone": BACKBONE, "centres": torch.ones(9, 2)}, "backbone, the file itself"),
+    ],
+)
+def test_a_small_network_is_not_dropped(tmp_path: Path, content: object, says: str) -> None:
+    found = refused(save(tmp_path / "x.pt", content))
+    assert "several sets of weights" in found.message
+    assert says in found.details["found"]
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"history": {"train": torch.ones(9), "val": torch.ones(9, 2)}},
+        {"meta": {"class_weights": torch.ones(3)}},
+        {"metrics": {"confusion": torch.ones(9, 9)}},
+        {"train_losses": torch.ones(9), "best": torch.tensor(0.5)},
+        {"extra": {"loss_history": torch.ones(9), "lr": torch.tensor(0.1)}},
+        {"progress": {"seen": torch.tensor(9), "best": torch.tensor(0.5)}},
+        {"cuda": {"generator": torch.zeros(99, dtype=torch.uint8)}},
+        {"rng_state": torch.zeros(99, dtype=torch.uint8)},
+        {"scaler": {"scale": torch.ones(3)}, "lr_scheduler": {"last": torch.ones(3)}},
+        {"adam": {"state": {0: {"step": torch.tensor(5.0), "exp_avg": torch.ones(4, 3)}}}},
+        {"adafactor": {"state": {0: {"exp_avg_sq_row": torch.ones(4)}}}},
+        {"adagrad": {"state": {0: {"step": torch.tensor(5.0), "sum": torch.ones(4, 3)}}}},
+        {"backbone_ema": BACKBONE, "ema_decay": torch.tensor(0.9)},
+    ],
+)
+def test_what_is_no_network_is_left_out(tmp_path: Path, beside: dict[str, Any]) -> None:
+    for state in (BACKBONE, STATE):
+        path = save(tmp_path / "x.pt", {"backbone": state, **beside})
+        same(one(path), state)
+
+
+def test_an_unusual_entry_is_told(tmp_path: Path) -> None:
+    for name, content, entry in (
+        ("a.pt", {"parts": {"backbone": STATE}}, "parts.backbone"),
+        ("b.pt", {"ema": STATE}, "ema"),
+        ("c.pt", {"epoch": 1, "state_dict": STATE}, None),
+        ("d.pt", STATE, None),
+    ):
+        assert one(save(tmp_path / name, content)).entry == entry
+    assert "read from the entry parts.backbone" in launches.here("inspect", tmp_path / "a.pt")
+    said = " ".join(launches.here("inspect", tmp_path).split())
+    assert "read from the entry parts.backbone in a.pt" in said
+    assert "read from the entry ema in b.pt" in said
+    assert "the entry" not in launches.here("inspect", tmp_path / "c.pt")
 
 
 @pytest.mark.parametrize("zipped", [True, False])

@@ -18,7 +18,14 @@ from .config import OutputConfig, Selection, as_dict
 from .dtypes import Float64
 from .errors import ConfigError
 from .fixed_weights import parse_weights
-from .layout import Blocks, Layout, dtype_named, global_block, make_layout
+from .layout import (
+    Blocks,
+    Layout,
+    dtype_named,
+    global_block,
+    make_layout,
+    require_tensors_alone,
+)
 from .model_card import model_card
 from .output_folder import record
 from .progress import Noted, Progress, silent
@@ -56,8 +63,9 @@ def average(
     out = out or OutputConfig()
     clock, target = Clock(), Path(output)
     with clock.part("open"):
-        found = open_checkpoints(checkpoints, selection or Selection())
+        found = open_checkpoints(checkpoints, selection or Selection(), progress)
         layout = make_layout(found)
+        require_tensors_alone(layout, layout.extra_states)
         dtype = dtype_named(out.dtype)
         names = check_output(target, found, out.overwrite, dtype=dtype)
         world = _join()

@@ -62,7 +62,7 @@ def evaluate(
     for path in models:
         # A model that is named is meant whatever its step; that of a merge nobody knows.
         selects = selection != everything and is_run(path)
-        found += open_checkpoints([path], selection if selects else everything)
+        found += open_checkpoints([path], selection if selects else everything, progress)
     world = start(engine.device)
     require_same_files(found, world)
     rows = []

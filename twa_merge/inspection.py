@@ -35,7 +35,7 @@ def inspect(
     Raises:
         CheckpointError: a checkpoint cannot be read, or a number is not finite.
     """
-    found = open_checkpoints(checkpoints, selection or Selection())
+    found = open_checkpoints(checkpoints, selection or Selection(), progress)
     differences: list[str] = []
     try:
         layout = make_layout(found)
@@ -46,7 +46,7 @@ def inspect(
         layout = make_layout(found[:1])
     document = report.header("inspect") | {
         "checkpoints": [
-            row | {"bytes": c.nbytes, "tensors": len(c.tensors)}
+            row | {"bytes": c.nbytes, "tensors": len(c.tensors), "entry": c.entry}
             for row, c in zip(report.checkpoint_list(found), found, strict=True)
         ],
         "tensors": _tensor_summary(layout),

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 
 from .checkpoints.base import Checkpoint, TensorInfo
+from .checkpoints.names import is_extra_state
 from .dtypes import Dtype, named
 from .errors import CheckpointError, ConfigError, listing
 
@@ -26,7 +28,8 @@ class Entry:
     """What happens to one saved tensor.
 
     Attributes:
-        averaged: float tensors are averaged, all others are copied from the newest checkpoint.
+        averaged: float tensors are averaged; all others are copied from the newest checkpoint, and
+            so is what a module has saved as its extra state.
         statistic: a batch-norm running statistic: averaged, but no part of the subspace.
         singular: a singular vector of spectral norm, of unit length, which divides its weight by
             what it makes of it: no part of the subspace, and its mean is brought to unit length.
@@ -47,9 +50,15 @@ class Entry:
 
 @dataclass(frozen=True)
 class Layout:
-    """The tensors that all checkpoints have in common, in the first checkpoint's file order."""
+    """The tensors that all checkpoints have in common, in the first checkpoint's file order.
+
+    Attributes:
+        extra_states: what modules have saved that is no tensor: name → a checkpoint that has it,
+            and its type there.
+    """
 
     entries: Mapping[str, Entry]
+    extra_states: Mapping[str, tuple[Path, str]] = field(default_factory=dict)
 
     def __getitem__(self, name: str) -> Entry:
         return self.entries[name]
@@ -107,7 +116,7 @@ def make_layout(checkpoints: Sequence[Checkpoint]) -> Layout:
         _require_same(first, other)
     entries = {}
     for name, info in first.tensors.items():
-        averaged = info.dtype.is_float or info.dtype.is_complex
+        averaged = (info.dtype.is_float or info.dtype.is_complex) and not is_extra_state(name)
         # Tied in the first is not enough: untied weights may have drifted apart later.
         root = first.aliases.get(name)
         tied = root if all(c.aliases.get(name) == root for c in checkpoints) else None
@@ -125,7 +134,29 @@ def make_layout(checkpoints: Sequence[Checkpoint]) -> Layout:
             checkpoint=first.path,
             found=listing(entries) or "no tensors",
         )
-    return Layout(entries)
+    extra_states: dict[str, tuple[Path, str]] = {}
+    for checkpoint in checkpoints:
+        for name, kind in checkpoint.extra_states.items():
+            extra_states.setdefault(name, (checkpoint.path, kind))
+    return Layout(entries, extra_states)
+
+
+def require_tensors_alone(layout: Layout, names: Iterable[str]) -> None:
+    """Raises CheckpointError where one of these names is of an extra state that is no tensor."""
+    for name in names:
+        if name in layout.extra_states:
+            path, kind = layout.extra_states[name]
+            raise CheckpointError(
+                "A module has saved an extra state that is no tensor: it is not read, and "
+                "safetensors cannot hold it.",
+                checkpoint=path,
+                tensor=name,
+                expected="tensors",
+                found=f"a {kind}",
+                remedy="keep it in a buffer (register_buffer), or let get_extra_state() return a "
+                "tensor, and save the checkpoints once more; or, if whoever builds the model sets "
+                "it, delete this name from their state dicts",
+            )
 
 
 def _is_singular_vector(name: str, names: Container[str]) -> bool:

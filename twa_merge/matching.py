@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from torch import nn
 from torch.nn.parameter import is_lazy
 
-from .checkpoints import resolve_names
+from .checkpoints import extra_state_of, resolve_names
 from .errors import TaskError, listing
 from .layout import Layout
 from .task import Task
@@ -38,7 +38,7 @@ def _of_transformers(module: nn.Module) -> bool:
 def match_names(
     module: nn.Module, layout: Layout, renamed: Mapping[str, str] | None = None
 ) -> dict[str, str]:
-    """Checkpoint tensor → name in the module.
+    """Checkpoint tensor → name in the module, of parameters, buffers and extra states.
 
     Names match as they are, as the task has ``renamed`` them, or all after one outer prefix is
     added or removed (``model.``, ``transformer.``): a base model's checkpoint and the same model
@@ -46,17 +46,19 @@ def match_names(
     """
     names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
     names += [name for name, _ in module.named_buffers(remove_duplicate=False)]
+    names += extra_states(module)
+    saved = [*layout.entries, *layout.extra_states]
     # The readers strip the prefixes of wrappers, which may be the name of a real child here.
     own = {resolved: raw for raw, resolved in resolve_names(names).items()}
     prefixes = sorted({name.partition(".")[0] + "." for name in own})
 
     def ways() -> Iterator[dict[str, str]]:
-        yield {name: name for name in layout.entries}
-        yield {name: renamed.get(name, name) for name in layout.entries} if renamed else {}
+        yield {name: name for name in saved}
+        yield {name: renamed.get(name, name) for name in saved} if renamed else {}
         for prefix in prefixes:
-            yield {name: prefix + name for name in layout.entries}
-        for prefix in sorted({name.partition(".")[0] + "." for name in layout.entries}):
-            yield {name: name.removeprefix(prefix) for name in layout.entries}
+            yield {name: prefix + name for name in saved}
+        for prefix in sorted({name.partition(".")[0] + "." for name in saved}):
+            yield {name: name.removeprefix(prefix) for name in saved}
 
     matches = [{n: own[m] for n, m in renaming.items() if m in own} for renaming in ways()]
     as_said = max(matches[:2], key=len)
@@ -67,6 +69,15 @@ def match_names(
         return as_said
     _require_one(module, layout, best, [m for m in guesses if len(m) == len(best)])
     return best
+
+
+def extra_states(module: nn.Module) -> dict[str, nn.Module]:
+    """Modules that take back an extra state: the name that it is saved under → the module."""
+    return {
+        extra_state_of(path): part
+        for path, part in module.named_modules(remove_duplicate=False)
+        if type(part).set_extra_state is not nn.Module.set_extra_state
+    }
 
 
 def _missing(module: nn.Module, names: Mapping[str, str]) -> list[str]:
@@ -87,7 +98,9 @@ def _require_one(
 
     def pairs(names: Mapping[str, str]) -> set[tuple[str, int]]:
         # Tied in the files, or registered twice in the module: the same under another name.
-        return {(layout[n].tied_to or n, id(tensors[own])) for n, own in names.items()}
+        return {
+            (layout[n].tied_to or n, id(tensors[own])) for n, own in names.items() if own in tensors
+        }
 
     others = [names for names in guesses if pairs(names) != pairs(best)]
     if others and not _missing(module, best):

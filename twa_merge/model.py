@@ -6,7 +6,7 @@ that is all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -17,8 +17,8 @@ from .checkpoints.base import Checkpoint
 from .distributed import World
 from .dtypes import Dtype
 from .errors import TaskError
-from .layout import Layout
-from .matching import match_names, renamed_by, require_cover
+from .layout import Layout, require_tensors_alone
+from .matching import extra_states, match_names, renamed_by, require_cover
 from .sharding import Sharded, checkpoint_activations, shard
 from .task import Task
 from .tensors import tensor_rows, torch_dtype
@@ -33,6 +33,7 @@ class LiveModel:
     Attributes:
         module: in evaluation mode, float parameters in float32.
         names: checkpoint tensor → name in the module; tensors the module lacks are left out.
+        states_as_built: extra states that the module would take and the checkpoints lack.
     """
 
     def __init__(
@@ -43,8 +44,10 @@ class LiveModel:
         *,
         whole: Sharded | None = None,
         gathered_once: bool = False,
+        states_as_built: Sequence[str] = (),
     ) -> None:
         self.module = module
+        self.states_as_built = tuple(states_as_built)
         self._whole = whole
         self._gathered_once = gathered_once
         self.names = dict(names)
@@ -192,28 +195,20 @@ def build(
 
     Raises:
         TaskError: the model cannot be built, or lacks or adds parameters.
+        CheckpointError: it takes an extra state that is no tensor in the checkpoints.
     """
     meta = world.size > 1
     once = meta and gather == "model"  # one process has all rows
     module = _build_module(task, meta)
     if meta:
         _make_buffers(module, layout)
+    own_states = extra_states(module)
     names = match_names(module, layout, renamed_by(task, module, layout))
+    states = {name: own for name, own in names.items() if own in own_states}
+    require_tensors_alone(layout, states)
+    names = {name: own for name, own in names.items() if name not in states}
     require_cover(module, names, layout)
-    averaged = {own for name, own in names.items() if layout[name].averaged}
-    for own, parameter in module.named_parameters(remove_duplicate=False):
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.float()
-            # One that was frozen in training moves with the coefficients where checkpoints differ.
-            parameter.requires_grad_(parameter.requires_grad or own in averaged)
-    for own, buffer in module.named_buffers(remove_duplicate=False):
-        # Narrow ones are of a model that was narrowed as a whole: its parameters are wide now.
-        narrow = buffer.element_size() < 4
-        if buffer.is_floating_point() and (own in averaged or narrow):
-            buffer.data = buffer.data.float()
-    for tensor in (*module.parameters(), *module.buffers()):
-        # The store and FSDP2 take numbers in order, not channels last.
-        tensor.data = tensor.data.contiguous()
+    _widen(module, {own for name, own in names.items() if layout[name].averaged})
     if activation_checkpointing:
         checkpoint_activations(module, task)
     whole = None
@@ -224,10 +219,20 @@ def build(
         lambda t: torch.empty_like(t, device=world.device) if t.is_meta else t.to(world.device)
     )
     module.eval()
-    live = LiveModel(module, names, layout, whole=whole, gathered_once=once)
+    live = LiveModel(
+        module,
+        names,
+        layout,
+        whole=whole,
+        gathered_once=once,
+        states_as_built=[own for own in own_states if own not in states.values()],
+    )
     with torch.no_grad():
         for name, target in live.copied().items():
             target.copy_(tensor_rows(newest, name))
+    for name, own in states.items():
+        with user_code(f"take the extra state {name}"):
+            own_states[own].set_extra_state(tensor_rows(newest, name))
     return live
 
 
@@ -277,6 +282,23 @@ def _make_buffers(module: nn.Module, layout: Layout) -> None:
             if buffer is None and entry is not None:
                 shape, dtype = entry.info.shape, torch_dtype(entry.info.dtype)
                 part._buffers[name] = torch.zeros(shape, dtype=dtype)
+
+
+def _widen(module: nn.Module, averaged: Container[str]) -> None:
+    """Float parameters, and the buffers that are averaged, in float32; all of them contiguous."""
+    for own, parameter in module.named_parameters(remove_duplicate=False):
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.float()
+            # One that was frozen in training moves with the coefficients where checkpoints differ.
+            parameter.requires_grad_(parameter.requires_grad or own in averaged)
+    for own, buffer in module.named_buffers(remove_duplicate=False):
+        # Narrow ones are of a model that was narrowed as a whole: its parameters are wide now.
+        narrow = buffer.element_size() < 4
+        if buffer.is_floating_point() and (own in averaged or narrow):
+            buffer.data = buffer.data.float()
+    for tensor in (*module.parameters(), *module.buffers()):
+        # The store and FSDP2 take numbers in order, not channels last.
+        tensor.data = tensor.data.contiguous()
 
 
 @contextmanager

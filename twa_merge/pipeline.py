@@ -103,7 +103,7 @@ def merge(
     with clock.part("open"):
         parse_families(choices.guard.candidates)
         require_compatible(choices.fit, choices.guard.candidates)
-        found = open_checkpoints(checkpoints, choices.selection)
+        found = open_checkpoints(checkpoints, choices.selection, progress)
         # The fit may take hours, and what is written is computed from the files as they are then.
         sources = watched(found, in_place=True)
         layout = make_layout(several(found))

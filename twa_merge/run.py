@@ -20,7 +20,7 @@ from .config import (
     parse_subspace,
 )
 from .distributed import World
-from .errors import CheckpointError
+from .errors import CheckpointError, listing
 from .fit import Fitter
 from .ingest import Grams, ingest
 from .layers import layer_groups, layers_of_blocks
@@ -243,6 +243,20 @@ def note_strangers(live: LiveModel, layout: Layout, progress: Progress) -> None:
             Noted(
                 f"{len(strangers)} tensors are no part of the task's model, for instance "
                 f"{strangers[0]}; they are averaged with the coefficients of the whole model."
+            )
+        )
+    if layout.extra_states:
+        progress(
+            Noted(
+                "The checkpoints hold extra states of modules that are no tensors and no part of "
+                f"the task's model; they are left out: {listing(layout.extra_states)}."
+            )
+        )
+    if live.states_as_built:
+        progress(
+            Noted(
+                "The checkpoints lack extra states that the task's model takes; they stay as "
+                f"build_model() leaves them: {listing(live.states_as_built)}."
             )
         )
 

@@ -93,12 +93,19 @@ class Checkpoint:
         format: ``huggingface`` (a folder with safetensors), ``safetensors`` (bare files) or
             ``pickle`` (whatever ``torch.save`` wrote, in a folder or bare); more may follow.
         reader: reads it.
+        epoch: what a script has saved in a pickle under this name.
+        entry: where in a pickle the weights were found, if not under one of the usual names.
+        extra_states: what modules have saved in a pickle that is neither a tensor nor empty
+            (``torch.nn.Module.get_extra_state``), and is read no further: name → its type.
     """
 
     path: Path
     step: int | None
     format: str
     reader: Reader
+    epoch: int | None = None
+    entry: str | None = None
+    extra_states: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ..config import Selection
 from ..errors import CheckpointError, listing
+from ..progress import Noted, Progress, silent
 from .base import Checkpoint, reading
 from .contents import require_unquantised, same_weights
 from .folders import (
@@ -25,7 +26,9 @@ from .folders import (
 )
 from .safetensors_files import SafetensorsReader
 from .shards import group_shards
-from .steps import in_order, is_numbered, is_step_folder, named_step, select, trainer_step
+from .step_names import NamedStep, is_numbered, is_step_folder, named_steps
+from .steps import in_order, select, trainer_step
+from .times import Times
 
 _KINDS = f"Hugging Face folders, {SAFETENSORS} files, or torch.save files ({', '.join(PICKLES)})"
 _ALL = Selection()
@@ -43,6 +46,8 @@ class _Found:
         path: the folder, or the first file.
         problem: why it cannot be opened, to be raised if it is chosen.
         opened: filled early where only the file itself can tell the step.
+        times: when it was saved, as its name says.
+        doubtful: its name has several numbers, and nothing says which of them is the step.
     """
 
     path: Path
@@ -50,10 +55,14 @@ class _Found:
     step: int | None = None
     problem: CheckpointError | None = None
     opened: Checkpoint | None = None
+    times: Times = ()
+    doubtful: bool = False
 
 
 def open_checkpoints(
-    paths: Sequence[str | PathLike[str]], selection: Selection = _ALL
+    paths: Sequence[str | PathLike[str]],
+    selection: Selection = _ALL,
+    progress: Progress = silent,
 ) -> list[Checkpoint]:
     """Finds, orders, selects and opens checkpoints; of the tensors only headers are read.
 
@@ -79,12 +88,14 @@ def open_checkpoints(
     comes twice counts once.
 
     The training step is ``global_step`` of a ``trainer_state.json``, or what the name says, or for
-    pickles whose names say nothing what a script has saved in them. Order: by step where all have
-    one; otherwise as listed; inside one run folder those without a step come last, but for
-    the best, which is not said to be the newest.
+    pickles whose names say nothing for certain what a script has saved in them. Order: by step
+    where all have one; by the times in their names where all have those; otherwise as listed;
+    inside one run folder those without a step come last, but for the best, which is not said to be
+    the newest.
 
     Args:
         selection: which of them take part; see ``Selection``.
+        progress: is told of names with several numbers, none of which is known to be the step.
 
     Returns:
         At least one checkpoint, the newest last. The caller closes them.
@@ -104,12 +115,14 @@ def open_checkpoints(
     given = [Path(p) for p in paths]
     if not given:
         raise CheckpointError("No checkpoints were given.", expected=_KINDS)
-    found = _without_copies([_with_step(f) for f in _once(_expand(given))], given)
+    found = _without_copies(_with_steps(_once(_expand(given))), given)
     listed = len(given) > 1 or not given[0].is_dir()
     opened: list[Checkpoint] = []
     try:
-        for chosen in select(in_order(_distinct(found, given), listed=listed), selection):
-            opened.append(_open(chosen))
+        chosen = select(in_order(_distinct(found, given), listed=listed), selection)
+        for each in chosen:
+            opened.append(_open(each))
+        _note_doubt(chosen, progress, listed=listed)
         return opened
     except BaseException:
         for checkpoint in opened:
@@ -246,8 +259,7 @@ def _originals(f: _Found, found: Sequence[_Found], given: Sequence[Path]) -> lis
         g
         for g in found
         if g.path.parent == f.path.parent
-        and g.step is not None
-        and f.step in (None, g.step)
+        and (f.step is None or g.step in (None, f.step))
         and is_numbered(g.path)
     ]
 
@@ -259,21 +271,41 @@ def _opened(found: _Found) -> _Found:
         return replace(found, problem=problem)
 
 
-def _with_step(found: _Found) -> _Found:
-    files = found.weights.files if found.weights else ()
+def _with_steps(found: Sequence[_Found]) -> list[_Found]:
+    names = named_steps([(f.path, f.weights.files if f.weights else ()) for f in found])
+    return [_with_step(f, named) for f, named in zip(found, names, strict=True)]
+
+
+def _with_step(found: _Found, named: NamedStep) -> _Found:
     folder = found.path if found.path.is_dir() else found.path.parent
     if (found.path == folder or is_model_file(found.path)) and (written := trainer_step(folder)):
         return replace(found, step=written)
-    named = named_step(found.path, files)
-    step = named.number if named else None
-    if found.weights and found.weights.is_pickle and not (named and named.certain):
-        try:
-            opened = _open(found)
-        except CheckpointError as problem:
-            return replace(found, step=step, problem=problem)
-        step = step if opened.step is None else opened.step
-        return replace(found, step=step, opened=replace(opened, step=step))
-    return replace(found, step=step)
+    found = replace(found, step=named.number, times=named.times, doubtful=named.doubtful)
+    if not found.weights or not found.weights.is_pickle or named.certain:
+        return found
+    try:
+        opened = _open(replace(found, step=None))
+    except CheckpointError as problem:
+        return replace(found, problem=problem)
+    step = found.step if opened.step is None else opened.step
+    if step is None and named.doubtful:
+        step = opened.epoch
+    return replace(found, step=step, opened=replace(opened, step=step))
+
+
+def _note_doubt(chosen: Sequence[_Found], progress: Progress, *, listed: bool) -> None:
+    doubtful = [f.path.name for f in chosen if f.doubtful and f.step is None]
+    if len(doubtful) > 1:
+        how = "as they were given" if listed else "in the order of their names"
+        progress(
+            Noted(
+                f"The names of checkpoints differ in several numbers, and nothing says which of "
+                f"them is the training step: they are taken {how}, from {doubtful[0]} to "
+                f"{doubtful[-1]}, and --from-step and --to-step do not know them. If that is not "
+                "the order of training, list the files in it, or call them step_100.pt and the "
+                "like."
+            )
+        )
 
 
 def _open(found: _Found) -> Checkpoint:
@@ -288,7 +320,9 @@ def _open(found: _Found) -> Checkpoint:
 
         pickle = PickleReader(files, index)
         step = pickle.step if found.step is None else found.step
-        checkpoint = Checkpoint(found.path, step, "pickle", pickle)
+        checkpoint = Checkpoint(
+            found.path, step, "pickle", pickle, pickle.epoch, pickle.entry, pickle.extra_states
+        )
     else:
         kind = "huggingface" if found.path.is_dir() else "safetensors"
         checkpoint = Checkpoint(found.path, found.step, kind, SafetensorsReader(files, index))

@@ -11,7 +11,8 @@ from pathlib import Path
 from ..errors import CheckpointError
 from .base import Checkpoint, reading
 from .shards import group_shards, without_shard
-from .steps import is_step_folder, natural
+from .step_names import is_step_folder
+from .steps import natural
 
 SAFETENSORS = ".safetensors"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar")

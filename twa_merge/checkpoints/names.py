@@ -13,6 +13,7 @@ _WHOLE = "module."
 # What AveragedModel keeps beside the model that it wraps.
 _BESIDE = frozenset({"n_averaged"})
 _MAJORITY = 0.9
+_EXTRA_STATE = "_extra_state"
 
 
 def resolve_names(names: Iterable[str]) -> dict[str, str]:
@@ -34,6 +35,16 @@ def resolve_names(names: Iterable[str]) -> dict[str, str]:
             break
         resolved = shorter
     return dict(zip(raw, resolved, strict=True))
+
+
+def is_extra_state(name: str) -> bool:
+    """Whether this is what ``torch.nn.Module.get_extra_state`` returned, of any type."""
+    return name.rpartition(".")[2] == _EXTRA_STATE
+
+
+def extra_state_of(path: str) -> str:
+    """The name that the extra state of the module at ``path`` is saved under."""
+    return f"{path}.{_EXTRA_STATE}" if path else _EXTRA_STATE
 
 
 def _drop_segments(name: str) -> str:

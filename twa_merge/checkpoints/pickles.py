@@ -19,7 +19,14 @@ from ..tensors import as_tensor, dtype_of
 from .base import TensorInfo, WeightFile, reading, require_file
 from .names import resolve_names
 from .shards import read_index, require_all_shards, require_consistent
-from .state_dicts import WEIGHTS_ALONE, aliases_of, named_tensors, state_dict_of, step_of
+from .state_dicts import (
+    STEP_KEYS,
+    WEIGHTS_ALONE,
+    aliases_of,
+    count_of,
+    named_tensors,
+    state_dict_of,
+)
 
 # What command lines are parsed into, which training scripts save beside the weights: attributes,
 # and nothing that runs.
@@ -36,7 +43,8 @@ class PickleReader:
         index: ``pytorch_model.bin.index.json`` or another like it.
 
     Attributes:
-        step: the training step that the file itself speaks of, if it does.
+        step, epoch: that the file itself speaks of, if it does.
+        entry, extra_states: as a ``Checkpoint`` has them.
 
     Raises:
         CheckpointError: a file is missing, damaged, holds no weights, or asks for code to be run.
@@ -49,18 +57,24 @@ class PickleReader:
             require_all_shards(paths)
         loaded = {path: load(path) for path in paths}
         states = {path: state_dict_of(document, path) for path, document in loaded.items()}
-        require_consistent(index, weight_map, states)
-        short = resolve_names(name for state in states.values() for name in state)
-        self._tensors = {short[n]: t for state in states.values() for n, t in state.items()}
+        require_consistent(index, weight_map, {path: s.tensors for path, s in states.items()})
+        short = resolve_names(n for s in states.values() for n in (*s.tensors, *s.extra_states))
+        self._tensors = {short[n]: t for s in states.values() for n, t in s.tensors.items()}
         self.tensors: Mapping[str, TensorInfo] = {
             name: TensorInfo(tuple(t.shape), dtype_of(t.dtype)) for name, t in self._tensors.items()
         }
         self.files = tuple(
-            WeightFile(path, tuple(short[n] for n in state), raw_names=tuple(state))
-            for path, state in states.items()
+            WeightFile(path, tuple(short[n] for n in s.tensors), raw_names=tuple(s.tensors))
+            for path, s in states.items()
         )
         self.aliases: Mapping[str, str] = aliases_of(self._tensors)
-        self.step = next(map(step_of, loaded.values()))
+        first = loaded[paths[0]]
+        self.step = count_of(first, STEP_KEYS)
+        self.epoch = count_of(first, ("epoch",))
+        self.entry = states[paths[0]].entry
+        self.extra_states: Mapping[str, str] = {
+            short[name]: kind for s in states.values() for name, kind in s.extra_states.items()
+        }
 
     def read(self, name: str, first: int, out: Array) -> None:
         info, tensor = self.tensors[name], self._tensors[name]
@@ -128,8 +142,8 @@ def _require_records(
     """Checks that tensors are as long as their records: a mapping would read on into the next."""
     records = Counter(entry.file_size for entry in entries if "/data/" in entry.filename)
     storages = {}
-    for _, state in named_tensors(document):
-        for name, tensor in state.items():
+    for state in named_tensors(document):
+        for name, tensor in state.tensors.items():
             if tensor.layout == torch.strided and not tensor.is_meta:
                 storage = tensor.untyped_storage()
                 storages[storage.data_ptr()] = (storage.nbytes(), name)

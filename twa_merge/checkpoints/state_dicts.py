@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sized
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, listing
+from .names import is_extra_state
 
 WEIGHTS_ALONE = "save the weights alone, with torch.save(model.state_dict(), path), and merge those"
 # Names that training scripts give to the model's own weights, the most telling first.
@@ -35,12 +37,37 @@ _NOT_WEIGHTS = re.compile(
 # Averages of the weights that a script keeps beside them.
 _BESIDE = re.compile(r"(^|[^a-z])(ema|averaged?|swa|shadow)([^a-z]|$)", re.I)
 # What optimizers keep for each parameter.
-_MOMENTS = frozenset({"exp_avg", "momentum_buffer", "square_avg", "exp_inf"})
-_STEP_KEYS = ("global_step", "global_steps", "iter_num", "iteration", "step")
+_MOMENTS = frozenset({"exp_avg", "exp_avg_sq_row", "momentum_buffer", "square_avg", "exp_inf"})
+# What a script notes down of a run.
+_RECORDS = re.compile(
+    r"(^|[^a-z])(histor(y|ies)|logs?|losses|metrics?|meters?|results?|curves?|scores?|records?"
+    r"|accurac(y|ies)|errors?|times?|meta(data)?|info)([^a-z]|$)",
+    re.I,
+)
+STEP_KEYS = ("global_step", "global_steps", "iter_num", "iteration", "step", "iter", "num_updates")
 _DEPTH = 3
 
 
-def state_dict_of(document: Any, path: Path) -> dict[str, Tensor]:
+@dataclass(frozen=True)
+class StateDict:
+    """A mapping from names to tensors inside of what a pickle holds.
+
+    Attributes:
+        keys: lead to it.
+        extra_states: what modules have saved in it that is neither a tensor nor empty: name → type.
+    """
+
+    keys: tuple[str, ...]
+    tensors: Mapping[str, Tensor]
+    extra_states: Mapping[str, str]
+
+    @property
+    def entry(self) -> str | None:
+        """Where it was found, if not under one of the usual names."""
+        return ".".join(self.keys) if self.keys and _rank(self) else None
+
+
+def state_dict_of(document: Any, path: Path) -> StateDict:
     """The model's weights in what a pickle holds.
 
     The mapping from names to tensors with the most tensors, up to three levels deep. Known
@@ -48,7 +75,7 @@ def state_dict_of(document: Any, path: Path) -> dict[str, Tensor]:
     two of them have as many tensors, the earlier in that list, so ``model`` is preferred to
     ``state_dict``. Averages that a script keeps beside the model (``ema``) are taken only where
     there is nothing else, the states of optimizers never. Entries that are no tensors are left
-    out.
+    out, but for the names of what modules have saved as their extra state.
 
     Raises:
         CheckpointError: there is no such mapping, several that could be meant, or a tensor that
@@ -71,26 +98,25 @@ def state_dict_of(document: Any, path: Path) -> dict[str, Tensor]:
             found=f"a dict of {listing(str(key) for key in document)}",
             remedy=WEIGHTS_ALONE,
         )
-    keys, state = found[0]
-    rivals = [k for k, s in found[1:] if _rank(k) == _rank(keys) and 10 * len(s) >= len(state)]
-    if rivals and _rank(keys) == 1:
+    chosen = found[0]
+    rivals = [s for s in found[1:] if _rank(s) == _rank(chosen) == 1 and _is_network(s)]
+    if rivals:
         raise CheckpointError(
             "A file holds several sets of weights, and it is not clear which one is the model.",
             checkpoint=path,
             expected="one state dict",
-            found=listing(".".join(k) or "the file itself" for k in [keys, *rivals]),
+            found=listing(".".join(s.keys) or "the file itself" for s in [chosen, *rivals]),
             remedy=WEIGHTS_ALONE,
         )
-    for name, tensor in state.items():
+    for name, tensor in chosen.tensors.items():
         _require_dense(path, name, tensor)
-    return {name: tensor.detach() for name, tensor in state.items()}
+    return StateDict(
+        chosen.keys, {k: t.detach() for k, t in chosen.tensors.items()}, chosen.extra_states
+    )
 
 
-def named_tensors(document: Mapping[Any, Any]) -> list[tuple[tuple[str, ...], dict[str, Tensor]]]:
-    """Every mapping with named tensors, but for the states of optimizers and their like.
-
-    Each as the keys that lead to it and the tensors in it.
-    """
+def named_tensors(document: Mapping[Any, Any]) -> list[StateDict]:
+    """Every mapping with named tensors, but for the states of optimizers and their like."""
     found = []
     seen: set[int] = set()  # a hostile mapping can contain itself
     level: list[tuple[tuple[str, ...], Mapping[Any, Any]]] = [((), document)]
@@ -100,11 +126,10 @@ def named_tensors(document: Mapping[Any, Any]) -> list[tuple[tuple[str, ...], di
             if id(mapping) in seen:
                 continue
             seen.add(id(mapping))
-            tensors = {
-                k: v for k, v in mapping.items() if isinstance(k, str) and isinstance(v, Tensor)
-            }
-            if tensors and not _MOMENTS & tensors.keys():
-                found.append((keys, tensors))
+            named = {k: v for k, v in mapping.items() if isinstance(k, str)}
+            tensors = {k: v for k, v in named.items() if isinstance(v, Tensor)}
+            if tensors and not _is_of_an_optimizer(keys, tensors):
+                found.append(StateDict(keys, tensors, _extra_states(named)))
             if len(keys) < _DEPTH:
                 deeper += [
                     ((*keys, str(k)), v)
@@ -115,17 +140,49 @@ def named_tensors(document: Mapping[Any, Any]) -> list[tuple[tuple[str, ...], di
     return found
 
 
-def _preference(found: tuple[tuple[str, ...], dict[str, Tensor]]) -> tuple[int, int, int]:
-    keys, tensors = found
-    place = _CONTAINERS.index(keys[-1]) if keys and keys[-1] in _CONTAINERS else len(_CONTAINERS)
-    return _rank(keys), -len(tensors), place
+def _extra_states(named: Mapping[str, Any]) -> dict[str, str]:
+    return {
+        name: type(value).__name__
+        for name, value in named.items()
+        if is_extra_state(name)
+        and not (value is None or isinstance(value, Tensor))
+        and not (isinstance(value, Sized) and not len(value))
+    }
 
 
-def _rank(keys: tuple[str, ...]) -> int:
+def _is_of_an_optimizer(keys: tuple[str, ...], tensors: Mapping[str, Tensor]) -> bool:
+    """Whether this is the state of one parameter, which optimizers count."""
+    counted = keys[-2:-1] == ("state",) and keys[-1].isdecimal()
+    return counted or not _MOMENTS.isdisjoint(tensors)
+
+
+def _is_network(state: StateDict) -> bool:
+    """Whether there are weights in it, rather than records of the run, counts or random states.
+
+    Beside networks, in the file itself, single numbers and series of them are records.
+    """
+    if any(_RECORDS.search(key) for key in state.keys):
+        return False
+    return any(
+        (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
+        and tensor.numel() > 1
+        and not _RECORDS.search(name)
+        and (bool(state.keys) or tensor.dim() > 1 or "." in name)
+        for name, tensor in state.tensors.items()
+    )
+
+
+def _preference(found: StateDict) -> tuple[int, bool, int, int]:
+    last = found.keys[-1] if found.keys else None
+    place = _CONTAINERS.index(last) if last in _CONTAINERS else len(_CONTAINERS)
+    return _rank(found), not _is_network(found), -len(found.tensors), place
+
+
+def _rank(found: StateDict) -> int:
     """0 for the model's own weights by name, 2 for averages beside them, 1 otherwise."""
-    if any(_BESIDE.search(key) for key in keys):
+    if any(_BESIDE.search(key) for key in found.keys):
         return 2
-    return 0 if keys and keys[-1] in _CONTAINERS else 1
+    return 0 if found.keys and found.keys[-1] in _CONTAINERS else 1
 
 
 def _require_dense(path: Path, name: str, tensor: Tensor) -> None:
@@ -161,9 +218,9 @@ def aliases_of(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     return aliases
 
 
-def step_of(document: Mapping[str, Any]) -> int | None:
-    """The training step that a script has saved beside the weights, if it has."""
-    for key in _STEP_KEYS:
+def count_of(document: Mapping[str, Any], keys: Iterable[str]) -> int | None:
+    """The first of these that a script has saved beside the weights as a count, if any."""
+    for key in keys:
         value = document.get(key)
         if isinstance(value, Tensor) and value.numel() == 1 and not value.is_meta:
             value = value.item()

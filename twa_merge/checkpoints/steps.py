@@ -1,41 +1,19 @@
-"""Training steps: read from names and from trainer_state.json; order and selection by them."""
+"""Order and selection by training step, or else by time or name."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from ..config import Selection
 from ..errors import CheckpointError, listing
-from .shards import without_shard
+from .times import Times
 
-# The most telling first; in each the last match of a name counts.
-_WORDS = (
-    re.compile(r"(?<![a-z])(?:global[-_ ]?)?(?:step|iter|iteration|ba)s?[-_=. ]*(\d+)"),
-    re.compile(r"(?<![a-z])(?:checkpoint|ckpt)s?[-_=. ]*(\d+)"),
-    re.compile(r"(?<![a-z])ep(?:och)?s?[-_=. ]*(\d+)"),
-)
-# Losses, versions and precisions are numbers too, but never steps.
-_NO_STEP = re.compile(r"\d+\.\d+|(?<![a-z])(?:fp|bf|int|float|bfloat)\d+")
-# What stands in the place of a number; others in such a name are the model's, as in resnet50_best.
-_NICKNAME = re.compile(r"(?<![a-z])(?:best|last|latest|final)(?![a-z])")
+_NUMBERED = 1
 _BEST = re.compile(r"(?<![a-z])best(?![a-z])")
-_FOLDER = re.compile(
-    r"(?:model[-_])?(?:global[-_]?)?(?:checkpoint|ckpt|step|iter|iteration|epoch|ba)[-_=. ]?\d+",
-    re.I,
-)
-
-
-@dataclass(frozen=True)
-class NamedStep:
-    """A step as a name tells it; ``certain`` unless it only counts epochs."""
-
-    number: int
-    certain: bool
 
 
 class HasStep(Protocol):
@@ -45,44 +23,11 @@ class HasStep(Protocol):
     @property
     def step(self) -> int | None: ...
 
+    @property
+    def times(self) -> Times: ...
+
 
 T = TypeVar("T", bound=HasStep)
-
-
-def is_step_folder(folder: Path) -> bool:
-    """Whether a folder is named like one checkpoint of a run: ``checkpoint-200``, ``step_5``."""
-    return _FOLDER.fullmatch(folder.name) is not None
-
-
-def is_numbered(path: Path) -> bool:
-    """Whether a checkpoint is called by a number, and not the best, the last or the final one."""
-    return bool(re.search(r"\d", path.name)) and not _NICKNAME.search(path.name.lower())
-
-
-def named_step(path: Path, files: Sequence[Path]) -> NamedStep | None:
-    """The step that the name of a checkpoint tells.
-
-    ``step`` and ``iter`` are believed before ``checkpoint``, that before ``epoch``, and any of
-    them before the last number in the name, which counts for nothing in that of the best one.
-
-    Args:
-        path: the folder, or the file itself.
-        files: the weights in it; of several, the first's name is looked at.
-    """
-    file = without_shard(files[0].name).rpartition(".")[0].lower() if files else ""
-    names = [file] if path in files else [path.name.lower(), file]
-    if path in files and is_step_folder(path.parent) and not re.search(r"\d", file):
-        names.append(path.parent.name.lower())
-    for k, words in enumerate(_WORDS):
-        for name in names:
-            if numbers := words.findall(name):
-                return NamedStep(int(numbers[-1]), certain=k < 2)
-    for name in reversed(names):
-        if _NICKNAME.search(name):
-            continue
-        if numbers := re.findall(r"\d+", _NO_STEP.sub("", name)):
-            return NamedStep(int(numbers[-1]), certain=True)
-    return None
 
 
 def trainer_step(folder: Path) -> int | None:
@@ -102,29 +47,36 @@ def natural(name: str) -> list[tuple[int, int | str]]:
 
 
 def in_order(found: Sequence[T], *, listed: bool) -> list[T]:
-    """The checkpoints by training step.
+    """The checkpoints by training step, or by the times in their names where some have no step.
 
     Args:
-        listed: the user has listed them, so that without a step for every one of them they stay
-            in the order given. Those of one run folder stand in natural order of their names
-            then, those without a step last (``final.pt``), but first if they are called the best
-            (``model_best.pth``), which may be any of them; where no name has a number in it, in
-            the order in which they were written.
+        listed: the user has listed them, so that without a step or a time for every one of them
+            they stay in the order given. Those of one run folder stand in natural order of their
+            names then, those without a step last (``final.pt``), but first if they are called the
+            best (``model_best.pth``), which may be any of them; where no name has a number in it,
+            in the order in which they were written.
     """
     if all(c.step is not None for c in found):
         return sorted(found, key=lambda c: c.step or 0)
+    if all(c.times for c in found):
+        return sorted(found, key=lambda c: c.times)
     if listed:
         return list(found)
     if not any(re.search(r"\d", c.path.name) for c in found) and all(c.step is None for c in found):
         return sorted(found, key=lambda c: (_written(c.path), natural(c.path.name)))
-    return sorted(found, key=_in_a_run)
+    known = [c for c in found if _place(c) == _NUMBERED]
+    timed = any(c.step is None for c in known) and all(c.times for c in known)
+    return sorted(
+        found,
+        key=lambda c: (_place(c), c.times if timed else (), c.step or 0, natural(c.path.name)),
+    )
 
 
-def _in_a_run(found: HasStep) -> tuple[int, int, list[tuple[int, int | str]]]:
-    place = 1
-    if found.step is None:
-        place = 0 if _BEST.search(found.path.name.lower()) else 2
-    return place, found.step or 0, natural(found.path.name)
+def _place(found: HasStep) -> int:
+    """Before, among or after those with a step or a time."""
+    if found.step is not None or found.times:
+        return _NUMBERED
+    return _NUMBERED - 1 if _BEST.search(found.path.name.lower()) else _NUMBERED + 1
 
 
 def select(found: Sequence[T], selection: Selection) -> list[T]:
