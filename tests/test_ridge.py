@@ -15,10 +15,15 @@ from twa_merge.ridge import FOLDS, RIDGES, RidgePath, folds_of, scale_of, too_fa
 from twa_merge.sampling import paired
 
 
+def with_folds(groups: torch.Tensor) -> RidgePath:
+    """Members of each group have one loss."""
+    return RidgePath(groups, folds_of(groups, groups.double()))
+
+
 def path_of(means: dict[float, float], noise: float = 0.0, size: int = 400) -> RidgePath:
     """One fold whose paired differences between ridges have a standard deviation of ``noise``."""
     generator = torch.Generator().manual_seed(0)
-    path, count = RidgePath(torch.arange(size)), size // FOLDS
+    path, count = with_folds(torch.arange(size)), size // FOLDS
     shared = torch.randn(count, generator=generator, dtype=torch.float64)
     for ridge, mean in means.items():
         own = torch.randn(count, generator=generator, dtype=torch.float64)
@@ -28,7 +33,7 @@ def path_of(means: dict[float, float], noise: float = 0.0, size: int = 400) -> R
 
 
 def test_every_example_is_unseen_once():
-    path = RidgePath(torch.arange(10))
+    path = with_folds(torch.arange(10))
     assert sorted(p for part in path.parts for p in part) == list(range(10))
     for fold, unseen in enumerate(path.parts):
         assert sorted(path.without(fold) + unseen) == list(range(10))
@@ -37,22 +42,33 @@ def test_every_example_is_unseen_once():
 
 def test_groups_are_unseen_as_a_whole():
     groups = torch.tensor([5, 1, 5, 2, 1, 5, 3, 7, 7, 9, 2, 5])
-    parts = folds_of(groups)
+    parts = folds_of(groups, groups.double())
     assert sorted(p for part in parts for p in part) == list(range(12))
     assert sorted(map(len, parts)) == [2, 3, 3, 4]
     for label in groups.unique():
         members = (groups == label).nonzero().flatten().tolist()
         assert sum(bool(set(part) & set(members)) for part in parts) == 1
-    assert folds_of(torch.tensor([1, 0, 1, 0, 0])) == [[0, 2], [1, 3, 4]]
-    assert len(folds_of(torch.zeros(8, dtype=torch.int64))) == FOLDS
-    assert folds_of(torch.arange(3)) == []
+    assert with_folds(torch.tensor([1, 0, 1, 0, 0])).parts == [[0, 2], [1, 3, 4]]
+    assert len(with_folds(torch.zeros(8, dtype=torch.int64)).parts) == FOLDS
+    assert with_folds(torch.arange(3)).parts == []
+
+
+def test_groups_that_are_hardly_alike_are_dealt_one_by_one():
+    """To do without whole documents costs more than their other sequences tell."""
+    groups = torch.arange(64) // 8
+    generator = torch.Generator().manual_seed(0)
+    own = torch.randn(64, generator=generator, dtype=torch.float64)
+    shared = torch.randn(8, generator=generator, dtype=torch.float64)[groups]
+    assert folds_of(groups, own + 0.5 * shared) == with_folds(torch.arange(64)).parts
+    for losses in (0.1 * own + shared, torch.full((64,), torch.nan, dtype=torch.float64)):
+        assert folds_of(groups, losses) == with_folds(groups).parts
 
 
 def test_a_gain_that_few_groups_tell_of_asks_for_more_folds():
     for count, settled in ((28, False), (32, True)):
         grouped = path_of({math.inf: 2.0, 0.1: 1.0}, noise=0.01)
         grouped.groups = torch.arange(400) % count
-        grouped.parts = folds_of(grouped.groups)
+        grouped.parts = with_folds(grouped.groups).parts
         assert grouped.settled() == settled
 
 

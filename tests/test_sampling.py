@@ -7,7 +7,13 @@ import math
 import pytest
 import torch
 
-from twa_merge.sampling import bootstrap_interval, independent, paired, standard_error
+from twa_merge.sampling import (
+    bootstrap_interval,
+    independent,
+    likeness,
+    paired,
+    standard_error,
+)
 
 
 def alike(groups: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -50,6 +56,19 @@ def test_the_error_of_a_mean_over_groups_is_what_it_varies_by():
     drawn = torch.stack([alike(groups, generator) for _ in range(2000)])
     found = float(standard_error(drawn, groups).square().mean().sqrt())
     assert found == pytest.approx(float(drawn.mean(1).std()), rel=0.1)
+
+
+@pytest.mark.parametrize("sizes", [[8] * 40, [1, 2, 3, 4, 6, 8, 12, 20] * 5])
+def test_likeness_is_the_share_of_the_variance_between_groups(sizes):
+    groups = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
+    generator = torch.Generator().manual_seed(0)
+    found = [likeness(alike(groups, generator), groups) for _ in range(200)]
+    assert sum(found) / 200 == pytest.approx(0.5, abs=0.02)
+    assert likeness(groups.double(), groups) == 1.0
+    own = torch.randn(len(groups), generator=generator, dtype=torch.float64)
+    assert abs(likeness(own, groups)) < 0.15
+    assert likeness(own, torch.arange(len(groups))) == 0.0
+    assert likeness(own, torch.zeros(len(groups), dtype=torch.int64)) == 0.0
 
 
 def test_examples_that_are_groups_of_their_own_change_nothing():

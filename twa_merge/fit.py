@@ -18,7 +18,7 @@ from .objective import Engine, Objective
 from .optimize import FitResult, Function, lbfgs
 from .progress import Advanced, Evaluated, Progress, Started
 from .resume import EvaluationLog
-from .ridge import RidgePath, scale_of, too_far
+from .ridge import RidgePath, folds_of, scale_of, too_far
 from .sampling import paired
 from .subspace import Chart
 
@@ -188,11 +188,14 @@ class Fitter:
     def _path(self, name: str, chart: Chart, before: Fitted | None, folds: int | None) -> RidgePath:
         """Cross-validates the ridge, fold by fold until its gain on unseen examples is settled."""
         sample = range(min(self.limit, _RIDGE_SAMPLE))
-        path, fewest = RidgePath(self.batches.groups(sample)), 1
+        groups, fewest = self.batches.groups(sample), 1
+        path = RidgePath(groups, [])
         if before and before.path:
-            path.scale, fewest = before.path.scale, before.path.folds
+            path = RidgePath(groups, before.path.parts, before.path.scale)
+            fewest = before.path.folds
         elif chart.size:
-            path.scale = scale_of(self.losses(chart.base, sample))
+            losses = self.losses(chart.base, sample)
+            path = RidgePath(groups, folds_of(groups, losses), scale_of(losses))
         for fold in range(len(path.parts[:folds]) if chart.size else 0):
             self._extend(path, name, self._without(chart, before, path, fold), fold)
             if folds is None and path.folds >= fewest and path.settled():

@@ -36,6 +36,25 @@ def standard_error(values: Tensor, groups: Tensor | None = None) -> Tensor:
     return (sums.square().sum(-1) * count / (count - 1)).sqrt() / size
 
 
+def likeness(values: Tensor, groups: Tensor) -> float:
+    """Share of the variance of ``values`` (N,) that lies between groups, up to 1.
+
+    The intraclass correlation from the one-way analysis of variance (Donner, International
+    Statistical Review 54, 1986, section 2), unbiased: below zero by chance. Zero where no group has
+    two members, or there is but one.
+    """
+    labels, place, counts = groups.unique(return_inverse=True, return_counts=True)
+    count, size, sizes = len(labels), len(values), counts.to(values.dtype)
+    if count in (1, size):
+        return 0.0
+    means = _sums(values, groups) / sizes
+    between = float((sizes * (means - values.mean()).square()).sum()) / (count - 1)
+    within = float((values - means[place]).square().sum()) / (size - count)
+    usual = (size - float(sizes.square().sum()) / size) / (count - 1)
+    total = between + (usual - 1.0) * within
+    return (between - within) / total if total else 0.0
+
+
 def paired(losses: Tensor, others: Tensor, groups: Tensor | None = None) -> tuple[float, float]:
     """Mean of ``losses − others`` (N,) and its standard error; (0, 0) for equal ones.
 

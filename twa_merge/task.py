@@ -28,8 +28,8 @@ class Task(Protocol):
     - ``loss_and_metrics(model, batch)``: both at once, where one forward pass serves both;
     - ``groups() -> Sequence``, or an attribute ``groups`` of the dataset: one hashable label per
       example of ``dataset()``; examples of one
-      group stay together (several crops of one image, sequences of one text): on one side of the
-      split, in one fold of the cross-validation, in one draw of the bootstrap;
+      group (several crops of one image, sequences of one text) stay on one side of the split and
+      count as one in intervals;
     - ``split(guard_fraction, seed) -> (fit, guard)``: takes the splitting over altogether; both
       parts may have labels like those in an attribute ``groups``;
     - ``test_dataset()``: examples that are only ever reported on;
