@@ -8,6 +8,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from runs import save_run, states_of
@@ -401,8 +402,17 @@ def test_a_compiler_that_hangs_is_ended_with_all_it_has_started(tmp_path, monkey
     with pytest.raises(OSError, match="longer than"):
         Native("float32").project(tiles, torch.zeros(2, 128))
     assert time.monotonic() - start < 30
-    status = Path("/proc", child.read_text().strip(), "status")
-    assert not status.exists() or "zombie" in status.read_text()
+    # On a busy machine a process that has been killed ends when it gets its turn.
+    psutil.wait_procs(_running(int(child.read_text())), timeout=20)
+    assert not _running(int(child.read_text()))
+
+
+def _running(pid: int) -> list[psutil.Process]:
+    try:
+        process = psutil.Process(pid)
+        return [process] if process.status() != psutil.STATUS_ZOMBIE else []
+    except psutil.NoSuchProcess:
+        return []
 
 
 def test_float32_products_keep_six_digits_over_a_million_numbers(tmp_path):
