@@ -24,6 +24,7 @@ from twa_merge.document import (
     metric_columns,
     metric_decimals,
     metric_of,
+    statistics_notes,
     table_decimals,
     verdict,
     written_coefficients,
@@ -44,6 +45,8 @@ def show_train(document: Document, console: Console, output: Path) -> None:
     """Candidates, the winner in a sentence, its coefficients, where it lies."""
     console.print()
     console.print(candidates_table(document, console.width))
+    for note in statistics_notes(document):
+        console.print(Text(plain(note), "dim"))
     for sentence in verdict(document):
         uncertain = "within noise" in sentence or sentence.startswith("No candidate")
         console.print(Text(plain(sentence), "yellow" if uncertain else "green"))

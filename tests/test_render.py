@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -122,11 +123,12 @@ def test_the_verdict_is_in_plain_words(train: dict[str, Any]) -> None:
     train["improvement"] |= {"mean": 0.0003, "ci95": [-0.001, 0.0015]}
     assert "within noise" in " ".join(train_text(train).split())
     train["improvement"] |= {"mean": -0.02, "ci95": [-0.03, -0.01]}
-    text = " ".join(train_text(train).split())
-    assert "twa is worse than the best single checkpoint by 0.0200 (95 % interval 0.0100 to" in text
-    assert "to 0.0300)." in text, "of what is stated, not of the lead"
+    worse = "twa is worse than the best single checkpoint by 0.0200 (95 % interval "
+    assert f"{worse}0.0100 to 0.0300)." in " ".join(train_text(train).split())
     train["improvement"] |= {"mean": -0.02, "ci95": [-0.05, 0.01]}
-    assert "by 0.0200 (95 % interval -0.0100 to 0.0500): within" in verdict(train)[0]
+    assert f"{worse}-0.0100 to 0.0500): within noise." in model_card(train)
+    train["improvement"] |= {"mean": -0.02, "ci95": [-0.05, 0.0]}
+    assert f"{worse}0.0000 to 0.0500): within noise." in verdict(train)
     train["improvement"] = {"over": "best_single", "mean": 0.0, "ci95": [0.0, 0.0]}
     train["chosen"] = "last"
     assert "No candidate beat the last checkpoint." in train_text(train)
@@ -137,7 +139,8 @@ def test_the_verdict_is_in_plain_words(train: dict[str, Any]) -> None:
     [
         (1e6, "1310400", "1395000", "84600"),
         (1e-6, "1.3104e-06", "1.3950e-06", "8.460e-08"),
-        (1e30, "1.3104e+30", "1.395e+30", "8.46e+28"),
+        (1e8, "1.3104e+08", "1.3950e+08", "8460000"),
+        (1e30, "1.3104e+30", "1.3950e+30", "8.460e+28"),
     ],
 )
 def test_losses_of_any_unit_are_told_apart(
@@ -155,6 +158,63 @@ def test_losses_of_any_unit_are_told_apart(
     assert last in text
     assert f"better than the last checkpoint by {lead} (" in text
     assert best in model_card(train)
+
+
+def columns(document: dict[str, Any]) -> dict[str, list[str]]:
+    """Heading → cells of the candidates' table, top to bottom."""
+    lines = [re.split(r"  +", line.strip()) for line in train_text(document, width=250).split("\n")]
+    head, _, *body = lines[2:]
+    rows = [line for line in body if len(line) == len(head)]
+    return {name: [row[i] for row in rows] for i, name in enumerate(head)}
+
+
+def test_a_table_has_places_enough_for_its_smallest_number(train: dict[str, Any]) -> None:
+    for row in train["candidates"]:
+        row["test_metrics"] = {"score": -row["guard_loss"], "accuracy": 0.98765}
+        if row["name"] == "twa":
+            row |= {"guard_loss": 4.441e-5, "test_metrics": {"score": -4.441e-5, "accuracy": 0.99}}
+    found = columns(train)
+    assert found["guard loss"][0] == "0.0000444"
+    assert found["test score"][0] == "-0.0000444"
+    assert found["test accuracy"][:2] == ["0.9900", "0.9877"]
+    assert "0.0000444" in model_card(train)
+    twa = next(row for row in train["candidates"] if row["name"] == "twa")
+    twa["guard_loss"] = 4.441e-9
+    assert columns(train)["guard loss"][0] == "4.44e-09"
+    assert all("e-" in text or "e+" in text for text in columns(train)["guard loss"])
+
+
+@pytest.mark.parametrize("smallest", [0.01, 0.2086])
+def test_ordinary_tables_have_four_decimals(train: dict[str, Any], smallest: float) -> None:
+    train["candidates"][0] |= {"guard_loss": smallest, "selection_loss": smallest}
+    found = columns(train)
+    for key in ("guard loss", "fit loss", "test accuracy"):
+        assert all(re.fullmatch(r"\d\.\d{4}|-", text) for text in found[key])
+
+
+def test_large_numbers_of_a_column_are_written_alike(train: dict[str, Any]) -> None:
+    train["improvement"] |= {"mean": -3992979.0, "ci95": [-4017267.0, 13642440.0]}
+    said = "by 3.993e+06 (95 % interval -1.3642e+07 to 4.017e+06): within noise."
+    assert said in verdict(train)[0]
+    for k, row in enumerate(train["candidates"]):
+        row["guard_loss"] = row["selection_loss"] = 9.5e6 + 2e5 * k
+    assert all("e+" in text for text in columns(train)["guard loss"])
+    # What exploded alone leaves the others as they are.
+    train["candidates"][-1]["guard_loss"] = 3.21e9
+    for k, row in enumerate(train["candidates"][:-1]):
+        row["guard_loss"] = row["selection_loss"] = 1.5 + k / 8
+    assert columns(train)["guard loss"][0] == "1.5000"
+    assert "3.21e+09" in columns(train)["guard loss"]
+
+
+def test_an_evaluation_keeps_digits_as_well() -> None:
+    models = [
+        {"path": name, "loss": loss, "ci95": [loss, loss], "metrics": {"error": -loss}}
+        for name, loss in (("a", 3.331e-4), ("b", 0.0545))
+    ]
+    text = shown(lambda c: render.show_evaluation({"examples": 12, "models": models}, c))
+    assert "0.000333" in text.split()
+    assert "-0.000333" in text.split()
 
 
 def test_the_loss_that_decided_is_said_as_the_table_has_it(train: dict[str, Any]) -> None:
@@ -243,6 +303,47 @@ def test_a_blend_says_what_it_is_made_of(train: dict[str, Any]) -> None:
     uniform["selection_loss"] = uniform["guard_loss"] = chosen["guard_loss"] - 0.001
     text = " ".join(train_text(train).split())
     assert "The uniform mean alone is ahead of it by less than one standard error" in text
+
+
+@pytest.mark.parametrize(
+    ("shares", "said"),
+    [
+        ({"last": 1 / 3, "uniform": 1 / 3, "twa": 1 / 3}, [34, 33, 33]),
+        ({"last": 0.204, "uniform": 0.204, "twa": 0.204, "greedy": 0.194, "wsm": 0.194}, None),
+        ({"last": 0.008, "greedy": 0.008, "uniform": 0.33, "twa": 0.654}, [65, 33, "others", 2]),
+        ({"last": 0.004, "uniform": 0.336, "twa": 0.66}, [66, 34]),
+        ({"last": 0.335, "twa": 0.665}, None),
+    ],
+)
+def test_the_parts_of_a_blend_add_up(
+    train: dict[str, Any], shares: dict[str, float], said: list[int | str] | None
+) -> None:
+    chosen = next(row for row in train["candidates"] if row["name"] == train["chosen"])
+    chosen |= {"name": "blend", "blend_of": shares}
+    train["chosen"] = "blend"
+    text = next(s for s in verdict(train) if "is a mean of candidates" in s)
+    percents = [int(number) for number in re.findall(r"(\d+)%", text)]
+    assert sum(percents) == 100
+    if said:
+        assert percents == [number for number in said if number != "others"]
+        assert ("others" in text) == ("others" in said)
+
+
+def test_whose_running_statistics_were_replaced_is_said(train: dict[str, Any]) -> None:
+    rows = {row["name"]: row for row in train["candidates"]}
+    for row in rows.values():
+        row["batch_norm"] = "reestimate"
+    rows["last"]["batch_norm"] = "average"
+    train["chosen"] = "twa"
+    said = "The running statistics of batch norm in twa were re-estimated on fit examples."
+    assert said in verdict(train)
+    note = "best_single: running statistics re-estimated on fit examples instead of those saved"
+    assert note in train_text(train)
+    assert "last: running" not in train_text(train)
+    assert note.replace("_", "\\_") in model_card(train)
+    rows["last"]["batch_norm"] = "newest"
+    rows["best_single"]["batch_norm"] = "average"
+    assert "of those saved" not in train_text(train), "the last checkpoint's are the newest"
 
 
 def test_many_blocks_are_cut_to_those_that_moved_most(train: dict[str, Any]) -> None:

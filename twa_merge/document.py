@@ -16,7 +16,9 @@ _NAMED = ("last", "best_single", "uniform", "greedy")
 _EXPLODED = 1e6
 # Decimals show too little of numbers below the first, and too much of those above the second.
 _TINY, _LARGE = 1e-4, 1e4
+# What tables have, and the most that are written out; beyond that powers of ten are shorter.
 _PLACES, _MOST_PLACES = 4, 7
+_DIGITS = 3
 # A smaller share of a blend is not worth naming.
 _WORTH_NAMING = 0.01
 
@@ -171,48 +173,65 @@ def sortable(value: Any) -> float:
 
 
 def decimals(values: Sequence[Any]) -> int:
-    """How many, 4 to 7, tell ``values`` apart; more for tiny ones, fewer for large ones."""
+    """How many, 4 to 7, tell ``values`` apart; more for tiny ones, fewer for large ones.
+
+    Less than none for powers of ten: -3 for thousands.
+    """
     known = [float(v) for v in values if is_finite(v)]
-    sizes = sorted(abs(v) for v in known if v)
+    sizes = _sizes(known)
     fewest, most = _PLACES, _MOST_PLACES
-    if sizes and sizes[len(sizes) // 2] < _TINY:
-        order = math.floor(math.log10(sizes[len(sizes) // 2]))
-        fewest, most = 3 - order, 6 - order
+    middle = sizes[len(sizes) // 2] if sizes else 1.0
+    if middle < _TINY:
+        fewest, most = 3 - _order(middle), 6 - _order(middle)
     elif sizes and sizes[0] >= _LARGE:
         fewest = 0
+        # Up to seven digits are written out.
+        if middle >= _EXPLODED and sizes[-1] >= 10 * _EXPLODED:
+            fewest, most = 3 - _order(middle), min(-1, 6 - _order(middle))
     spread = max(known) - min(known) if known else 0.0
-    wanted = 2 - math.floor(math.log10(spread)) if spread > 0 else fewest
+    wanted = 2 - _order(spread) if spread > 0 else fewest
     return min(most, max(fewest, wanted))
 
 
 def table_decimals(rows: Sequence[Document], keys: Sequence[str]) -> int:
-    """``decimals`` of a table's columns: the smallest value in it still has three digits."""
-    values = [row.get(key) for row in rows for key in keys]
-    sizes = [abs(v) for v in values if is_finite(v) and v]
-    places = decimals(values)
-    if not sizes or places < _PLACES or places > _MOST_PLACES:
-        return places
-    return min(_MOST_PLACES, max(places, 2 - math.floor(math.log10(min(sizes)))))
+    """``decimals`` of a table's columns, where the smallest loss has three digits as well."""
+    return _for_the_smallest([row.get(key) for row in rows for key in keys])
 
 
 def metric_decimals(rows: Sequence[Document], column: tuple[str, str, str]) -> int:
-    """Of a column of ``metric_columns``: four, unless all of it is tiny."""
+    """Of a column of ``metric_columns``: four, unless they show too little or too much."""
     values = [metric_of(row, column) for row in rows]
-    largest = max((abs(v) for v in values if is_finite(v)), default=1.0)  # type: ignore[arg-type]
-    return decimals(values) if 0.0 < largest < 100 * _TINY else _PLACES
+    sizes = _sizes(values)
+    ordinary = not sizes or (sizes[0] >= 10 ** (_DIGITS - 1 - _PLACES) and sizes[0] < _LARGE)
+    return _PLACES if ordinary else _for_the_smallest(values)
+
+
+def _for_the_smallest(values: Sequence[Any]) -> int:
+    sizes, places = _sizes(values), decimals(values)
+    return max(places, _DIGITS - 1 - _order(sizes[0])) if sizes else places
+
+
+def _sizes(values: Sequence[Any]) -> list[float]:
+    """Magnitudes of all that is known and not zero, in ascending order."""
+    return sorted(abs(float(v)) for v in values if is_finite(v) and v)
+
+
+def _order(value: float) -> int:
+    """The power of ten that a number starts with."""
+    return math.floor(math.log10(abs(value)))
 
 
 def figure(value: float, places: int) -> str:
     """``value`` with so many decimals, from ``decimals``.
 
-    As a power of ten where it is tiny, as all the others are, and, in short, where it has exploded.
+    As a power of ten where the others are tiny or huge, and, in short, where it has exploded.
     """
-    if abs(value) >= _EXPLODED:
-        return f"{value:.{3 if places >= 4 else 7}g}"
-    if places <= 7 or value == 0 or math.isnan(value):
-        return f"{value:.{min(places, 7)}f}"
-    order = math.floor(math.log10(abs(value)))
-    return f"{value:.{min(6, max(0, places + order))}e}"
+    exploded = abs(value) >= _EXPLODED
+    if exploded and places >= 0:
+        return f"{value:.{3 if places >= _PLACES else 7}g}"
+    if 0 <= places <= _MOST_PLACES or value == 0 or math.isnan(value):
+        return f"{value:.{max(0, min(places, _MOST_PLACES))}f}"
+    return f"{value:.{min(6, max(0, places + _order(value)))}e}"
 
 
 def cell(value: Any, places: int) -> str:
@@ -237,7 +256,7 @@ def verdict(document: Document) -> list[str]:
     said += _which_single(document, [i["over"] for i in others])
     said += _how_it_was_picked(document, chosen) + _what_it_is_made_of(document, chosen)
     if source := statistics_source(document):
-        said.append(f"The running statistics of batch norm in {chosen} were {source}.")
+        said.append(f"The running statistics of batch norm in {spoken(chosen)} were {source}.")
     return [_capital(sentence) for sentence in said]
 
 
@@ -248,11 +267,16 @@ def _which_single(document: Document, compared: Sequence[str]) -> list[str]:
     """
     rows = document.get("candidates") or []
     row: Document = next((c for c in rows if c["name"] == "best_single"), {})
-    values = next(iter(_by_block(row.get("coefficients")).values()), [])
-    labels = checkpoint_labels(document.get("checkpoints") or [])
-    if "best_single" not in compared or len(values) != len(labels) or 1.0 not in values:
+    which, labels = _only_checkpoint(row), checkpoint_labels(document.get("checkpoints") or [])
+    if "best_single" not in compared or which is None or which >= len(labels):
         return []
-    return [f"The best single checkpoint is {labels[values.index(1.0)]}."]
+    return [f"The best single checkpoint is {labels[which]}."]
+
+
+def _only_checkpoint(row: Document) -> int | None:
+    """The place of the checkpoint that a candidate is; None where it is a mean of several."""
+    blocks = list(_by_block(row.get("coefficients")).values())
+    return blocks[0].index(1.0) if len(blocks) == 1 and 1.0 in blocks[0] else None
 
 
 def _how_it_was_picked(document: Document, chosen: str) -> list[str]:
@@ -261,7 +285,8 @@ def _how_it_was_picked(document: Document, chosen: str) -> list[str]:
     least = min(rows, key=lambda c: sortable(c.get("guard_loss")), default=None)
     if mine and selected is not None:
         value = guard_metric(mine, selected)
-        found = f", {value:.4f}" if is_finite(value) else ""
+        places = metric_decimals(rows, ("", "guard_metrics", selected))
+        found = f", {figure(value, places)}" if is_finite(value) else ""
         return [f"{chosen} was picked by {selected} on the guard split{found}."]
     if least is None or mine.get("selection_loss") is None:
         return []
@@ -270,7 +295,7 @@ def _how_it_was_picked(document: Document, chosen: str) -> list[str]:
     used = (document.get("data") or {}).get("guard_examples_used")
     if mine.get("selection_examples") == used:
         return []  # nothing but the guard split counted
-    loss = figure(mine["selection_loss"], decimals([row.get("selection_loss") for row in rows]))
+    loss = figure(mine["selection_loss"], table_decimals(rows, ["selection_loss"]))
     return [
         f"{chosen} was picked by its loss on {mine['selection_examples']} examples, {loss}: the "
         "guard split and fit examples that were held out in turn. "
@@ -281,14 +306,13 @@ def _how_it_was_picked(document: Document, chosen: str) -> list[str]:
 def _what_it_is_made_of(document: Document, chosen: str) -> list[str]:
     """The candidates that a blend is the mean of, the heaviest first."""
     blended = winner(document).get("blend_of") or {}
-    parts = [(weight, name) for name, weight in blended.items() if weight >= _WORTH_NAMING]
-    shares = [(round(100 * weight), name) for weight, name in sorted(parts, reverse=True)]
-    named = [f"{percent}% {spoken(name)}" for percent, name in shares]
-    if not named:
+    parts = sorted(((w, k) for k, w in blended.items() if w >= _WORTH_NAMING), reverse=True)
+    if not parts:
         return []
-    rest = 100 - sum(percent for percent, _ in shares)
-    others = f" and {rest}% others" if rest > 0 and len(parts) < len(blended) else ""
-    said = [f"{chosen} is a mean of candidates: {', '.join(named)}{others}."]
+    *named, rest = _percentages([weight for weight, _ in parts])
+    shares = [f"{p}% {spoken(name)}" for p, (_, name) in zip(named, parts, strict=True)]
+    others = f" and {rest}% others" if rest else ""
+    said = [f"{chosen} is a mean of candidates: {', '.join(shares)}{others}."]
     ahead = min(document["candidates"], key=lambda c: _cost(c, None))
     if metric(document) is None and _cost(ahead, None) < _cost(winner(document), None):
         said.append(
@@ -298,12 +322,41 @@ def _what_it_is_made_of(document: Document, chosen: str) -> list[str]:
     return said
 
 
+def _percentages(shares: Sequence[float]) -> list[int]:
+    """By largest remainder, of ``shares`` and of what they leave: they add up to 100."""
+    exact = [100 * share for share in (*shares, max(0.0, 1.0 - math.fsum(shares)))]
+    found = [math.floor(percent) for percent in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: found[i] - exact[i])
+    for i in by_remainder[: 100 - sum(found)]:
+        found[i] += 1
+    return found
+
+
 def statistics_source(document: Document) -> str | None:
     """Where batch norm's came from; None where they are averaged like everything else."""
+    return _source(winner(document))
+
+
+def _source(row: Document) -> str | None:
     return {
         "reestimate": "re-estimated on fit examples",
         "newest": "taken from the newest checkpoint",
-    }.get(str(winner(document).get("batch_norm")))
+    }.get(str(row.get("batch_norm")))
+
+
+def statistics_notes(document: Document) -> list[str]:
+    """Which checkpoints of a table of candidates are not quite what was saved, below it."""
+    newest = len(document.get("checkpoints") or []) - 1
+    found: dict[str, list[str]] = {}
+    for row in document.get("candidates") or []:
+        which, source = _only_checkpoint(row), _source(row)
+        itself = row.get("batch_norm") == "newest" and which == newest
+        if source and which is not None and not itself and row["name"] != document.get("chosen"):
+            found.setdefault(source, []).append(row["name"])
+    return [
+        f"{', '.join(names)}: running statistics {source} instead of those saved"
+        for source, names in found.items()
+    ]
 
 
 def _is_itself(improvement: Document) -> bool:
@@ -321,7 +374,8 @@ def _sentence(chosen: str, improvement: Document, selected: str | None) -> str:
     interval = improvement.get("ci95") or (None, None)
     low, high = (v if is_finite(v) else None for v in interval)
     if mean < 0 and low is not None and high is not None:
-        low, high = -high, -low  # of what the sentence states
+        # Of what is stated; without minus zero.
+        low, high = 0.0 - high, 0.0 - low
     places = decimals([0.0, mean, low, high])
     how = "better" if mean >= 0 else "worse"
     text = f"{spoken(chosen)} is {how} than {spoken(improvement['over'])}"

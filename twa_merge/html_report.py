@@ -22,6 +22,7 @@ from .document import (
     metric_decimals,
     metric_of,
     span,
+    statistics_notes,
     table_decimals,
     verdict,
     written_coefficients,
@@ -231,6 +232,7 @@ def _tables(document: Document) -> str:
         for row in document.get("other_candidates") or []
     ]
     parts = [f"<h2>Numbers</h2>\n{_table(head, body)}"] if body else []
+    parts += [f'<p class="quiet">{_text(note)}</p>' for note in statistics_notes(document)]
     if others:
         parts.append(_folded("Other candidates", _table(["candidate", "guard loss"], others)))
     checkpoints = [

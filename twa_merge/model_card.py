@@ -18,7 +18,9 @@ from .document import (
     leading_candidates,
     loss_columns,
     metric,
+    metric_decimals,
     span,
+    statistics_notes,
     statistics_source,
     table_decimals,
     verdict,
@@ -80,8 +82,8 @@ def _candidates(document: Document) -> str:
     if not rows:
         return ""
     keys = loss_columns(document)
-    places = table_decimals(rows, keys)
-    selected = metric(document)
+    places, selected = table_decimals(rows, keys), metric(document)
+    metric_places = metric_decimals(rows, ("", "guard_metrics", str(selected)))
     decided = f"{_text(selected or 'loss')} on the guard data"
     if "selection_loss" in keys and not selected:
         decided = "its loss on the guard data and on held-out fit examples: the selection loss"
@@ -99,7 +101,7 @@ def _candidates(document: Document) -> str:
         table.append(
             [
                 f"**{name}**" if chosen else name,
-                *([cell(guard_metric(row, selected), 4)] if selected else []),
+                *([cell(guard_metric(row, selected), metric_places)] if selected else []),
                 *(cell(row.get(key), places) for key in keys),
                 span(interval(row, "guard_ci95"), places),
             ]
@@ -107,6 +109,7 @@ def _candidates(document: Document) -> str:
     return (
         f"## Candidates\n\nLoss, lower is better; the winner was picked by {decided}.\n\n"
         + _table(table)
+        + "".join(f"\n{_text(note)}\n" for note in statistics_notes(document))
     )
 
 
