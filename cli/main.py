@@ -37,7 +37,7 @@ Exit codes:
   0    done
   1    internal error
   2    wrong input or usage
-  3    no improvement (with --require-improvement)
+  3    no certain improvement (with --require-improvement)
   130  interrupted; the same command continues
 """
 

@@ -220,6 +220,18 @@ def test_nothing_is_written_without_the_required_improvement(tmp_path):
         merge([run], task, out, guard=GuardConfig(require_improvement=True))
     assert caught.value.exit_code == 3
     assert list(tmp_path.iterdir()) == [run]
+    assert "What was picked is no merge but the last checkpoint; nothing" in str(caught.value)
+    assert "the best merge, uniform: 0.0000 [" in str(caught.value)
+
+
+@pytest.mark.parametrize(("examples", "said"), [(60, ""), (16, ", of 4 examples: too few")])
+def test_a_merge_that_is_not_certainly_better_is_named(tmp_path, examples, said):
+    task = LinearTask(examples=examples)
+    save_run(tmp_path / "run", task.states(3, spread=0.5 if said else 0.02))
+    guard = GuardConfig(candidates="twa", require_improvement=True)
+    with pytest.raises(NoImprovement, match="What was picked, twa, is not certainly") as caught:
+        merge([tmp_path / "run"], task, tmp_path / "merged", guard=guard)
+    assert re.search(rf"twa: \S+ \[\S+, \S+\]{said}\n", str(caught.value))
 
 
 class TinyLosses(LinearTask):
@@ -232,7 +244,7 @@ def test_a_missing_improvement_is_said_in_the_unit_of_the_loss(tmp_path):
     good, bad = task.states(2)
     save_run(tmp_path / "run", [good, {k: v + 100 for k, v in bad.items()}])
     guard = GuardConfig(candidates="uniform", require_improvement=True)
-    with pytest.raises(NoImprovement, match="The best merge is not certainly better") as caught:
+    with pytest.raises(NoImprovement, match="no merge but the best single checkpoint") as caught:
         merge([tmp_path / "run"], task, tmp_path / "merged", guard=guard)
     assert re.search(r"uniform: -[1-9]\.\d+e-\d+ \[-[1-9]\.\d+e-\d+, ", str(caught.value))
 

@@ -393,9 +393,13 @@ def _sentence(chosen: str, improvement: Document, selected: str | None) -> str:
 
 
 def _too_few(improvement: Mapping[str, Any]) -> str:
-    examples, groups = improvement["examples"], improvement.get("groups")
+    return f"{too_few(improvement['examples'], improvement.get('groups'))}, within noise."
+
+
+def too_few(examples: int, groups: int | None) -> str:
+    """That an interval means nothing, as what follows it."""
     alike = "" if groups in (None, examples) else f" in {groups} group{'s' * (groups != 1)}"
-    return f", of {examples} examples{alike}: too few, within noise."
+    return f", of {examples} examples{alike}: too few"
 
 
 def spoken(name: str) -> str:

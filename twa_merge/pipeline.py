@@ -32,7 +32,7 @@ from .config import (
     StoreConfig,
 )
 from .distributed import start
-from .document import decimals, figure
+from .document import decimals, figure, spoken, too_few
 from .dtypes import Array
 from .errors import NoImprovement, TaskError, TwaMergeError
 from .fit import Fitted
@@ -174,19 +174,25 @@ def _judge(run: Run, fitted: Sequence[Fitted]) -> Verdict:
 
 def _no_improvement(run: Run, verdict: Verdict) -> NoImprovement:
     """Says how close the best merge came, where a single checkpoint won."""
-    closest, found, select = verdict.winner, verdict.over_single, run.choices.guard.select
-    what = "What was picked"
+    winner, found, select = verdict.winner, verdict.over_single, run.choices.guard.select
+    message = (
+        f"What was picked, {winner.name}, is not certainly better than the best single checkpoint"
+    )
+    compared = winner.name
     merges = [s for s in verdict.shown if s.name not in SINGLES]
-    if closest not in merges and merges:
-        closest, what = pick(merges, select), "The best merge"
+    if winner.name in SINGLES and merges:
+        closest = pick(merges, select)
         single = next(s for s in verdict.shown if s.name == "best_single")
         found = improvement(closest, single, select, run.choices.data.seed)
+        message = f"What was picked is no merge but {spoken(winner.name)}"
+        compared = f"the best merge, {closest.name}"
     places = decimals([0.0, found.mean, found.low, found.high])
     mean, low, high = (figure(v, places) for v in (found.mean, found.low, found.high))
+    few = "" if found.enough else too_few(found.examples, found.groups)
     return NoImprovement(
-        f"{what} is not certainly better than the best single checkpoint; nothing was written.",
+        f"{message}; nothing was written.",
         expected="an improvement on the guard split whose 95 % interval lies above zero",
-        found=f"{closest.name}: {mean} [{low}, {high}]",
+        found=f"{compared}: {mean} [{low}, {high}]{few}",
         remedy="give more data or other checkpoints, or leave --require-improvement out",
     )
 
