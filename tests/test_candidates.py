@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 
-from twa_merge.candidates import fixed, greedy, parse_families, window
+from twa_merge.candidates import ALL, fixed, greedy, parse_families, window
 from twa_merge.errors import ConfigError
 from twa_merge.fixed_weights import ema, parse_weights, schedule
 
@@ -77,5 +79,7 @@ def test_what_is_fitted_by_block_has_the_names_that_are_shown():
 
 
 def test_unknown_families_are_refused():
-    with pytest.raises(ConfigError, match="candidates"):
+    with pytest.raises(ConfigError, match="candidates") as caught:
         parse_families("twa,medians")
+    for name in ("quick", "all", *ALL, "twa-tensors", "twa-blocks"):
+        assert re.search(rf"\b{name}\b", caught.value.details["expected"])

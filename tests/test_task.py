@@ -10,10 +10,12 @@ from typing import Any
 
 import pytest
 import torch
+from runs import LinearTask, save_run
 from torch import nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import IterableDataset
 
+from twa_merge import merge
 from twa_merge.errors import CheckpointError, TaskError
 from twa_merge.task import call_factory, check_task, split, split_groups, to_device
 from twa_merge.tasks import load_task
@@ -225,6 +227,16 @@ def test_factory_gets_data_if_it_takes_any() -> None:
 def test_factories_that_do_not_fit(factory: Any, data: str | None, said: str) -> None:
     with pytest.raises(TaskError, match=said):
         call_factory(factory, "t", data)
+
+
+def test_the_option_that_brought_the_data_is_named(tmp_path: Path) -> None:
+    save_run(tmp_path / "run", LinearTask().states(2))
+    file = tmp_path / "alone.py"
+    file.write_text("from runs import LinearTask\n\n\ndef task():\n    return LinearTask()\n")
+    for given, name in (("test_data", "--test-data"), ("data", "--data")):
+        with pytest.raises(TaskError, match="takes no data") as caught:
+            merge([tmp_path / "run"], str(file), tmp_path / "out", **{given: "x.txt"})
+        assert caught.value.details["what to do"].startswith(f"leave {name} out")
 
 
 def test_check_task_wants_methods() -> None:

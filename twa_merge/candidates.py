@@ -14,9 +14,9 @@ from .errors import ConfigError
 EMA_DECAYS = (0.5, 0.7, 0.8, 0.9, 0.95)
 # These take part in every comparison.
 SINGLES = ("last", "best_single")
-# The family of what is fitted by block, and what its members are called where they are shown.
+# The family of what is fitted by block, and what others of it are called where they are shown.
 BY_BLOCK = "twa-layers"
-_BLOCK_NAMES = (BY_BLOCK, "twa-tensors", "twa-blocks")
+_SAME = ("twa-tensors", "twa-blocks")
 QUICK = (*SINGLES, "uniform", "window", "twa", BY_BLOCK, "blend")
 ALL = (*QUICK, "ema", "wsm", "greedy")
 
@@ -119,13 +119,13 @@ def parse_families(text: str) -> frozenset[str]:
     if text == "quick":
         return frozenset(QUICK)
     given = (part.strip() for part in text.split(",") if part.strip())
-    names = frozenset(BY_BLOCK if name in _BLOCK_NAMES else name for name in given)
+    names = frozenset(BY_BLOCK if name in _SAME else name for name in given)
     wrong = names - frozenset(ALL)
     if wrong or not names:
         raise ConfigError(
             "--candidates is not known.",
-            expected=f"quick, all, or some of {', '.join(ALL)} ({BY_BLOCK} is what "
-            "is fitted by block, layers and tensors alike)",
+            expected=f"quick, all, or some of {', '.join(ALL)}; {' and '.join(_SAME)} mean "
+            f"{BY_BLOCK} as well: all that is fitted by block",
             found=", ".join(sorted(wrong)) or text,
         )
     if names <= {*SINGLES, "blend"}:

@@ -130,9 +130,11 @@ def task_and_splits(
     if choices.fit.label_smoothing:
         options["label_smoothing"] = choices.fit.label_smoothing
 
-    def load(source: str | None) -> Task:
-        return load_task(task, data=source, checkpoint=newest.path, options=options)
+    def load(source: str | None, option: str) -> Task:
+        return load_task(
+            task, data=source, checkpoint=newest.path, options=options, data_option=option
+        )
 
-    test = load(test_data) if test_data is not None else None
-    named = load(data)
+    test = load(test_data, "--test-data") if test_data is not None else None
+    named = load(data, "--data")
     return named, split(named, fraction, seed, test)

@@ -74,10 +74,12 @@ class Splits:
     guard_groups: list[int] | None = None
 
 
-def call_factory(factory: Callable[..., Any], name: str, data: str | None) -> Task:
+def call_factory(
+    factory: Callable[..., Any], name: str, data: str | None, option: str = "--data"
+) -> Task:
     """The task object that a user's function returns.
 
-    The function is called with ``data=`` (the --data argument) if it takes such a parameter.
+    The function is called with ``data=``, the argument of ``option``, if it takes such a parameter.
 
     Raises:
         TaskError: it takes no data although some was given, wants what it cannot get, or returns
@@ -105,7 +107,7 @@ def call_factory(factory: Callable[..., Any], name: str, data: str | None) -> Ta
             f"The task {name} takes no data.",
             expected="a parameter called data",
             found=f"{getattr(factory, '__name__', name)}{inspect.signature(factory)}",
-            remedy="leave --data and --test-data out, or give the function a parameter `data`",
+            remedy=f"leave {option} out, or give the function a parameter `data`",
         )
     task = factory(data=data) if takes_data and data is not None else factory()
     return check_task(task, name)

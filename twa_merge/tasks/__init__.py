@@ -23,7 +23,12 @@ _DEFAULT_FUNCTION = "task"
 
 
 def load_task(
-    spec: str, *, data: str | None, checkpoint: Path | None, options: Mapping[str, object]
+    spec: str,
+    *,
+    data: str | None,
+    checkpoint: Path | None,
+    options: Mapping[str, object],
+    data_option: str = "--data",
 ) -> Task:
     """The task that ``spec`` names.
 
@@ -31,7 +36,7 @@ def load_task(
         spec: ``causal-lm``, ``path/task.py``, ``path/task.py:function`` or
             ``package.module:function``; the function is called ``task`` by default. Files can
             import their neighbours, modules are looked for in the working directory as well.
-        data: the --data argument.
+        data: the argument of ``data_option``.
         checkpoint: one of the checkpoints, whose folder a built-in task may read.
         options: keyword arguments of a built-in task; those that are None or False are not given.
 
@@ -53,7 +58,8 @@ def load_task(
     # An error of the user's code is told with the user's line, not with a traceback of ours.
     with blamed(f"The task {spec} cannot be loaded."):
         module = _load_file(Path(target)) if target.endswith(".py") else _load_module(target)
-        return call_factory(_function(module, function or _DEFAULT_FUNCTION, spec), spec, data)
+        factory = _function(module, function or _DEFAULT_FUNCTION, spec)
+        return call_factory(factory, spec, data, data_option)
 
 
 def _built_in(
