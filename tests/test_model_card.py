@@ -139,10 +139,16 @@ def test_names_cannot_break_out(train: dict[str, Any]) -> None:
         assert mark not in text.replace("\\" + mark[0], "")
 
 
+def test_it_is_said_where_the_same_again_runs(train: dict[str, Any]) -> None:
+    copied = "with `twa_merge.json` of this folder copied there:"
+    assert f"From the folder that these paths start from, {copied}" in model_card(train)
+    assert f"From the folder that l\\_m lies in, {copied}" in model_card(train | {"run": "l_m"})
+
+
 def test_backticks_cannot_end_the_command(train: dict[str, Any]) -> None:
     for i, checkpoint in enumerate(train["checkpoints"]):
         checkpoint |= {"path": f"{i}```\n# heading", "step": None}
-    section = model_card(train).split("beside them:\n\n")[1]
+    section = model_card(train).split("copied there:\n\n")[1]
     assert section.startswith("````sh\n")
     assert section.endswith("\n````\n")
     assert section.count("\n") == 3

@@ -157,7 +157,8 @@ def _again(document: Document) -> str:
         if statistics_source(document)
         else ""
     )
-    where = "Run where the checkpoints are, with `twa_merge.json` of this folder beside them:"
+    paths = f"{_text(document['run'])} lies in" if document.get("run") else "these paths start from"
+    where = f"From the folder that {paths}, with `twa_merge.json` of this folder copied there:"
     return f"## The same again\n\n{where}\n\n{fence}sh\n{line}\n{fence}\n{but}"
 
 
