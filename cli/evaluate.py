@@ -32,7 +32,7 @@ def command(
     engine: config.EngineConfig,
     as_json: bool,
 ) -> None:
-    """Evaluate MODELS on all of the data, the task's dataset().
+    """Evaluate MODELS on all of the task's dataset(); its test_dataset() is left alone.
 
     MODELS: models or checkpoints, folders or files, or folders of them.
     """

@@ -102,6 +102,14 @@ def test_everything_is_on_the_page(whole: str, train: dict[str, Any]) -> None:
     assert page.text.count(train["other_candidates"][0]["name"]) >= 1
 
 
+def test_checkpoints_that_are_not_as_saved_are_named(train: dict[str, Any]) -> None:
+    next(c for c in train["candidates"] if c["name"] == "best_single")["batch_norm"] = "newest"
+    said = "running statistics taken from the newest checkpoint instead of those saved"
+    assert said not in Page(html_report(train)).text, "it is the newest itself"
+    train["candidates"][0]["batch_norm"] = "reestimate"
+    assert "last: running statistics re-estimated on" in Page(html_report(train)).text
+
+
 def test_nothing_comes_from_elsewhere(by_block: str) -> None:
     text, page = by_block, Page(by_block)
     assert "script" not in page.tags

@@ -55,8 +55,17 @@ def test_gradients_inside_a_model_need_to_be_asked_for(tmp_path) -> None:
     task.loss = forces  # type: ignore[method-assign]
     with pytest.raises(TaskError, match="failed to compute its loss") as caught:
         merge([tmp_path / "run"], task, tmp_path / "m")
-    assert "torch.enable_grad()" in caught.value.details["what to do"]
+    assert "with torch.enable_grad():" in caught.value.details["what to do"]
     assert f"{__file__}, line" in caught.value.details["what to do"]
+
+    def asks(model, batch):
+        with torch.enable_grad():
+            x = batch[0].requires_grad_(True)
+            found = torch.autograd.grad(model(x).sum(), x, create_graph=True)[0]
+        return found.square().sum(1)
+
+    task.loss = asks  # type: ignore[method-assign]
+    assert merge([tmp_path / "run"], task, tmp_path / "m")["chosen"]
 
 
 @pytest.mark.parametrize("act", [gives_up, raises])

@@ -25,6 +25,7 @@ _NOT_THE_USERS = (
 # What torch says of batch norm in training on a batch of one, and of gradients under no_grad.
 _ALONE = "more than 1 value per channel"
 _NO_GRADIENT = "does not require grad"
+_TAKE_GRADIENTS = "take gradients inside the model under `with torch.enable_grad():`"
 
 
 @contextmanager
@@ -58,8 +59,7 @@ def user_code(doing: str, *, expected: str | None = None) -> Iterator[None]:
                 f"The task failed to {doing}.",
                 expected="losses that can be computed under torch.no_grad(), to be compared",
                 found=f"{type(error).__name__}: {error}",
-                remedy="take gradients inside the model under torch.enable_grad(); "
-                f"{_where(error)}",
+                remedy="; ".join(filter(None, [_TAKE_GRADIENTS, _where(error)])),
             ) from error
 
 
