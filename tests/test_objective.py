@@ -514,8 +514,9 @@ def test_blocks_of_a_model_that_has_none_are_said(tmp_path, blocks):
             guard=GuardConfig(candidates="last,twa-layers"),
         )
     guard = GuardConfig(candidates="last,twa")
-    with pytest.raises(ConfigError, match="a fit that no candidate comes from"):
+    with pytest.raises(ConfigError, match="a fit that no candidate comes from") as caught:
         merge([tmp_path / "run"], task, tmp_path / "other", fit=fit, guard=guard)
+    assert caught.value.details["expected"].startswith(f"twa-{blocks} among the --candidates")
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -51,7 +51,7 @@ def require_compatible(fit: FitConfig, candidates: str) -> None:
     if fit.blocks in ("layers", "tensors") and not by_block:
         raise ConfigError(
             "--blocks asks for a fit that no candidate comes from.",
-            expected=f"{BY_BLOCK} among the --candidates, or no --blocks",
+            expected=f"twa-{fit.blocks} among the --candidates, or no --blocks",
             found=f"--blocks {fit.blocks} --candidates {candidates}",
         )
     if fit.blocks == "global" and by_block and candidates not in ("quick", "all"):
