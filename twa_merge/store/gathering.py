@@ -14,9 +14,9 @@ def gathering(
 
     The whole model, gathered once an evaluation, is half of what the paper's scheme sends at its
     best; a layer at a time is sent again for every batch. The model is chosen where it takes half
-    of a GPU's memory at most and leaves the offsets where they would be. Not on a CPU, where no rank
-    may hold all of it, and not in bfloat16, where a layer at a time sends half as much already and
-    batches that do without some parameters cannot be summed once.
+    of a GPU's memory at most and leaves the offsets where they would be. Not on a CPU, where no
+    rank may hold all of it, and not in bfloat16, where a layer at a time sends half as much already
+    and batches that do without some parameters cannot be summed once.
 
     Args:
         n: checkpoints.
