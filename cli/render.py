@@ -64,6 +64,7 @@ def show_evaluation(document: Document, console: Console) -> None:
     """One row a model."""
     models = document["models"]
     metrics = metric_columns(models, "metrics")
+    metric_digits = [metric_decimals(models, column) for column in metrics]
     digits = table_decimals(models, ["loss"])
     table = new_table("model", "loss", "+/- 95 %", *_headings(metrics))
     for model in models:
@@ -71,7 +72,7 @@ def show_evaluation(document: Document, console: Console) -> None:
             Text(plain(model["path"]), overflow="fold"),
             number(model.get("loss"), digits),
             _half_width(model, "ci95", digits),
-            *_metrics(model, metrics, models),
+            *_metrics(model, metrics, metric_digits),
         )
     console.print(fitted(table, console.width))
     if document.get("examples") is not None:
@@ -86,6 +87,7 @@ def candidates_table(document: Document, width: int) -> Table:
     digits = max((table_decimals(rows, [key]) for key in keys), default=4)
     with_interval = {"guard_loss"} if _any(everything, "guard_ci95") else set()
     metrics = metric_columns(rows, "guard_metrics", "test_metrics")
+    metric_digits = [metric_decimals(rows, column) for column in metrics]
     headings = [h for key in keys for h in (key.replace("_", " "), *_plus(key in with_interval))]
     headings += _headings(metrics)
     table = new_table("candidate", *headings, *(["cost"] if _any(everything, "cost") else []))
@@ -96,7 +98,7 @@ def candidates_table(document: Document, width: int) -> Table:
             cells.append(Text(number(row.get(key), digits)))
             if key in with_interval:
                 cells.append(Text(_half_width(row, "guard_ci95", digits), "dim"))
-        cells += map(Text, _metrics(row, metrics, rows))
+        cells += map(Text, _metrics(row, metrics, metric_digits))
         if _any(everything, "cost"):
             cells.append(Text(_cost(row.get("cost"))))
         table.add_row(*cells, style="bold green" if chosen else None)
@@ -244,9 +246,9 @@ def _half_width(row: Document, key: str, digits: int) -> str:
 
 
 def _metrics(
-    row: Document, columns: Sequence[tuple[str, str, str]], rows: Sequence[Document]
+    row: Document, columns: Sequence[tuple[str, str, str]], digits: Sequence[int]
 ) -> list[str]:
-    return [number(metric_of(row, c), metric_decimals(rows, c)) for c in columns]
+    return [number(metric_of(row, c), d) for c, d in zip(columns, digits, strict=True)]
 
 
 def _headings(metrics: Sequence[tuple[str, str, str]]) -> list[str]:

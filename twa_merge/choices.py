@@ -44,8 +44,8 @@ def require_compatible(fit: FitConfig, candidates: str) -> None:
         candidates: as ``GuardConfig`` has them.
 
     Raises:
-        ConfigError: blocks, or a span of checkpoints, were asked for as well; or a candidate by
-            block where there are no blocks.
+        ConfigError: a candidate is not known; blocks, or a span of checkpoints, were asked for
+            beside random directions; or a candidate by block without blocks, or blocks without one.
     """
     by_block = BY_BLOCK in parse_families(candidates)
     if fit.blocks in ("layers", "tensors") and not by_block:

@@ -68,14 +68,14 @@ def evaluate(
     rows = []
     progress(Started("Evaluating", len(found), "models"))
     examples = 0
-    loaded: dict[Hashable, tuple[Task, Dataset[Any]]] = {}
+    loaded: dict[Hashable, tuple[Task, Dataset[Any], list[int]]] = {}
     for checkpoint in found:
         reads = _what_it_reads(task, checkpoint)
         if reads not in loaded:
             loaded = {reads: _load(task, data, checkpoint, task_options or {})}
-        named, dataset = loaded[reads]
+        named, dataset, groups = loaded[reads]
         examples = len(dataset)  # type: ignore[arg-type]
-        rows.append(_row(checkpoint, named, dataset, data_config, engine, world, progress))
+        rows.append(_row(checkpoint, named, dataset, groups, data_config, engine, world, progress))
         # Hooks and modules refer to one another, and the next model may need the memory.
         gc.collect()
         progress(Advanced())
@@ -100,20 +100,22 @@ def _what_it_reads(task: Task | str, checkpoint: Checkpoint) -> Hashable:
 
 def _load(
     task: Task | str, data: str | None, checkpoint: Checkpoint, options: Mapping[str, object]
-) -> tuple[Task, Dataset[Any]]:
+) -> tuple[Task, Dataset[Any], list[int]]:
+    """The task, its examples, and the group of each of them."""
     if isinstance(task, str):
         task = load_task(task, data=data, checkpoint=checkpoint.path, options=options)
     else:
         task = check_task(task, type(task).__name__)
     dataset = dataset_of(task)
     require_examples(dataset, "dataset")
-    return task, dataset
+    return task, dataset, groups_of(task, dataset)
 
 
 def _row(
     checkpoint: Checkpoint,
     task: Task,
     dataset: Dataset[Any],
+    groups: Sequence[int],
     data_config: DataConfig,
     engine: EngineConfig,
     world: World,
@@ -137,7 +139,6 @@ def _row(
     shared = {name: live.is_shared(name) for name in layout.averaged}
     store = make_store([checkpoint], layout, blocks, world, StoreConfig("disk"), shared=shared)
     ingest([checkpoint], layout, world, store=store, shared=shared)
-    groups = groups_of(task, dataset)
     batches = Batches(dataset, task, data_config.batch_size, data_config.seed, world, groups)
     runner = Engine(live, store, blocks, task, world)
     runner.set_weights(torch.ones(1, 1, dtype=torch.float64))

@@ -189,13 +189,14 @@ class Fitter:
         """Cross-validates the ridge, fold by fold until its gain on unseen examples is settled."""
         sample = range(min(self.limit, _RIDGE_SAMPLE))
         groups, fewest = self.batches.groups(sample), 1
-        path = RidgePath(groups, [])
         if before and before.path:
             path = RidgePath(groups, before.path.parts, before.path.scale)
             fewest = before.path.folds
         elif chart.size:
             losses = self.losses(chart.base, sample)
             path = RidgePath(groups, folds_of(groups, losses), scale_of(losses))
+        else:
+            path = RidgePath(groups, [])
         for fold in range(len(path.parts[:folds]) if chart.size else 0):
             self._extend(path, name, self._without(chart, before, path, fold), fold)
             if folds is None and path.folds >= fewest and path.settled():

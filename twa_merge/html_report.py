@@ -217,12 +217,13 @@ def _tables(document: Document) -> str:
     keys = loss_columns(document)
     places = table_decimals(rows, keys)
     metrics = metric_columns(rows, "guard_metrics", "test_metrics")
+    metric_places = [metric_decimals(rows, column) for column in metrics]
     chosen = written_name(document)
     body = []
     for row in leading_candidates(document, len(rows)):
         cells = [str(row["name"]), *(cell(row.get(key), places) for key in keys)]
         cells += [span(interval(row, "guard_ci95"), places)]
-        cells += [cell(metric_of(row, c), metric_decimals(rows, c)) for c in metrics]
+        cells += [cell(metric_of(row, c), d) for c, d in zip(metrics, metric_places, strict=True)]
         cells += [f"{row['cost']:g}" if is_finite(row.get("cost")) else ""]
         body.append((row["name"] == chosen, cells))
     head = ["candidate", *(k.replace("_", " ") for k in keys), "guard, 95 %"]

@@ -266,8 +266,7 @@ def _on_meta(build_model: Callable[[], nn.Module]) -> nn.Module:
     for part in module.modules():
         for name, own in part._parameters.items():
             if own is not None:
-                moved = nn.Parameter(own.detach().to("meta"), requires_grad=own.requires_grad)
-                part._parameters[name] = known.setdefault(own, moved)
+                part._parameters[name] = known.setdefault(own, _without_numbers(own))
     return module
 
 
@@ -313,14 +312,17 @@ def parameters_on_meta() -> Iterator[None]:
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         register(self, name, param)
         if param is not None and not param.is_meta:
-            moved = nn.Parameter(param.detach().to("meta"), requires_grad=param.requires_grad)
-            self._parameters[name] = moved
+            self._parameters[name] = _without_numbers(param)
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
     try:
         yield
     finally:
         nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _without_numbers(parameter: nn.Parameter) -> nn.Parameter:
+    return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from typing import Any
 
 from . import report
 from .agreement import require_shared_place
-from .candidates import SINGLES, parse_families
+from .candidates import SINGLES
 from .checkpoints import open_checkpoints
 from .checkpoints.watchful import watched
 from .choices import (
@@ -101,7 +101,6 @@ def merge(
     )
     clock, target = Clock(), Path(output)
     with clock.part("open"):
-        parse_families(choices.guard.candidates)
         require_compatible(choices.fit, choices.guard.candidates)
         found = open_checkpoints(checkpoints, choices.selection, progress)
         # The fit may take hours, and what is written is computed from the files as they are then.

@@ -96,8 +96,7 @@ class EvaluationLog:
         self._kept: list[dict[str, Any]] = []
         self._started = False
         self.resumed = len(self._known)
-        undrawn = not fresh and (folder / _UNDRAWN).exists()
-        self.landscape_failed = world.broadcast(undrawn if world.is_zero else False)
+        self.landscape_failed = world.broadcast(not fresh and (folder / _UNDRAWN).exists())
 
     def _others(self) -> list[str]:
         """What is in the way: files of another kind in the state's folder, or one of its name."""

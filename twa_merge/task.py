@@ -27,9 +27,8 @@ class Task(Protocol):
     - ``metrics(model, batch) -> {name: Tensor (batch,)}``: reported next to the loss;
     - ``loss_and_metrics(model, batch)``: both at once, where one forward pass serves both;
     - ``groups() -> Sequence``, or an attribute ``groups`` of the dataset: one hashable label per
-      example of ``dataset()``; examples of one
-      group (several crops of one image, sequences of one text) stay on one side of the split and
-      count as one in intervals;
+      example of ``dataset()``; examples of one group (several crops of one image, sequences of one
+      text) stay on one side of the split and count as one in intervals;
     - ``split(guard_fraction, seed) -> (fit, guard)``: takes the splitting over altogether; both
       parts may have labels like those in an attribute ``groups``;
     - ``test_dataset()``: examples that are only ever reported on;

@@ -54,15 +54,16 @@ class _WatchfulReader:
         for path in self._paths.get(name, self._seen):
             now, before = _look(path), self._seen[path]
             if now != before and not (self._in_place and now.place != before.place):
+                again = "bring the file back and run the same command again"
                 raise CheckpointError(
                     "A file of weights has vanished or changed while it was in use.",
                     checkpoint=path,
                     expected=f"{before.size} bytes, unchanged since the run began",
                     found=f"{now.size} bytes, written to since" if now.time else "nothing there",
-                    remedy="bring the file back and run the same command again"
+                    remedy=again
                     if self._in_place
-                    else "bring the file back and run the same command again; with --store host or "
-                    "device the files are read only at the beginning and the end",
+                    else f"{again}; with --store host or device the files are read only at the "
+                    "beginning and the end",
                 )
 
 

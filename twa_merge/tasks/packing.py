@@ -106,10 +106,15 @@ def join(
     """
     numbers: dict[str, int] = {}
     stream, texts = [], []
-    for i, (piece, own) in enumerate(zip(pieces, tokens, strict=True)):
-        apart = i > 0 and not piece.follows(pieces[i - 1])
-        between = [suffix, prefix] if apart else [] if i else [prefix]
-        stream += [*between, own]
-        length = sum(map(len, between)) + len(own)
-        texts.append(torch.full((length,), numbers.setdefault(piece.text, len(numbers))))
+    before: Piece | None = None
+    for piece, own in zip(pieces, tokens, strict=True):
+        added = [own]
+        if before is None:
+            added = [prefix, own]
+        elif not piece.follows(before):
+            added = [suffix, prefix, own]
+        stream += added
+        number = numbers.setdefault(piece.text, len(numbers))
+        texts.append(torch.full((sum(map(len, added)),), number))
+        before = piece
     return torch.cat(stream), torch.cat(texts)
