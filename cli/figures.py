@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from twa_merge.document import decimals, figure
+from twa_merge.numerals import decimals, figure
 
 NONE = "-"
 

@@ -24,12 +24,11 @@ from twa_merge.document import (
     metric_columns,
     metric_decimals,
     metric_of,
-    statistics_notes,
     table_decimals,
-    verdict,
     written_coefficients,
 )
 from twa_merge.errors import listing
+from twa_merge.wording import statistics_notes, verdict
 
 from .console import plain
 from .figures import NONE, amount, duration, number, size

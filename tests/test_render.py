@@ -15,9 +15,10 @@ from rich.console import Console
 from twa_merge_cli import console as consoles
 from twa_merge_cli import figures, live, pictures, render
 
-from twa_merge.document import leading_candidates, verdict
+from twa_merge.document import leading_candidates
 from twa_merge.model_card import model_card
 from twa_merge.progress import Advanced, Evaluated, Noted, Started
+from twa_merge.wording import verdict
 
 DOCUMENT = json.loads((Path(__file__).parent / "documents" / "train.json").read_text())
 

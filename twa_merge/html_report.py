@@ -9,26 +9,23 @@ from typing import Any
 from . import plots
 from .document import (
     Document,
-    cell,
     checkpoint_labels,
     coefficient_note,
     examples,
     folder_name,
     interval,
-    is_finite,
     leading_candidates,
     loss_columns,
     metric_columns,
     metric_decimals,
     metric_of,
-    span,
-    statistics_notes,
     table_decimals,
-    verdict,
     written_coefficients,
     written_name,
 )
 from .errors import OutputError
+from .numerals import cell, is_finite, span
+from .wording import statistics_notes, verdict
 
 _MOST_CANDIDATES = 24
 _LONGEST_LABEL = 36

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from .document import (
     GLOBAL,
     Document,
-    cell,
     checkpoint_labels,
     coefficient_note,
     examples,
@@ -19,13 +18,11 @@ from .document import (
     loss_columns,
     metric,
     metric_decimals,
-    span,
-    statistics_notes,
-    statistics_source,
     table_decimals,
-    verdict,
     written_coefficients,
 )
+from .numerals import cell, span
+from .wording import statistics_notes, statistics_source, verdict
 
 _PROJECT = "twa-merge"
 _MOST_CANDIDATES = 20

@@ -32,7 +32,6 @@ from .config import (
     StoreConfig,
 )
 from .distributed import start
-from .document import decimals, figure, spoken, too_few
 from .dtypes import Array
 from .errors import NoImprovement, TaskError, TwaMergeError
 from .fit import Fitted
@@ -42,6 +41,7 @@ from .html_report import html_report
 from .landscape import landscape
 from .layout import dtype_named, make_layout
 from .model_card import model_card
+from .numerals import decimals, figure
 from .output_folder import record, state_folder
 from .progress import Noted, Progress, silent
 from .resume import EvaluationLog
@@ -51,6 +51,7 @@ from .svg import can_draw
 from .task import Task
 from .tensors import tensor_rows
 from .verdict import Verdict, judge, require_metric
+from .wording import spoken, too_few
 from .writer import check_output, write_merge
 
 Paths = Sequence[str | PathLike[str]]

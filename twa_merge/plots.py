@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .document import Document, decimals, interval, is_finite, sortable
-from .document import figure as written
+from .document import Document, interval
+from .numerals import decimals, is_finite, sortable
+from .numerals import figure as written
 from .svg import BLUE, GREEN, INK, ORANGE, draw
 
 # The same two hues for heat maps, which are images: opaque at the largest magnitude, transparent
