@@ -154,6 +154,21 @@ def test_what_is_no_network_is_left_out(tmp_path: Path, beside: dict[str, Any]) 
         same(one(path), state)
 
 
+def test_weights_that_are_left_out_are_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    beside = {"optimizer": {"state": {0: {"exp_avg": torch.ones(2, 2)}}}, "losses": torch.ones(9)}
+    ema = {name: tensor + 1 for name, tensor in BACKBONE.items()}
+    (tmp_path / "run").mkdir()
+    save(tmp_path / "run/step_1.pt", {"model": BACKBONE, "head": HEAD, **beside})
+    save(tmp_path / "run/step_2.pt", {"model": BACKBONE, "model_ema": ema, **beside})
+    launches.here("inspect", tmp_path / "run")
+    said = " ".join(capsys.readouterr().err.split())
+    assert "other weights beside the model's, under head, model_ema: they are left out" in said
+    launches.here("inspect", save(tmp_path / "plain.pt", {"model": BACKBONE, **beside}))
+    assert not capsys.readouterr().err
+
+
 def test_an_unusual_entry_is_told(tmp_path: Path) -> None:
     for name, content, entry in (
         ("a.pt", {"parts": {"backbone": STATE}}, "parts.backbone"),

@@ -97,6 +97,7 @@ class Checkpoint:
         entry: where in a pickle the weights were found, if not under one of the usual names.
         extra_states: what modules have saved in a pickle that is neither a tensor nor empty
             (``torch.nn.Module.get_extra_state``), and is read no further: name → its type.
+        left_out: where in a pickle other weights were found.
     """
 
     path: Path
@@ -106,6 +107,7 @@ class Checkpoint:
     epoch: int | None = None
     entry: str | None = None
     extra_states: Mapping[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
 
     @property
     def tensors(self) -> Mapping[str, TensorInfo]:

@@ -95,7 +95,8 @@ def open_checkpoints(
 
     Args:
         selection: which of them take part; see ``Selection``.
-        progress: is told of names with several numbers, none of which is known to be the step.
+        progress: is told of names with several numbers, none of which is known to be the step, and
+            of weights in pickles that are left out.
 
     Returns:
         At least one checkpoint, the newest last. The caller closes them.
@@ -123,6 +124,7 @@ def open_checkpoints(
         for each in chosen:
             opened.append(_open(each))
         _note_doubt(chosen, progress, listed=listed)
+        _note_left_out(opened, progress)
         return opened
     except BaseException:
         for checkpoint in opened:
@@ -308,6 +310,17 @@ def _note_doubt(chosen: Sequence[_Found], progress: Progress, *, listed: bool) -
         )
 
 
+def _note_left_out(opened: Sequence[Checkpoint], progress: Progress) -> None:
+    places = sorted({place for checkpoint in opened for place in checkpoint.left_out})
+    if places:
+        progress(
+            Noted(
+                f"Pickles hold other weights beside the model's, under {listing(places)}: they are "
+                "left out, and the result will not have them."
+            )
+        )
+
+
 def _open(found: _Found) -> Checkpoint:
     if found.opened:
         return found.opened
@@ -321,7 +334,14 @@ def _open(found: _Found) -> Checkpoint:
         pickle = PickleReader(files, index)
         step = pickle.step if found.step is None else found.step
         checkpoint = Checkpoint(
-            found.path, step, "pickle", pickle, pickle.epoch, pickle.entry, pickle.extra_states
+            found.path,
+            step,
+            "pickle",
+            pickle,
+            pickle.epoch,
+            pickle.entry,
+            pickle.extra_states,
+            pickle.left_out,
         )
     else:
         kind = "huggingface" if found.path.is_dir() else "safetensors"

@@ -44,7 +44,7 @@ class PickleReader:
 
     Attributes:
         step, epoch: that the file itself speaks of, if it does.
-        entry, extra_states: as a ``Checkpoint`` has them.
+        entry, extra_states, left_out: as a ``Checkpoint`` has them.
 
     Raises:
         CheckpointError: a file is missing, damaged, holds no weights, or asks for code to be run.
@@ -72,6 +72,7 @@ class PickleReader:
         self.step = count_of(first, STEP_KEYS)
         self.epoch = count_of(first, ("epoch",))
         self.entry = states[paths[0]].entry
+        self.left_out = states[paths[0]].left_out
         self.extra_states: Mapping[str, str] = {
             short[name]: kind for s in states.values() for name, kind in s.extra_states.items()
         }

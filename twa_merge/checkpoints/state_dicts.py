@@ -55,11 +55,17 @@ class StateDict:
     Attributes:
         keys: lead to it.
         extra_states: what modules have saved in it that is neither a tensor nor empty: name → type.
+        left_out: where other weights were found beside it.
     """
 
     keys: tuple[str, ...]
     tensors: Mapping[str, Tensor]
     extra_states: Mapping[str, str]
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def place(self) -> str:
+        return ".".join(self.keys) or "the file itself"
 
     @property
     def entry(self) -> str | None:
@@ -105,13 +111,16 @@ def state_dict_of(document: Any, path: Path) -> StateDict:
             "A file holds several sets of weights, and it is not clear which one is the model.",
             checkpoint=path,
             expected="one state dict",
-            found=listing(".".join(s.keys) or "the file itself" for s in [chosen, *rivals]),
+            found=listing(s.place for s in [chosen, *rivals]),
             remedy=WEIGHTS_ALONE,
         )
     for name, tensor in chosen.tensors.items():
         _require_dense(path, name, tensor)
     return StateDict(
-        chosen.keys, {k: t.detach() for k, t in chosen.tensors.items()}, chosen.extra_states
+        chosen.keys,
+        {k: t.detach() for k, t in chosen.tensors.items()},
+        chosen.extra_states,
+        tuple(s.place for s in found[1:] if _is_network(s)),
     )
 
 
