@@ -164,7 +164,7 @@ fit_options = group(
             opt("subspace", "--subspace", "checkpoints, pca:R or random:R.", metavar="KIND"),
             opt("span", "--span", "affine (sums to 1) or the paper's linear.",
                 type=click.Choice(("affine", "linear"))),
-            opt("label_smoothing", "--label-smoothing", "Mixed into the loss."),
+            opt("label_smoothing", "--label-smoothing", "Mixed into the loss of causal-lm."),
         ],
         "Fit as in the paper (sgd, adamw)": [
             opt("optimizer", "--optimizer", "lbfgs needs no learning rate.",

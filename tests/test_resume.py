@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -96,6 +98,40 @@ def test_a_run_goes_on_without_its_state(tmp_path):
     assert not (tmp_path / "s").exists()
     answered(torch.ones(4, dtype=torch.float64))
     assert EvaluationLog(tmp_path / "s", {}, World()).resumed == 1
+
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from twa_merge.process_lock import ProcessLock
+lock = ProcessLock(Path(sys.argv[1]))
+print(lock.take(), flush=True)
+time.sleep(60)
+"""
+
+
+def test_one_run_at_a_time_keeps_a_state(tmp_path):
+    chart, function, _ = problem()
+    state = tmp_path / "s"
+    early = EvaluationLog(state, {"run": "a"}, World())
+    run(state, chart, function)
+    known = (state / "state.jsonl").read_bytes()
+    command = [sys.executable, "-c", HOLDER, str(state / "lock")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout.readline() == "True\n"
+            with pytest.raises(OutputError, match="Another run with the same output"):
+                run(state, chart, function)
+            with pytest.raises(OutputError, match="Another run with the same output"):
+                run(state, chart, function, fresh=True)
+            # It began before the other one had made the folder.
+            answered = early.answer("twa", chart, function, range(8))
+            with pytest.raises(OutputError, match="Another run with the same output"):
+                answered(torch.zeros(4, dtype=torch.float64))
+        finally:
+            other.kill()
+    assert (state / "state.jsonl").read_bytes() == known
+    assert run(state, chart, function)[0].resumed > 0
 
 
 def test_a_landscape_that_failed_is_left_out_until_a_fresh_start(tmp_path):

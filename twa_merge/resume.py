@@ -22,13 +22,15 @@ from torch import Tensor
 from .distributed import World
 from .errors import ConfigError, OutputError, listing
 from .optimize import Function
+from .process_lock import ProcessLock
 from .progress import Noted, Progress, silent
 from .subspace import Chart
 
 _STATE = "state.jsonl"
 _SCRATCH = "state.jsonl.new"
 _UNDRAWN = "no-landscape"
-_FILES = (_STATE, _SCRATCH, _UNDRAWN)
+_LOCK = "lock"
+_FILES = (_STATE, _SCRATCH, _UNDRAWN, _LOCK)
 _HEADER, _COLUMNS = {"run"}, {"stage", "z", "mark", "loss", "gradient"}
 _ALIKE = 1e-3
 _ANOTHER_WAY = (
@@ -56,7 +58,8 @@ class EvaluationLog:
 
     Raises:
         ConfigError: the folder holds the state of a run with other inputs or options.
-        OutputError: the state cannot be written, or something else is kept in its folder.
+        OutputError: the state cannot be written, another run is writing it, or something else is
+            kept in its folder.
     """
 
     def __init__(
@@ -79,6 +82,10 @@ class EvaluationLog:
                 found=listing(others),
                 remedy="choose another output folder with -o, or rename this one",
             )
+        self._lock = ProcessLock(folder / _LOCK)
+        problem = world.broadcast(self._problem() if world.is_zero else None)
+        if problem is not None:
+            raise problem
         # Through JSON and back, so that tuples and lists compare equal.
         wanted = world.broadcast(json.loads(json.dumps(fingerprint)))
         records = world.broadcast(self._read() if world.is_zero and not fresh else [])
@@ -107,6 +114,14 @@ class EvaluationLog:
         except OSError:
             return []
         return sorted(there.difference(_FILES))
+
+    def _problem(self) -> OutputError | None:
+        """Why the state that is there cannot be gone on with; takes hold of it otherwise."""
+        try:
+            taken = not self.folder.is_dir() or self._lock.take()
+        except OSError as error:
+            return _not_written(self.folder, error)
+        return None if taken else _in_use(self.folder)
 
     def _read(self) -> list[dict[str, Any]]:
         records: list[dict[str, Any]] = []
@@ -179,16 +194,13 @@ class EvaluationLog:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise OutputError(
-                "The state of the run cannot be written.",
-                checkpoint=self.folder,
-                found=error.strerror,
-                remedy="make room, or choose another output folder with -o",
-            ) from error
+            raise _not_written(self.folder, error) from error
 
     def _restart(self) -> None:
         """Keeps what the log answered so far and drops the rest; an untouched folder stays so."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        if not self._lock.take():
+            raise _in_use(self.folder)
         scratch = self.folder / _SCRATCH
         lines = [json.dumps(r) for r in [{"run": self._header}, *self._kept]]
         scratch.write_text("".join(line + "\n" for line in lines))
@@ -205,10 +217,29 @@ class EvaluationLog:
     def remove(self) -> None:
         """Removes the state, and nothing else that is there by now: the run has ended."""
         if self._world.is_zero:
+            self._lock.release()
             with contextlib.suppress(OSError):
                 for name in _FILES:
                     (self.folder / name).unlink(missing_ok=True)
                 self.folder.rmdir()
+
+
+def _not_written(folder: Path, error: OSError) -> OutputError:
+    return OutputError(
+        "The state of the run cannot be written.",
+        checkpoint=folder,
+        found=error.strerror,
+        remedy="make room, or choose another output folder with -o",
+    )
+
+
+def _in_use(folder: Path) -> OutputError:
+    return OutputError(
+        "Another run with the same output is going on.",
+        expected="one run at a time for an output folder",
+        found=f"{folder}, in use by another process",
+        remedy="wait until it has ended, or choose another output folder with -o",
+    )
 
 
 def _same_place(known: list[float], z: Tensor) -> bool:
