@@ -1,6 +1,8 @@
 """Project and combine on tiles of offsets, in every width.
 
-Sums are taken over pieces of a tile in float32 and over tiles in float64, always in the same order.
+Sums are taken over pieces of a tile in float32 and over tiles in float64, always in the same order;
+the eager way of a CPU takes all of them in float64, so that they hardly hang on where the rows of
+the ranks begin.
 
 There is a fast way, compiled at the first use (in C on a CPU, by ``torch.compile`` on a GPU), and
 an eager one for small stores, odd tiles and machines without a compiler.
@@ -22,7 +24,7 @@ from .tiles import Tiles
 
 _T = TypeVar("_T")
 
-# Numbers (of all offsets) in one eager step: their float32 copy stays in a core's cache.
+# Numbers (of all offsets) in one eager step: their copy stays in a core's cache.
 _EAGER_CPU = 1 << 18
 _EAGER_GPU = 1 << 28
 # Numbers in a store from which its evaluations pay for compiling: a second, or some twenty.
@@ -50,6 +52,7 @@ class Kernels:
         self.dtype = dtype
         self.device = device
         self._progress = progress
+        self._wide = torch.float64 if device.type == "cpu" else torch.float32
         self._fast: Native | Fused | None = None
         if compiled:
             self._fast = Native(dtype) if device.type == "cpu" else Fused(dtype, device)
@@ -94,9 +97,9 @@ class Kernels:
 
     def _project_eagerly(self, tiles: Tiles, gradient: Tensor) -> Tensor:
         shape = len(tiles), tiles.data.shape[-2]
-        sums = torch.empty(shape, dtype=torch.float32, device=self.device)
+        sums = torch.empty(shape, dtype=self._wide, device=self.device)
         for part, numbers in self._unpacked(tiles):
-            g = gradient[part].view(len(numbers), -1)
+            g = gradient[part].view(len(numbers), -1).to(self._wide)
             if self.device.type == "cuda":
                 # Not a matrix product: those may be rounded to TF32.
                 products = (numbers * g[:, None]).sum(-1)
@@ -114,24 +117,24 @@ class Kernels:
             if self.device.type == "cuda":
                 sums = (numbers * beta[:, None]).sum(1)
             else:
-                rows = beta.expand(numbers.shape[0], 1, -1)
+                rows = beta.to(self._wide).expand(numbers.shape[0], 1, -1)
                 sums = torch.bmm(rows, numbers)[:, 0]
-            torch.addcmul(sums.view_as(centre[part]), centre[part], total, out=out[part])
+            out[part] = sums.view_as(centre[part]).addcmul_(centre[part].to(self._wide), total)
 
     def _unpacked(self, tiles: Tiles) -> Iterator[tuple[slice, Tensor]]:
-        """Runs of tiles that fit in a cache, and their numbers in float32.
+        """Runs of tiles that fit in a cache, and their numbers in the dtype of the sums.
 
         Yields:
             Which tiles, and (k, n, T), or where they are packed (k · T / 128, n, 128).
         """
-        if self.dtype == "float32":
+        if tiles.data.dtype == self._wide:
             yield slice(0, len(tiles)), tiles.data
             return
         most = _EAGER_GPU if self.device.type == "cuda" else _EAGER_CPU
         n = tiles.data.shape[-2]
         step = min(len(tiles), max(1, most // (n * tiles.width)))
         size = step * n * tiles.width
-        scratch = torch.empty(size, dtype=torch.float32, device=self.device)
+        scratch = torch.empty(size, dtype=self._wide, device=self.device)
         for a in range(0, len(tiles), step):
             here = tiles[a : a + step]
             numbers = scratch[: len(here) * n * tiles.width]

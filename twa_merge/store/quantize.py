@@ -93,7 +93,7 @@ def pack(groups: Tensor, dtype: str, real: Tensor | None = None) -> tuple[Tensor
 
 
 def unpack(packed: Tensor, scale: Tensor, dtype: str, out: Tensor) -> Tensor:
-    """The numbers again: writes ``out`` (..., 128) float32 and returns it.
+    """The numbers again: writes ``out`` (..., 128), float32 or float64, and returns it.
 
     Args:
         packed: as ``pack`` returns them; ``scale``: (...,) float32.
