@@ -32,6 +32,7 @@ from .config import (
     StoreConfig,
 )
 from .distributed import start
+from .diverged import without_diverged
 from .dtypes import Array
 from .errors import NoImprovement, TaskError, TwaMergeError
 from .fit import Fitted
@@ -103,10 +104,13 @@ def merge(
     clock, target = Clock(), Path(output)
     with clock.part("open"):
         require_compatible(choices.fit, choices.guard.candidates)
-        found = open_checkpoints(checkpoints, choices.selection, progress)
+        every = several(open_checkpoints(checkpoints, choices.selection, progress))
+        found = without_diverged(every, make_layout(every), progress)
+        if len(found) < len(every):
+            checkpoints = [c.path for c in found]
         # The fit may take hours, and what is written is computed from the files as they are then.
         sources = watched(found, in_place=True)
-        layout = make_layout(several(found))
+        layout = make_layout(found)
         require_directions(choices.fit, len(found), layout)
         require_start(choices.fit, found)
         world = start(choices.engine.device)

@@ -177,13 +177,14 @@ def best_of(family: Sequence[Scored], select: str) -> Scored:
 
 
 def best_single_of(singles: Sequence[Scored], select: str) -> Scored:
-    """The best single checkpoint, which the last one is never ahead of: it is one of them.
+    """The best single checkpoint; the last one, where none is seen to be better.
 
-    What half of the examples would have picked can be worse than the last.
+    What half of the examples would have picked can be worse than the last on the other half: then
+    the losses that it was picked by are luck.
     """
     best, last = best_of(singles, select), next(s for s in singles if s.name == "last")
     behind = finite_mean(best.evidence(select)) > finite_mean(last.evidence(select))
-    return dataclasses.replace(best, crossed=None) if behind else best
+    return last if behind else best
 
 
 def winner_of(shown: Sequence[Scored], select: str, mixture: str = "blend") -> Scored:

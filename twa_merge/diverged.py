@@ -1,0 +1,60 @@
+"""Checkpoints of a training that had diverged, told by the size of their weights.
+
+Next to weights that are thousands of times as large the others are the same to rounding: neither
+their span nor any mean with them in it is of use.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from .checkpoints.base import Checkpoint
+from .errors import listing
+from .layout import Layout
+from .progress import Noted, Progress
+from .tensors import as_tensor
+
+# Times the median norm.
+_FAR_LARGER = 1e3
+# Tensors that are looked at, and numbers from the start of each: a training diverges as a whole.
+_TENSORS, _NUMBERS = 64, 4096
+
+
+def without_diverged(
+    checkpoints: list[Checkpoint], layout: Layout, progress: Progress
+) -> list[Checkpoint]:
+    """All checkpoints but those whose weights are far larger than those of most; says so.
+
+    Nothing is left out where fewer than two would be left.
+    """
+    norms = [_norm(checkpoint, layout) for checkpoint in checkpoints]
+    usual = sorted(norms)[(len(norms) - 1) // 2]
+    large = [math.isfinite(norm) and norm > _FAR_LARGER * usual > 0.0 for norm in norms]
+    kept = [c for c, odd in zip(checkpoints, large, strict=True) if not odd]
+    if len(kept) < 2 or len(kept) == len(checkpoints):
+        return checkpoints
+    left_out = [c for c, odd in zip(checkpoints, large, strict=True) if odd]
+    progress(
+        Noted(
+            f"Left out: {listing(str(c.path) for c in left_out)}. The weights are more than "
+            f"{_FAR_LARGER:.0f} times as large as those of most checkpoints, so that the training "
+            "had diverged."
+        )
+    )
+    for checkpoint in left_out:
+        checkpoint.close()
+    return kept
+
+
+def _norm(checkpoint: Checkpoint, layout: Layout) -> float:
+    """Of parts of the weights, the same parts of every checkpoint."""
+    names = layout.averaged
+    total = 0.0
+    for name in names[:: math.ceil(len(names) / _TENSORS)]:
+        info = checkpoint.tensors[name]
+        numbers = np.empty(min(info.numel, _NUMBERS), info.dtype.array)
+        checkpoint.read(name, 0, numbers)
+        total += float(as_tensor(numbers, info.dtype).abs().double().square().sum())
+    return math.sqrt(total)
