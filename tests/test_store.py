@@ -423,6 +423,29 @@ def test_float32_products_keep_six_digits_over_a_million_numbers(tmp_path):
     assert torch.equal(found, big.store().project(gradients))
 
 
+@pytest.mark.parametrize("dtype", WIDTHS)
+def test_where_the_rows_of_ranks_begin_does_not_show(offsets, dtype):
+    gradients, alphas = offsets.gradients(), alphas_of(len(offsets.blocks))
+    whole, sums = targets_like(offsets.states[0]), 0.0
+    one = offsets.store(dtype=dtype)
+    one.combine(alphas, whole)
+    for rank in range(3):
+        world = World(rank=rank, size=3)
+        store = offsets.store(dtype=dtype, world=world)
+
+        def mine(tensors, world=world):
+            rows = {k: v if v.dim() else v[None] for k, v in tensors.items()}
+            return {k: v[slice(*world.share(len(v)))] for k, v in rows.items()}
+
+        sums += store.project(mine(gradients))
+        expected = mine(whole)
+        targets = {k: torch.empty_like(v) for k, v in expected.items()}
+        store.combine(alphas, targets)
+        assert all(torch.equal(targets[k], v) for k, v in expected.items())
+    expected = one.project(gradients)
+    assert float((sums - expected).abs().max()) < 1e-12 * float(expected.abs().max())
+
+
 @pytest.mark.parametrize("total", [1.0, 2.0])
 @pytest.mark.parametrize("dtype", WIDTHS)
 def test_equal_coefficients_give_the_centre_itself(offsets, dtype, total):
