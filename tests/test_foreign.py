@@ -6,6 +6,8 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -243,3 +245,35 @@ def test_a_distributed_checkpoint_of_any_name_converted_in_its_folder(tmp_path: 
         convert(advice(tmp_path / name))
     assert len(open_checkpoints([tmp_path / "a", tmp_path / "b"])) == 2
     assert len(open_checkpoints([tmp_path])) == 2
+
+
+SPREAD = """
+import sys, torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import Shard, distribute_tensor
+dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+mesh = init_device_mesh("cpu", (1,))
+torch.save({"w": distribute_tensor(torch.ones(4, 3), mesh, [Shard(0)])}, sys.argv[1])
+"""
+OPENED = """
+import sys, torch.distributed.tensor
+from twa_merge.checkpoints import open_checkpoints
+from twa_merge.errors import CheckpointError
+try:
+    open_checkpoints(sys.argv[1:])
+except CheckpointError as error:
+    print(error)
+"""
+
+
+def test_tensors_that_are_spread_over_processes(tmp_path: Path) -> None:
+    """Also where torch could read them, as it knows their class."""
+    path = tmp_path / "step_1.pt"
+    subprocess.run([sys.executable, "-c", SPREAD, path], check=True, capture_output=True)
+    printed = subprocess.run(
+        [sys.executable, "-c", OPENED, path], check=True, capture_output=True, text=True
+    ).stdout
+    for text in (str(refused(path)), printed):
+        assert "spread over" in text
+        assert "get_model_state_dict(model, options=StateDictOptions(full_state_dict=True" in text
+        assert "torch.save(model.state_dict()" not in text
