@@ -140,6 +140,11 @@ def test_deepspeed_without_parts_is_read(tmp_path: Path) -> None:
         save(folder / "bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt")
     assert found(tmp_path) == [("global_step8", 8), ("global_step16", 16)]
     assert [s for _, s in found(*tmp_path.glob("global_step*/mp_rank_00*"))] == [8, 16]
+    # In the folder of a Trainer.
+    for step in (8, 16):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+        (tmp_path / f"global_step{step}").rename(tmp_path / f"checkpoint-{step}/global_step{step}")
+    assert [s for _, s in found(*tmp_path.glob("checkpoint-*"))] == [8, 16]
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,10 @@ def _in_folder(folder: Path, *, alone: bool) -> list[_Found]:
         steps = [c for c in children if is_step_folder(c.path)]
         readable = [c for c in steps if not c.problem]
         return steps if alone and len(readable) > 1 else [_Found(folder, whole)]
-    if problem := _foreign(folder, deep=is_step_folder(folder)):
+    problem = foreign_format(folder)
+    if not problem and is_step_folder(folder) and all(c.problem for c in children):
+        problem = _foreign(folder)
+    if problem:
         return [_converted(folder) or _Found(folder, problem=problem)]
     if len(children) > 1:
         return children
@@ -214,16 +217,16 @@ def _child(folder: Path) -> _Found | None:
     """A folder inside a run, if it is a checkpoint or should be one by its name."""
     if weights := weights_in(folder):
         return _Found(folder, weights)
-    if problem := _foreign(folder, deep=True):
+    if problem := _foreign(folder):
         return _converted(folder) or _Found(folder, problem=problem)
     if not is_step_folder(folder):
         return None
     return _Found(folder, problem=_unclear(folder))
 
 
-def _foreign(folder: Path, *, deep: bool) -> CheckpointError | None:
-    """What is wrong with the format of a folder, or of what is in it besides training state."""
-    places = [folder, *(p for p in entries(folder) if deep and p.is_dir())]
+def _foreign(folder: Path) -> CheckpointError | None:
+    """What is wrong with the format of a folder, or of one in it, unless it is training state."""
+    places = [folder, *(p for p in entries(folder) if p.is_dir())]
     problems = (foreign_format(p, folder) for p in places if not is_training_state(p))
     return next(filter(None, problems), None)
 
@@ -243,10 +246,8 @@ def _unclear(folder: Path) -> CheckpointError:
     for parts in parts_of_one_model(several):
         return not_whole(parts)
     if several:
-        message, remedy = (
-            "It is not clear which file is the checkpoint.",
-            "list the files themselves",
-        )
+        message = "It is not clear which file is the checkpoint."
+        remedy = "list the files themselves"
     else:
         message = "A folder is named like a checkpoint, but holds no weights."
         remedy = "list the other checkpoints"
