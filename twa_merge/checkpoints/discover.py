@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from ..config import Selection
 from ..errors import CheckpointError, listing
+from ..leftovers import DOCUMENT, set_aside, to_restore
 from ..progress import Noted, Progress, silent
 from .base import Checkpoint, reading
 from .contents import require_unquantised, same_weights
@@ -36,8 +38,6 @@ _KINDS = f"Hugging Face folders, {SAFETENSORS} files, or torch.save files ({', '
 _ALL = Selection()
 # Lightning's name for a copy of the newest checkpoint.
 _LAST = re.compile(r"last(-v\d+)?\.ckpt")
-# Beside the weights of every merge.
-_REPORT = "twa_merge.json"
 
 
 @dataclass(frozen=True)
@@ -193,7 +193,7 @@ def _in_folder(folder: Path, *, alone: bool) -> list[_Found]:
     """The folder itself as a checkpoint, or else those in it."""
     inside = entries(folder)
     held = [c for p in inside if p.is_dir() and (c := _child(p))]
-    merges = [c for c in held if (c.path / _REPORT).is_file()]
+    merges = [c for c in held if (c.path / DOCUMENT).is_file()]
     children = [c for c in held if c not in merges]
     whole = whole_model(folder)
     if whole:
@@ -393,6 +393,8 @@ def _open(found: _Found) -> Checkpoint:
 
 
 def _missing(path: Path) -> CheckpointError:
+    if problem := _moved_aside(path):
+        return problem
     like_a_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) is not None
     return CheckpointError(
         "There is no such file or folder.",
@@ -405,7 +407,27 @@ def _missing(path: Path) -> CheckpointError:
     )
 
 
+def _moved_aside(path: Path) -> CheckpointError | None:
+    """Of a merge that a run was to replace, and was killed before it had."""
+    try:
+        place = Path(os.path.realpath(path))
+        merge = set_aside(place)
+    except (OSError, ValueError):
+        return None
+    if not merge:
+        return None
+    return CheckpointError(
+        "A merge is there under another name: a run that was to replace it was killed.",
+        checkpoint=path,
+        expected="a checkpoint of this name",
+        found=merge,
+        remedy=to_restore(place, merge),
+    )
+
+
 def _nothing_in(folder: Path) -> list[_Found]:
+    if problem := _moved_aside(folder):
+        raise problem
     deeper = [p for p in entries(folder) if p.is_dir() and _in_folder(p, alone=True)]
     raise CheckpointError(
         "There is no checkpoint in this folder.",
