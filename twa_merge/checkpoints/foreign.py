@@ -145,7 +145,8 @@ def not_whole(parts: Sequence[Path]) -> CheckpointError:
         checkpoint=parts[0],
         expected="the whole model in one file",
         found=listing(file.name for file in parts),
-        remedy=f"{_WHOLE_MODEL}; where each of them is the whole model, list one for each step",
+        remedy=f"{_WHOLE_MODEL}; where each of them is the whole model, list one for each step, or"
+        " give them other names, such as step_1.pt",
     )
 
 
