@@ -45,6 +45,10 @@ _SHARDED_SAFETENSORS = _Format(
     " dict.fromkeys(names_of_all_tensors, 1)) from"
     " torch.distributed.checkpoint._consolidate_hf_safetensors",
 )
+_BY_ITS_TOOLS = (
+    "convert every checkpoint to the Hugging Face format first, with the tools of the framework"
+    " that trained it"
+)
 _OTHER_RANKS = re.compile(r"mp_rank_\d*[1-9]\d*_model_states\.pt")
 _OTHER_PARTS = re.compile(r"consolidated\.\d*[1-9]\d*\.pth")
 _FORMATS = (
@@ -64,16 +68,14 @@ _FORMATS = (
     _Format(
         _OTHER_RANKS,
         "DeepSpeed checkpoint of a model in parts (tensor or pipeline parallel)",
-        "convert every checkpoint to the Hugging Face format first, with the tools of the framework"
-        " that trained it",
+        _BY_ITS_TOOLS,
         re.compile(r"mp_rank_\d+_model_states\.pt"),
         _OTHER_RANKS,
     ),
     _Format(
         re.compile(r"layer_\d+-model_.*|(layer_\d+_)?expert_\d+_mp_rank_\d+_.*"),
         "DeepSpeed checkpoint of a model in parts (pipeline or expert parallel)",
-        "convert every checkpoint to the Hugging Face format first, with the tools of the framework"
-        " that trained it",
+        _BY_ITS_TOOLS,
     ),
     _Format(
         re.compile(r"model_index\.json"),
