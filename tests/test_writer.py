@@ -23,11 +23,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from twa_merge import output_folder
+from twa_merge import leftovers, output_folder
 from twa_merge.checkpoints import open_checkpoints
 from twa_merge.distributed import World
 from twa_merge.dtypes import DTYPES
-from twa_merge.errors import CheckpointError, OutputError
+from twa_merge.errors import CheckpointError, OutputError, TwaMergeError
 from twa_merge.layout import global_block, grouped_blocks, make_layout
 from twa_merge.progress import Advanced, Event, Started
 from twa_merge.writer import check_output, write_merge
@@ -704,16 +704,102 @@ def test_what_killed_runs_have_left_is_cleared_away(tmp_path: Path) -> None:
     other = left.with_name(left.name.replace(".out.", ".other."))
     alive.mkdir()
     other.mkdir()
-    # Killed between the two renames of a swap.
-    left.with_name(left.name.replace("writing", "replaced")).mkdir()
-    document = left.with_name(left.name.replace("writing", "replaced")) / "twa_merge.json"
-    document.write_text("{}")
-    with pytest.raises(OutputError, match="exists already"):
-        merge(run, tmp_path / "out")
+    merge(run, tmp_path / "out")
     assert_nothing_left(tmp_path, "run", "out", alive.name, other.name)
-    assert (tmp_path / "out" / "twa_merge.json").is_file()
-    merge(run, tmp_path / "out", overwrite=True)
-    assert_nothing_left(tmp_path, "run", "out", alive.name, other.name)
+
+
+def killed_between_the_renames(run: Path, output: Path) -> Path:
+    """Where the earlier merge is, of which a killed run has left nothing but that."""
+    merge(run, output, documents={"twa_merge.json": RECORD})
+    killed = run_script(
+        """
+        rename = os.rename
+        def kill(source, target):
+            rename(source, target)
+            os.kill(os.getpid(), signal.SIGKILL)
+        os.rename = kill
+        merge(sys.argv[1], sys.argv[2], overwrite=True)
+        """,
+        run,
+        output,
+    )
+    assert killed.returncode == -signal.SIGKILL
+    assert not output.exists()
+    (earlier,) = output.parent.glob(f".{output.name}.replaced-*")
+    return earlier
+
+
+@pytest.mark.parametrize("empty", [False, True])
+@pytest.mark.parametrize("host", ["", "another-host-2"])
+def test_a_merge_that_a_killed_run_has_moved_aside(
+    tmp_path: Path, empty: bool, host: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, out = save_run(tmp_path / "run", states()), tmp_path / "out"
+    earlier = killed_between_the_renames(run, out)
+    if host:
+        earlier = earlier.rename(tmp_path / f".out.replaced-{host}-1")
+    if empty:
+        out.mkdir()
+    before = (earlier / "model.safetensors").read_bytes()
+    # The checks before the work and whoever asks for the merge say where it is.
+    move = f"mv {earlier} {out}"
+    command = f"rmdir {out} && {move}" if empty else move
+    checkpoints = open_checkpoints([run])
+    for ask in (lambda: check_output(out, checkpoints), lambda: open_checkpoints([out])):
+        with pytest.raises(TwaMergeError, match="another name") as caught:
+            ask()
+        assert str(earlier) in caught.value.details["found"]
+        assert command in caught.value.details["what to do"]
+        assert out.exists() == empty
+    # A run that fails has it back, whole.
+    check_output(out, checkpoints, overwrite=True)
+    with monkeypatch.context() as patch:
+        patch.setattr(output_folder.Staging, "require_shared", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            merge(run, out, [1, 0, 0, 0], overwrite=True)
+    assert_nothing_left(tmp_path, "run", "out")
+    assert (out / "model.safetensors").read_bytes() == before
+    merge(run, out, [1, 0, 0, 0], overwrite=True)
+    assert_nothing_left(tmp_path, "run", "out")
+    assert (out / "model.safetensors").read_bytes() != before
+
+
+def interrupted(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def test_a_killed_run_s_merge_can_be_moved_back_as_advised(tmp_path: Path) -> None:
+    run, out = save_run(tmp_path / "run", states()), tmp_path / "my out"
+    killed_between_the_renames(run, out)
+    out.mkdir()
+    with pytest.raises(TwaMergeError) as caught:
+        open_checkpoints([out])
+    command = caught.value.details["what to do"].partition(": ")[2]
+    subprocess.run(command, shell=True, check=True)
+    assert len(open_checkpoints([out])) == 1
+
+
+def test_an_earlier_merge_goes_only_when_the_new_one_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is being deleted has another name, so that a kill leaves nothing half under the old."""
+    run, out = save_run(tmp_path / "run", states()), tmp_path / "out"
+    merge(run, out, documents={"twa_merge.json": RECORD})
+    deleted = []
+
+    def note(folder: Path, **_: object) -> None:
+        deleted.append(Path(folder).name)
+        assert (out / "model.safetensors").exists()
+
+    monkeypatch.setattr(leftovers.shutil, "rmtree", note)
+    merge(run, out, overwrite=True)
+    assert [name.rpartition("-")[0].partition("-")[0] for name in deleted] == [".out.deleted"]
+    monkeypatch.undo()
+    # The next one clears it away, but nothing that another host has left beside a merge.
+    (tmp_path / ".out.replaced-another-1").mkdir()
+    (out / "twa_merge.json").write_text(RECORD)
+    merge(run, out, overwrite=True)
+    assert_nothing_left(tmp_path, "run", "out", ".out.replaced-another-1")
 
 
 def test_a_file_size_limit_is_one_message_and_leaves_nothing(tmp_path: Path) -> None:

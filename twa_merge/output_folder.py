@@ -14,9 +14,17 @@ from pathlib import Path
 
 from .checkpoints.base import Checkpoint
 from .errors import OutputError, listing
+from .leftovers import (
+    DELETED,
+    DOCUMENT,
+    REPLACED,
+    WRITING,
+    clear,
+    set_aside,
+    temporary,
+    to_restore,
+)
 
-# Its presence says that a folder is a merge, which --overwrite may replace.
-DOCUMENT = "twa_merge.json"
 # What a merge may hold besides weights and sidecars.
 _DOCUMENTS = (DOCUMENT, "README.md", "report.html")
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -34,7 +42,10 @@ def require_place(output: Path, checkpoints: Sequence[Checkpoint], overwrite: bo
         for checkpoint in checkpoints:
             _require_apart(output, target, checkpoint)
         _require_movable(output, target)
-        _require_replaceable(output, target, overwrite)
+        earlier = set_aside(target)
+        if earlier and not overwrite:
+            raise _still_there(output, target, earlier)
+        _require_replaceable(output, earlier or target, overwrite)
         parent = existing_parent(output)
         if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
             raise OutputError(
@@ -89,18 +100,23 @@ class Staging:
 
     def __init__(self, output: Path) -> None:
         self._output = _real(output)
-        self.folder = self._sibling("writing")
-        self._old = self._sibling("replaced")
+        self.folder = temporary(self._output, WRITING)
+        self._old = temporary(self._output, REPLACED)
         self._made: list[Path] = []
 
     def create(self) -> None:
-        """Makes the folder, and clears away what killed runs with the same output have left."""
+        """Makes the folder, and clears away what killed runs with the same output have left.
+
+        What one of them has moved aside gets its name back: this run may fail, too.
+        """
         parent = self._output.parent
         while not parent.exists():
             self._made.append(parent)
             parent = parent.parent
         self._output.parent.mkdir(parents=True, exist_ok=True)
-        self._clear_leftovers()
+        if earlier := set_aside(self._output):
+            os.rename(earlier, self._output)
+        clear(self._output, WRITING, DELETED)
         self.folder.mkdir()
 
     def require_shared(self) -> None:
@@ -128,11 +144,12 @@ class Staging:
             except BaseException:
                 os.rename(self._old, self._output)
                 raise
-            shutil.rmtree(self._old, ignore_errors=True)
         else:
             os.rename(self.folder, self._output)
         self._made.clear()
         sync_folder(self._output.parent)
+        # Not before: an earlier merge may have been the only one there was.
+        clear(self._output, REPLACED)
 
     def discard(self) -> None:
         """Leaves nothing behind of a merge that was not committed."""
@@ -140,24 +157,6 @@ class Staging:
         for parent in self._made:
             with contextlib.suppress(OSError):
                 parent.rmdir()
-
-    def _sibling(self, word: str) -> Path:
-        # Process numbers mean something on one host only, and folders are shared between hosts.
-        mark = f".{self._output.name}.{word}-{socket.gethostname()}-"
-        return self._output.with_name(f"{mark}{os.getpid()}")
-
-    def _clear_leftovers(self) -> None:
-        for word, own in (("writing", self.folder), ("replaced", self._old)):
-            mark = own.name.removesuffix(str(os.getpid()))
-            for path in self._output.parent.iterdir():
-                pid = path.name.removeprefix(mark)
-                if pid == path.name or not pid.isdecimal() or _is_alive(int(pid)):
-                    continue
-                if word == "replaced" and not self._output.exists():
-                    # Killed between the two renames: the earlier merge is still whole.
-                    os.rename(path, self._output)
-                else:
-                    shutil.rmtree(path, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -198,6 +197,16 @@ def _require_movable(output: Path, target: Path) -> None:
             found=f"{target}, {found}",
             remedy=f"name a folder inside it, such as {output / 'merged'}",
         )
+
+
+def _still_there(output: Path, target: Path, earlier: Path) -> OutputError:
+    return OutputError(
+        f"{output} exists already, under another name: a run that was to replace it was killed.",
+        expected="a new or empty folder",
+        found=f"an earlier merge in {earlier}",
+        remedy=f"{to_restore(target, earlier)}; or choose another output folder, or give "
+        "--overwrite to replace it",
+    )
 
 
 def _require_replaceable(output: Path, target: Path, overwrite: bool) -> None:
@@ -266,15 +275,3 @@ def _full(output: Path, needed: int, error: OSError | None = None) -> OutputErro
         found=f"{free} ({error.strerror})" if error else free,
         remedy="free some space, or choose an output folder on another disk",
     )
-
-
-def _is_alive(pid: int) -> bool:
-    if pid == os.getpid():
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -10,6 +11,7 @@ from pathlib import Path
 
 from ..config import Selection
 from ..errors import CheckpointError, listing
+from ..leftovers import DOCUMENT, set_aside, to_restore
 from ..progress import Noted, Progress, silent
 from .base import Checkpoint, reading
 from .contents import require_unquantised, same_weights
@@ -17,13 +19,15 @@ from .folders import (
     PICKLES,
     SAFETENSORS,
     Weights,
+    bare_or_usual,
     bare_weights,
     entries,
-    foreign_format,
     is_model_file,
+    is_training_state,
     weights_in,
     whole_model,
 )
+from .foreign import foreign_file, foreign_format, not_whole, parts_of_one_model
 from .safetensors_files import SafetensorsReader
 from .shards import group_shards
 from .step_names import NamedStep, is_numbered, is_step_folder, named_steps
@@ -34,8 +38,6 @@ _KINDS = f"Hugging Face folders, {SAFETENSORS} files, or torch.save files ({', '
 _ALL = Selection()
 # Lightning's name for a copy of the newest checkpoint.
 _LAST = re.compile(r"last(-v\d+)?\.ckpt")
-# Beside the weights of every merge.
-_REPORT = "twa_merge.json"
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,8 @@ def open_checkpoints(
     (``model_best.pth``, ``final/``) is left out where it holds the weights of one with a number.
 
     Where safetensors and pickles of one model lie together, safetensors are read. A path that
-    comes twice counts once.
+    comes twice counts once. A folder in a format that is not read stands for what it has been
+    converted to: weights in it, or a file of its name beside it.
 
     The training step is ``global_step`` of a ``trainer_state.json``, or what the name says, or for
     pickles whose names say nothing for certain what a script has saved in them. Order: by step
@@ -159,10 +162,21 @@ def _expand(given: Sequence[Path]) -> list[_Found]:
             found += _in_folder(path, alone=len(given) == 1) or _nothing_in(path)
         elif path in groups or not path.is_file():
             found.append(_file(path, groups.get(path, (path,))))
-    return found
+    return _without_parts(found)
+
+
+def _without_parts(found: Sequence[_Found]) -> list[_Found]:
+    """With a problem wherever the file is, by its name, only a part of a model."""
+    first = {f.path: f.weights.files[0] for f in found if f.weights and f.weights.files}
+    problems = {file: problem for file in first.values() if (problem := foreign_file(file))}
+    for parts in parts_of_one_model(list(first.values())):
+        problems = dict.fromkeys(parts, not_whole(parts)) | problems
+    return [replace(f, problem=f.problem or problems.get(first.get(f.path, f.path))) for f in found]
 
 
 def _file(path: Path, group: tuple[Path, ...]) -> _Found:
+    if problem := foreign_file(path):
+        return _Found(path, problem=problem)
     if path.name.endswith((f"{SAFETENSORS}.index.json", ".bin.index.json")):
         return _Found(path.parent, Weights((), path))
     if not path.name.endswith((SAFETENSORS, *PICKLES)) or not path.is_file():
@@ -179,15 +193,18 @@ def _in_folder(folder: Path, *, alone: bool) -> list[_Found]:
     """The folder itself as a checkpoint, or else those in it."""
     inside = entries(folder)
     held = [c for p in inside if p.is_dir() and (c := _child(p))]
-    merges = [c for c in held if (c.path / _REPORT).is_file()]
+    merges = [c for c in held if (c.path / DOCUMENT).is_file()]
     children = [c for c in held if c not in merges]
     whole = whole_model(folder)
     if whole:
         steps = [c for c in children if is_step_folder(c.path)]
         readable = [c for c in steps if not c.problem]
         return steps if alone and len(readable) > 1 else [_Found(folder, whole)]
-    if problem := foreign_format(folder):
-        return [_Found(folder, problem=problem)]
+    problem = foreign_format(folder)
+    if not problem and is_step_folder(folder) and all(c.problem for c in children):
+        problem = _foreign(folder)
+    if problem:
+        return [_converted(folder) or _Found(folder, problem=problem)]
     if len(children) > 1:
         return children
     bare = bare_weights([p for p in inside if p.is_file()])
@@ -200,24 +217,49 @@ def _child(folder: Path) -> _Found | None:
     """A folder inside a run, if it is a checkpoint or should be one by its name."""
     if weights := weights_in(folder):
         return _Found(folder, weights)
-    for where in (folder, *(p for p in entries(folder) if p.is_dir())):
-        if problem := foreign_format(where):
-            return _Found(folder, problem=problem)
+    if problem := _foreign(folder):
+        return _converted(folder) or _Found(folder, problem=problem)
     if not is_step_folder(folder):
         return None
-    several = bare_weights([p for p in entries(folder) if p.is_file()])
-    problem = CheckpointError(
-        "It is not clear which file is the checkpoint."
-        if several
-        else "A folder is named like a checkpoint, but holds no weights.",
+    return _Found(folder, problem=_unclear(folder))
+
+
+def _foreign(folder: Path) -> CheckpointError | None:
+    """What is wrong with the format of a folder, or of one in it, unless it is training state."""
+    places = [folder, *(p for p in entries(folder) if p.is_dir())]
+    problems = (foreign_format(p, folder) for p in places if not is_training_state(p))
+    return next(filter(None, problems), None)
+
+
+def _converted(folder: Path) -> _Found | None:
+    """What a folder in a foreign format has been converted to, in it or beside it by its name."""
+    if weights := bare_or_usual([p for p in entries(folder) if p.is_file()]):
+        return _Found(folder, weights)
+    beside = (folder.parent / f"{folder.name}{suffix}" for suffix in (SAFETENSORS, *PICKLES))
+    file = next((p for p in beside if p.is_file()), None)
+    return _Found(file, Weights((file,))) if file else None
+
+
+def _unclear(folder: Path) -> CheckpointError:
+    inside = entries(folder)
+    several = [w.files[0] for w in bare_weights([p for p in inside if p.is_file()])]
+    for parts in parts_of_one_model(several):
+        return not_whole(parts)
+    if several:
+        message = "It is not clear which file is the checkpoint."
+        remedy = "list the files themselves"
+    else:
+        message = "A folder is named like a checkpoint, but holds no weights."
+        remedy = "list the other checkpoints"
+        if not inside:
+            remedy = f"delete it if its save was interrupted, or {remedy}"
+    return CheckpointError(
+        message,
         checkpoint=folder,
         expected=_KINDS,
-        found=listing(p.name for p in entries(folder)) or "an empty folder",
-        remedy="list the files themselves"
-        if several
-        else "delete it if its save was interrupted, or list the other checkpoints",
+        found=listing(p.name for p in inside) or "an empty folder",
+        remedy=remedy,
     )
-    return _Found(folder, problem=problem)
 
 
 def _once(found: Sequence[_Found]) -> list[_Found]:
@@ -351,6 +393,8 @@ def _open(found: _Found) -> Checkpoint:
 
 
 def _missing(path: Path) -> CheckpointError:
+    if problem := _moved_aside(path):
+        return problem
     like_a_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) is not None
     return CheckpointError(
         "There is no such file or folder.",
@@ -363,7 +407,27 @@ def _missing(path: Path) -> CheckpointError:
     )
 
 
+def _moved_aside(path: Path) -> CheckpointError | None:
+    """Of a merge that a run was to replace, and was killed before it had."""
+    try:
+        place = Path(os.path.realpath(path))
+        merge = set_aside(place)
+    except (OSError, ValueError):
+        return None
+    if not merge:
+        return None
+    return CheckpointError(
+        "A merge is there under another name: a run that was to replace it was killed.",
+        checkpoint=path,
+        expected="a checkpoint of this name",
+        found=merge,
+        remedy=to_restore(place, merge),
+    )
+
+
 def _nothing_in(folder: Path) -> list[_Found]:
+    if problem := _moved_aside(folder):
+        raise problem
     deeper = [p for p in entries(folder) if p.is_dir() and _in_folder(p, alone=True)]
     raise CheckpointError(
         "There is no checkpoint in this folder.",

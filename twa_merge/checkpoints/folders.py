@@ -42,31 +42,6 @@ _NOT_COPIED = re.compile(
     re.I,
 )
 _NOT_ENTERED = re.compile(r"\..*|__pycache__|runs|wandb|mlruns|logs?|lightning_logs|onnx", re.I)
-# Pattern of file names → format, and how its checkpoints become ones that can be read.
-_FOREIGN = (
-    (
-        re.compile(r".*\.distcp"),
-        "PyTorch distributed checkpoint (FSDP, DCP)",
-        "convert it first: python -m torch.distributed.checkpoint.format_utils dcp_to_torch"
-        " FOLDER weights.pt (torch.distributed.checkpoint.format_utils.dcp_to_torch_save)",
-    ),
-    (
-        re.compile(r"(bf16_|fp16_)?zero_pp_rank_\d+.*"),
-        "DeepSpeed ZeRO checkpoint",
-        "convert it first: python zero_to_fp32.py FOLDER OUTPUT_FOLDER --safe_serialization"
-        " (the script that DeepSpeed left in the folder)",
-    ),
-    (
-        re.compile(r"model_index\.json"),
-        "Diffusers pipeline",
-        "give the folders of one of its parts instead, such as step_1/unet step_2/unet",
-    ),
-    (
-        re.compile(r"consolidated\.\d*[1-9]\d*\.pth"),
-        "tensor-parallel checkpoint",
-        "convert it to the Hugging Face format first",
-    ),
-)
 
 
 @dataclass(frozen=True)
@@ -123,7 +98,7 @@ def bare_weights(files: Sequence[Path]) -> list[Weights]:
     A pickle that stands beside a safetensors file of the same name is the same weights again.
     """
     weights = [
-        f for f in files if f.name.endswith((SAFETENSORS, *PICKLES)) and not _STATE.search(f.stem)
+        f for f in files if f.name.endswith((SAFETENSORS, *PICKLES)) and not is_training_state(f)
     ]
     stems = {f.stem for f in weights if f.suffix == SAFETENSORS}
     groups = group_shards(f for f in weights if f.suffix == SAFETENSORS or f.stem not in stems)
@@ -140,19 +115,9 @@ def bare_or_usual(files: Sequence[Path]) -> Weights | None:
     return None
 
 
-def foreign_format(folder: Path) -> CheckpointError | None:
-    """The error to raise for a folder with a checkpoint in a format that is not read here."""
-    for entry in entries(folder):
-        for pattern, what, remedy in _FOREIGN:
-            if pattern.fullmatch(entry.name):
-                return CheckpointError(
-                    f"A {what} cannot be read directly.",
-                    checkpoint=folder,
-                    expected="safetensors, or a pickle of all weights",
-                    found=entry.name,
-                    remedy=remedy,
-                )
-    return None
+def is_training_state(path: Path) -> bool:
+    """Whether a file or folder is called as optimizers, schedulers and their like are."""
+    return _STATE.search(path.stem) is not None
 
 
 def is_model_file(path: Path) -> bool:

@@ -17,13 +17,16 @@ from ..dtypes import Array
 from ..errors import CheckpointError, listing
 from ..tensors import as_tensor, dtype_of
 from .base import TensorInfo, WeightFile, reading, require_file
+from .foreign import spread_tensors
 from .names import resolve_names
 from .shards import read_index, require_all_shards, require_consistent
 from .state_dicts import (
+    SPREAD,
     STEP_KEYS,
     WEIGHTS_ALONE,
     aliases_of,
     count_of,
+    is_plain,
     named_tensors,
     state_dict_of,
 )
@@ -145,7 +148,7 @@ def _require_records(
     storages = {}
     for state in named_tensors(document):
         for name, tensor in state.tensors.items():
-            if tensor.layout == torch.strided and not tensor.is_meta:
+            if is_plain(tensor) and tensor.layout == torch.strided and not tensor.is_meta:
                 storage = tensor.untyped_storage()
                 storages[storage.data_ptr()] = (storage.nbytes(), name)
     for nbytes, name in storages.values():
@@ -163,6 +166,8 @@ def _require_records(
 
 def _refused(path: Path, error: Exception) -> CheckpointError:
     refused = _refused_globals(path, str(error))
+    if any(name.startswith(SPREAD) for name in refused):
+        return spread_tensors(path, listing(refused))
     if refused:
         return CheckpointError(
             "A pickle asks for more than tensors, which could run code, and was refused.",

@@ -14,12 +14,14 @@ from typing import Any, TypeGuard
 from ..dtypes import BY_CODE, Array
 from ..errors import CheckpointError
 from .base import TensorInfo, WeightFile, reading, require_file, unreadable
+from .foreign import sharded_safetensors
 from .names import resolve_names
 from .open_files import OpenFile, OpenFiles
 from .shards import read_index, require_all_shards, require_consistent
 
 # The format's own limit.
 _MAX_HEADER = 100_000_000
+_SHARDING = "DCP_SHARDING_INFO"
 _FILES = OpenFiles()
 _AGAIN = "save or download this file again, or leave the checkpoint out"
 
@@ -121,6 +123,7 @@ def read_header(path: Path) -> Header:
     metadata = document.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(isinstance(v, str) for v in metadata.values()):
         raise _damaged(path, "metadata of texts", metadata)
+    _require_whole(path, metadata)
     places = {name: _place(path, name, entry) for name, entry in document.items()}
     ordered = sorted(places.items(), key=lambda item: item[1][1:])
     _require_covered(path, ordered, size - 8 - length)
@@ -130,6 +133,22 @@ def read_header(path: Path) -> Header:
         {name: 8 + length + begin for name, (_, begin, _) in ordered},
         seen,
     )
+
+
+def _require_whole(path: Path, metadata: Mapping[str, str]) -> None:
+    """torch.distributed.checkpoint notes where the rows of each tensor in a file begin.
+
+    Those of a whole model begin at 0. So do the first shard's, which its name tells apart.
+    """
+    if _SHARDING not in metadata:
+        return
+    try:
+        begins = [entry["saved_offsets"] for entry in json.loads(metadata[_SHARDING]).values()]
+        whole = not any(map(any, begins))
+    except (ValueError, AttributeError, KeyError, TypeError, RecursionError):
+        whole = False
+    if not whole:
+        raise sharded_safetensors(path)
 
 
 def _identity(found: os.stat_result) -> tuple[int, ...]:

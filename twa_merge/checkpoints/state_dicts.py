@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from ..errors import CheckpointError, listing
+from .foreign import spread_tensors
 from .names import is_extra_state
 
 WEIGHTS_ALONE = "save the weights alone, with torch.save(model.state_dict(), path), and merge those"
+# Where the classes of tensors come from that are spread over processes.
+SPREAD = ("torch.distributed.tensor", "torch.distributed._tensor", "torch.distributed._shard")
 # Names that training scripts give to the model's own weights, the most telling first.
 _CONTAINERS = (
     "model",
@@ -194,15 +197,23 @@ def _rank(found: StateDict) -> int:
     return 0 if found.keys and found.keys[-1] in _CONTAINERS else 1
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is of no subclass, which may have no numbers of its own."""
+    return type(tensor) in (Tensor, torch.nn.Parameter)
+
+
 def _require_dense(path: Path, name: str, tensor: Tensor) -> None:
-    plain = type(tensor) in (Tensor, torch.nn.Parameter)
-    if not plain or tensor.layout != torch.strided or tensor.is_quantized or tensor.is_meta:
+    kind = type(tensor)
+    if kind.__module__.startswith(SPREAD):
+        raise spread_tensors(path, kind.__name__, name)
+    dense = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
+    if not is_plain(tensor) or not dense:
         raise CheckpointError(
             "A tensor is not a plain dense one.",
             checkpoint=path,
             tensor=name,
             expected="a dense torch.Tensor",
-            found=f"{type(tensor).__name__}, {tensor.layout}, {tensor.dtype} on {tensor.device}",
+            found=f"{kind.__name__}, {tensor.layout}, {tensor.dtype} on {tensor.device}",
             remedy="save it dense, or leave it out of the state dict",
         )
 

@@ -25,6 +25,8 @@ _NO_STEP = re.compile(
 )
 # What stands in the place of a number; others in such a name are the model's, as in resnet50_best.
 _NICKNAME = re.compile(r"(?<![a-z])(?:best|last|latest|final)(?![a-z])")
+# Which process has saved a file, which is no step either.
+_RANK = re.compile(r"(?<![a-z])rank[-_]?\d+")
 _FOLDER = re.compile(
     r"(?:model[-_])?(?:global[-_]?)?(?:checkpoint|ckpt|step|iter|iteration|epoch|ba)[-_=. ]?\d+",
     re.I,
@@ -87,7 +89,7 @@ def _title(path: Path, files: Sequence[Path]) -> str:
     file = without_shard(files[0].name).rpartition(".")[0].lower() if files else ""
     if path not in files:
         return f"{path.name.lower()}/{file}"
-    if is_step_folder(path.parent) and not re.search(r"\d", file):
+    if is_step_folder(path.parent) and not re.search(r"\d", _RANK.sub("", file)):
         return f"{path.parent.name.lower()}/{file}"
     return file
 
