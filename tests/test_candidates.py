@@ -67,6 +67,33 @@ def test_weights_that_mean_nothing_are_refused(text):
         parse_weights(text, 3)
 
 
+@pytest.mark.parametrize(
+    "text", ["1,1,1", "1 2 4", "0.33,0.33,0.33", "0.4,0.3,0.300004", "123,-456,1000.7"]
+)
+def test_numbers_that_a_remedy_names_are_taken(text):
+    with pytest.raises(ConfigError, match="do not add up to one") as caught:
+        parse_weights(text, 3)
+    remedy = caught.value.details["what to do"].removeprefix("give ")
+    assert " " not in remedy, "a shell splits at spaces"
+    numbers = [float(part) for part in text.replace(",", " ").split()]
+    wanted = [x / sum(numbers) for x in numbers]
+    assert parse_weights(remedy, 3).tolist() == pytest.approx(wanted, rel=1e-8)
+    assert float(caught.value.details["found"]) != 1
+
+
+def test_no_numbers_are_advised_where_the_sum_is_zero():
+    with pytest.raises(ConfigError) as caught:
+        parse_weights("0.1,0.2,-0.3", 3)
+    assert caught.value.details["what to do"] == "choose other numbers"
+
+
+def test_numbers_that_were_rounded_when_they_were_typed_add_up_to_one():
+    found = parse_weights("0.333333,0.333333,0.333333", 3)
+    assert found.tolist() == pytest.approx([1 / 3] * 3, rel=1e-12)
+    assert abs(found.sum() - 1) < 1e-12
+    assert parse_weights("0.7,-0.2,0.5", 3).tolist() == [0.7, -0.2, 0.5]
+
+
 def test_weights_of_every_kind():
     assert parse_weights("uniform", 4).tolist() == window(4, 4).tolist()
     assert parse_weights("ema:0.9", 4).tolist() == ema(4, 0.9).tolist()
