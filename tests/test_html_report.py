@@ -263,6 +263,18 @@ def test_candidates_in_one_place_share_a_label() -> None:
     assert "window:2, last" not in page
 
 
+def test_the_fit_is_of_the_loss_and_the_ridge() -> None:
+    document = copy.deepcopy(DOCUMENT)
+    page = Page(html_report(document))
+    assert "Loss on the fit data plus ridge/2 · |z|² at each evaluation." in page.text
+    assert "fit loss + ridge" in page.words
+    for stage in document["optimizer"]["stages"]:
+        stage["ridge"] = 0.0
+    page = Page(html_report(document))
+    assert "Loss on the fit data at each evaluation." in page.text
+    assert "fit loss + ridge" not in page.words
+
+
 def test_the_page_shows_the_loss_that_decided() -> None:
     document = copy.deepcopy(DOCUMENT)
     assert "selection loss" not in html_report(document)

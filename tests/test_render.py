@@ -544,8 +544,25 @@ def test_a_log_gets_few_lines() -> None:
     assert [line.rsplit("  ", 1)[0] for line in text.splitlines()] == [
         "note: A [note].",
         r"Reading [x]\x1b[5m  3 M/3 M numbers",
-        "Training coefficients  5 evaluations  loss 0.1818, best 0.1818",
+        "Training coefficients  5 evaluations  least loss + ridge 0.1818",
     ]
+
+
+def test_the_best_of_one_fit_is_not_shown_beside_the_loss_of_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stage fits many folds and ridges in turn: the least of one rose from line to line."""
+    now = [0.0]
+    monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
+    file = io.StringIO()
+    with live.LineNarrator(Console(file=file, width=100)) as tell:
+        tell(Started("Training", None, "evaluations"))
+        for number, best in ((1, 1.5), (2, 1.2), (3, 1.7), (4, 1.4)):
+            now[0] += 20.0
+            tell(Evaluated(number, 2.0, best))
+    *lines, last = file.getvalue().splitlines()
+    assert lines == [f"Training  {k} evaluations  loss + ridge 2.0000" for k in range(1, 5)]
+    assert "least loss + ridge 1.4000" in last
 
 
 def test_a_slow_stage_reports_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -571,7 +588,7 @@ def test_a_terminal_is_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     narrator = live.live_progress(console)
     assert isinstance(narrator, live.TerminalNarrator)
     story(narrator)
-    assert "loss 0.1818" in file.getvalue()
+    assert "least loss + ridge 0.1818" in file.getvalue()
     assert "\x1b[5m" not in file.getvalue()
 
 

@@ -189,7 +189,11 @@ def _losses(document: Document) -> str:
     ]
     if not traces:
         return ""
-    return _figure("The fit", "Loss on the fit data at each evaluation.", plots.losses(traces))
+    pulled = any(stage.get("ridge") for stage in stages)
+    plus = " plus ridge/2 · |z|²" if pulled else ""
+    caption = f"Loss on the fit data{plus} at each evaluation."
+    label = "fit loss + ridge" if pulled else "fit loss"
+    return _figure("The fit", caption, plots.losses(traces, label))
 
 
 def _landscape(document: Document, landscape: Mapping[str, Any] | None) -> str:

@@ -21,8 +21,8 @@ _FAR = 12.0
 _LABEL = (0.15, 0.05)
 
 
-def losses(stages: Sequence[tuple[str, Sequence[tuple[int, float]]]]) -> str:
-    """Loss over evaluations, one panel a stage, each value and the best so far."""
+def losses(stages: Sequence[tuple[str, Sequence[tuple[int, float]]]], label: str) -> str:
+    """What the fit lowers over evaluations, one panel a stage, each value and the best so far."""
 
     def paint(figure: Any) -> None:
         panels = figure.subplots(1, len(stages), squeeze=False)[0]
@@ -44,7 +44,7 @@ def losses(stages: Sequence[tuple[str, Sequence[tuple[int, float]]]]) -> str:
             axes.set_title(title, fontsize=10, loc="left")
             axes.set_xlabel("evaluation")
             _whole_numbers(axes.xaxis)
-        panels[0].set_ylabel("fit loss")
+        panels[0].set_ylabel(label)
         marks: dict[str, Any] = {}
         for axes in panels:
             handles, names = axes.get_legend_handles_labels()
