@@ -263,6 +263,13 @@ def test_candidates_in_one_place_share_a_label() -> None:
     assert "window:2, last" not in page
 
 
+def test_a_candidate_beside_others_has_a_label_of_its_own() -> None:
+    """As far apart as the stars are wide: names shared one label at the first of them."""
+    named = {"last": [0.5, -0.3], "greedy": [0.5, -0.3], "twa": [0.62, -0.28], "uniform": [0, 0]}
+    words = Page(html_report(copy.deepcopy(DOCUMENT), LANDSCAPE | {"candidates": named})).words
+    assert {"last, greedy", "twa", "uniform"} <= set(words)
+
+
 def test_the_fit_is_of_the_loss_and_the_ridge() -> None:
     document = copy.deepcopy(DOCUMENT)
     page = Page(html_report(document))

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .document import Document, interval
+from .labels import place_labels, touching
 from .numerals import decimals, is_finite, sortable
 from .numerals import figure as written
 from .svg import BLUE, GREEN, INK, ORANGE, draw
@@ -17,8 +18,6 @@ _POSITIVE, _NEGATIVE = (0.16, 0.47, 0.84), (0.88, 0.42, 0.13)
 
 # A loss that lies so many times as far from the least one as the median does is left out.
 _FAR = 12.0
-# Width and height of a short label, as shares of the plane's.
-_LABEL = (0.15, 0.05)
 
 
 def losses(stages: Sequence[tuple[str, Sequence[tuple[int, float]]]], label: str) -> str:
@@ -168,18 +167,13 @@ def landscape(found: Mapping[str, Any], labels: Sequence[str]) -> str:
         if found.get("path"):
             axes.plot(*_columns(found["path"]), ".-", color=ORANGE, linewidth=1.6, markersize=6,
                       label="path of the fit")  # fmt: skip
-        named = dict(found.get("candidates") or {})
-        for point in named.values():
+        for point in (found.get("candidates") or {}).values():
             axes.plot(*point, "*", color=GREEN, markersize=11)
-        for point, names in _close_together(axes, named):
-            _name(axes, point, ", ".join(names), bold=True)
-        for i in sorted({0, len(points) - 1}):
-            if not any(math.dist(points[i], point) < 1e-6 for point in named.values()):
-                _name(axes, points[i], labels[i])
         axes.grid(visible=False)
         axes.set_xlabel("axis 1, standard deviations of the checkpoints")
         axes.set_ylabel("axis 2")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=9)
+        _name_points(figure, axes, found, labels)
 
     return draw("landscape", 5.0, paint)
 
@@ -203,36 +197,38 @@ def _contours(figure: Any, axes: Any, found: Mapping[str, Any]) -> None:
     axes.set_ylim(min(found["grid_y"]), max(found["grid_y"]))
 
 
-def _close_together(
-    axes: Any, named: Mapping[str, Sequence[float]]
-) -> list[tuple[Sequence[float], list[str]]]:
-    """Points with the names of all around them whose labels would lie on one another."""
-    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    found: list[tuple[Sequence[float], list[str]]] = []
-    for name, point in named.items():
-        for other, names in found:
-            across = abs(point[0] - other[0]) < _LABEL[0] * (right - left)
-            if across and abs(point[1] - other[1]) < _LABEL[1] * (high - low):
-                names.append(name)
-                break
-        else:
-            found.append((point, [name]))
-    return found
-
-
-def _name(axes: Any, point: Sequence[float], name: str, *, bold: bool = False) -> None:
-    low, high = axes.get_xlim()
-    leftwards = point[0] > (low + high) / 2
-    text = axes.annotate(
-        name,
-        point,
-        xytext=(-7 if leftwards else 7, 6),
-        textcoords="offset points",
-        ha="right" if leftwards else "left",
-        fontsize=9,
-        fontweight="bold" if bold else "normal",
-    )
-    text.set_in_layout(False)
+def _name_points(figure: Any, axes: Any, found: Mapping[str, Any], labels: Sequence[str]) -> None:
+    """Names the candidates, and the first and the last checkpoint where no candidate is there."""
+    named, points = dict(found.get("candidates") or {}), found["points"]
+    # The frame has its size only now.
+    figure.draw_without_rendering()
+    frame, inch = axes.get_window_extent(), figure.dpi / 72
+    levels = [text.get_position() for text in axes.texts]
+    marked = [*named.values(), *points, *(found.get("path") or []), *levels]
+    places = [
+        ((x - frame.x0) / inch, (y - frame.y0) / inch)
+        for x, y in axes.transData.transform(marked).tolist()
+    ]
+    names, stars = list(named), touching(places[: len(named)])
+    texts = {group[0]: ", ".join(names[i] for i in group) for group in stars}
+    for i in sorted({0, len(points) - 1}):
+        if not any(math.dist(points[i], point) < 1e-6 for point in named.values()):
+            texts[len(named) + i] = labels[i]
+    for label in place_labels(texts, places, frame.width / inch, frame.height / inch):
+        text = axes.annotate(
+            label.text,
+            marked[label.point],
+            xytext=label.offset,
+            textcoords="offset points",
+            ha={1: "left", 0: "center", -1: "right"}[label.side],
+            va="center",
+            fontsize=9,
+            fontweight="bold" if label.point < len(named) else "normal",
+            arrowprops={"arrowstyle": "-", "color": INK, "linewidth": 0.5, "shrinkA": 0}
+            if label.far
+            else None,
+        )
+        text.set_in_layout(False)
 
 
 def _columns(points: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
