@@ -25,9 +25,9 @@ from twa_merge.document import (
     metric_decimals,
     metric_of,
     table_decimals,
-    written_coefficients,
 )
 from twa_merge.errors import listing
+from twa_merge.shared_rows import shown_coefficients
 from twa_merge.wording import statistics_notes, verdict
 
 from .console import plain
@@ -111,7 +111,7 @@ def candidates_table(document: Document, width: int) -> Table:
 
 def show_coefficients(document: Document, console: Console) -> None:
     """Bars of the coefficients, or a map by block where there are several blocks."""
-    blocks = written_coefficients(document)
+    blocks = shown_coefficients(document)
     if not blocks:
         return
     of = f" of {plain(document['chosen'])}" if document.get("chosen") else ""

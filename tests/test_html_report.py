@@ -77,7 +77,7 @@ def whole() -> str:
 @pytest.fixture(scope="module")
 def by_block() -> str:
     """The page of a winner with several blocks."""
-    blocks = {f"layers.{b}": [0.1, -0.2, 0.3, 0.3, 0.5] for b in range(7)}
+    blocks = {f"layers.{b}": [0.1 * b, -0.2, 0.3, 0.3, 0.6 - 0.1 * b] for b in range(7)}
     return html_report(with_blocks(copy.deepcopy(DOCUMENT), blocks), LANDSCAPE)
 
 

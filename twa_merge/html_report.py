@@ -20,11 +20,11 @@ from .document import (
     metric_decimals,
     metric_of,
     table_decimals,
-    written_coefficients,
     written_name,
 )
 from .errors import OutputError
 from .numerals import cell, is_finite, span
+from .shared_rows import shown_coefficients
 from .wording import statistics_notes, verdict
 
 _MOST_CANDIDATES = 24
@@ -164,7 +164,7 @@ def _candidates(document: Document) -> str:
 
 
 def _coefficients(document: Document) -> str:
-    blocks = written_coefficients(document)
+    blocks = shown_coefficients(document)
     if not blocks:
         return ""
     labels = [_short(label) for label in checkpoint_labels(document["checkpoints"])]

@@ -19,9 +19,9 @@ from .document import (
     metric,
     metric_decimals,
     table_decimals,
-    written_coefficients,
 )
 from .numerals import cell, span
+from .shared_rows import shown_coefficients
 from .wording import statistics_notes, statistics_source, verdict
 
 _PROJECT = "twa-merge"
@@ -111,7 +111,7 @@ def _candidates(document: Document) -> str:
 
 
 def _coefficients(document: Document) -> str:
-    blocks = written_coefficients(document)
+    blocks = shown_coefficients(document)
     if not blocks:
         return ""
     checkpoints = document["checkpoints"]
