@@ -181,6 +181,22 @@ def test_blocks_are_drawn_as_a_map(by_block: str) -> None:
     assert "in each block" in page.text
 
 
+@pytest.mark.parametrize("blocks", [1, 3, 80])
+def test_long_names_of_checkpoints_leave_room_for_the_coefficients(blocks: int) -> None:
+    rows = {f"layers.{b}": [0.1 * b, -0.2, 0.3, 0.3, 0.6 - 0.1 * b] for b in range(blocks)}
+    heights = []
+    for name in ("c", "checkpoint-of-a-long-experiment-"):
+        document = with_blocks(copy.deepcopy(DOCUMENT), rows)
+        for k, checkpoint in enumerate(document["checkpoints"]):
+            checkpoint["path"] = f"{name}{k}"
+        section = html_report(document).split('aria-label="Coefficients"')[1].split("</svg>")[0]
+        clip = re.search(r"<clipPath id.*?<rect [^>]*height=\"([0-9.]+)\"", section, re.DOTALL)
+        assert clip
+        heights.append(float(clip[1]))
+    assert heights[1] > 11 * min(blocks, 60), "of a label on each row"
+    assert heights[1] > 0.75 * heights[0]
+
+
 def test_the_tasks_metrics_are_among_the_numbers(train: dict[str, Any]) -> None:
     for k, row in enumerate(train["candidates"]):
         row["guard_metrics"], row["test_metrics"] = {"iou": 0.1234 + k}, {"iou": 0.5678 + k}

@@ -72,7 +72,7 @@ def coefficient_bars(labels: Sequence[str], values: Sequence[float]) -> str:
         for text in axes.get_xticklabels():
             text.set(ha="right" if text.get_rotation() else "center", rotation_mode="anchor")
 
-    return draw("coefficients", 3.3, paint)
+    return draw("coefficients", 2.6 + _slanted(labels), paint)
 
 
 def coefficient_map(
@@ -82,6 +82,8 @@ def coefficient_map(
     top = max((abs(v) for row in rows for v in row), default=0.0) or 1.0
 
     def paint(figure: Any) -> None:
+        from matplotlib.transforms import ScaledTranslation
+
         axes = figure.subplots()
         axes.imshow([[_shade(v / top) for v in row] for row in rows], aspect="auto",
                     interpolation="none")  # fmt: skip
@@ -91,7 +93,9 @@ def coefficient_map(
         axes.tick_params(axis="x", rotation=50)
         for text in axes.get_xticklabels():
             text.set(ha="right", rotation_mode="anchor")
-        scale = axes.inset_axes((0.0, 1.03, 0.35, 0.14 / (0.2 * len(rows) + 0.6)))
+        # In inches from the upper left corner: the layout reckons with as much, however few rows.
+        above = figure.dpi_scale_trans + ScaledTranslation(0, 1, axes.transAxes)
+        scale = axes.inset_axes((0.0, 0.08, 1.8, 0.14), transform=above)
         scale.imshow([[_shade(i / 50 - 1) for i in range(101)]], aspect="auto",
                      extent=(-top, top, 0, 1), interpolation="none")  # fmt: skip
         scale.set(yticks=[], xticks=[-top, 0, top])
@@ -99,7 +103,7 @@ def coefficient_map(
         scale.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False)
         scale.grid(visible=False)
 
-    return draw("coefficients", min(14.0, 1.6 + 0.2 * len(rows)), paint)
+    return draw("coefficients", min(14.0, 1.1 + 0.2 * len(rows) + _slanted(labels)), paint)
 
 
 def candidates(rows: Sequence[Document], chosen: str) -> str:
@@ -238,6 +242,11 @@ def _columns(points: Sequence[Sequence[float]]) -> tuple[list[float], list[float
 def _shade(share: float) -> tuple[float, float, float, float]:
     colour = _POSITIVE if share >= 0 else _NEGATIVE
     return (*colour, min(1.0, abs(share)))
+
+
+def _slanted(labels: Sequence[str]) -> float:
+    """Inches that labels of 8 points take below an axis, turned by 50 degrees."""
+    return 0.045 * max(map(len, labels))
 
 
 def _label_ticks(axis: Any, labels: Sequence[str], most: int) -> None:
