@@ -110,3 +110,13 @@ def test_unknown_families_are_refused():
         parse_families("twa,medians")
     for name in ("quick", "all", *ALL, "twa-tensors", "twa-blocks"):
         assert re.search(rf"\b{name}\b", caught.value.details["expected"])
+
+
+@pytest.mark.parametrize("text", ["blend", "last", "last,blend"])
+def test_what_is_advised_where_nothing_is_to_be_compared_would_do(text):
+    with pytest.raises(ConfigError, match="nothing that could be better") as caught:
+        parse_families(text)
+    names = caught.value.details["expected"].removeprefix("some of ").split(", ")
+    assert "blend" not in names
+    for name in names:
+        assert parse_families(name) == {name}

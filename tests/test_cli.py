@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from twa_merge_cli.main import COMMANDS, cli
 
 import twa_merge
 from twa_merge import config
+from twa_merge.candidates import ALL
 from twa_merge.errors import CheckpointError, ConfigError, NoImprovement
 
 DOCUMENT = Path(__file__).parent / "documents" / "train.json"
@@ -112,6 +114,14 @@ def test_help_documents_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> No
         assert f"\n    {code}" in text
     for command in COMMANDS:
         assert f"\n  {command} " in text
+
+
+def test_help_and_readme_name_all_candidates(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(cli, ["train", "--help"]) == 0
+    section = capsys.readouterr().out.split("--candidates")[1].split("--select")[0]
+    assert {"quick", "all", *ALL} <= set(re.findall(r"[\w-]+", section))
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert all(f"`{name}`" in readme for name in ALL)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
