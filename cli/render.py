@@ -21,6 +21,7 @@ from twa_merge.document import (
     interval,
     leading_candidates,
     loss_columns,
+    metric,
     metric_columns,
     metric_decimals,
     metric_of,
@@ -79,7 +80,10 @@ def show_evaluation(document: Document, console: Console) -> None:
 
 
 def candidates_table(document: Document, width: int) -> Table:
-    """Candidates by what decided, the chosen one marked; guard losses stay where room is short."""
+    """Candidates by what decided, the chosen one marked.
+
+    Where room is short what decided stays, and the test loss as long as it can.
+    """
     everything = document["candidates"]
     rows = leading_candidates(document, _MOST_CANDIDATES)
     keys = loss_columns(document)
@@ -105,7 +109,9 @@ def candidates_table(document: Document, width: int) -> Table:
     if hidden:
         table.caption = f"and {hidden} more in twa_merge.json"
         table.caption_justify = "left"
-    least = ["cost", *reversed(_headings(metrics)), "fit loss", "test loss"]
+    decided = ("guard_metrics", metric(document))
+    others = [column for column in metrics if column[1:] != decided]
+    least = ["cost", "fit loss", *reversed(_headings(others)), *_plus(True), "test loss"]
     return fitted(table, width, least)
 
 

@@ -78,6 +78,10 @@ def test_what_decided_is_shown_and_orders_the_rows(train: dict[str, Any]) -> Non
     assert names == [row["name"] for row in train["candidates"]]
 
 
+# In the order in which they go.
+COLUMNS = ("cost", "fit loss", "test iou", "guard iou", "+/- 95 %")
+
+
 @pytest.mark.parametrize("width", range(20, 120))
 def test_names_stay_and_no_figure_is_cut_where_the_terminal_is_narrow(
     train: dict[str, Any], width: int
@@ -95,6 +99,33 @@ def test_a_table_loses_no_column_that_there_is_room_for(train: dict[str, Any]) -
     whole = train_text(train, width=200).splitlines()[2].rstrip()
     assert train_text(train, width=len(whole) + 1).splitlines()[2].rstrip() == whole
     assert train_text(train, width=len(whole)).splitlines()[2].rstrip() != whole
+
+
+def test_the_test_loss_goes_last_and_what_goes_is_named(train: dict[str, Any]) -> None:
+    for k, row in enumerate(train["candidates"]):
+        row["guard_metrics"], row["test_metrics"] = {"iou": 0.5 + k / 99}, {"iou": 0.5 + k / 99}
+    gone: list[str] = []
+    for width in range(200, 44, -1):
+        lines = train_text(train, width=width).splitlines()
+        assert "guard loss   " in lines[2] + "   "
+        assert "test loss" in lines[2], width
+        said = " ".join(line.strip() for line in lines).partition("left out for want of room: ")[2]
+        gone += [c for c in COLUMNS if c in said[:70] and c not in gone]
+        assert all((c in lines[2]) != (c in gone) for c in COLUMNS), width
+    assert gone == list(COLUMNS)
+
+
+def test_the_metric_that_decided_stays_longer_than_others(train: dict[str, Any]) -> None:
+    for k, row in enumerate(train["candidates"]):
+        row["guard_metrics"] = {"iou": 0.5 + k / 99, "f": 0.5}
+    train["options"]["guard"]["select"] = "metric:iou"
+    texts = [train_text(train, width=width) for width in range(200, 60, -1)]
+    assert all("guard iou" in text.splitlines()[2] for text in texts)
+    assert "guard f" not in texts[-1].splitlines()[2]
+
+
+def test_a_wide_table_leaves_nothing_out(train: dict[str, Any]) -> None:
+    assert "left out" not in train_text(train, width=120)
 
 
 def test_long_names_are_folded_beside_their_figures() -> None:
