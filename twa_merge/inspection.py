@@ -10,7 +10,7 @@ from typing import Any
 from . import report
 from .checkpoints import open_checkpoints
 from .checkpoints.base import Checkpoint
-from .config import EngineConfig, Selection, StoreConfig
+from .config import EngineConfig, Selection, StoreConfig, as_paths
 from .errors import CheckpointError, ConfigError
 from .layout import Layout, make_layout
 from .progress import Progress, silent
@@ -40,6 +40,7 @@ def inspect(
     """
     if plan is not None:
         _require_possible(plan)
+    checkpoints = as_paths(checkpoints, "checkpoints")
     found = open_checkpoints(checkpoints, selection or Selection(), progress)
     differences: list[str] = []
     try:
