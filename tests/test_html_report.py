@@ -279,6 +279,23 @@ def test_candidates_in_one_place_share_a_label() -> None:
     assert "window:2, last" not in page
 
 
+def test_the_chart_shows_the_metric_that_decided() -> None:
+    document = copy.deepcopy(DOCUMENT)
+    document["options"]["guard"]["select"] = "metric:iou"
+    for k, row in enumerate(document["candidates"]):
+        row["guard_metrics"], row["test_metrics"] = {"iou": 0.5 + k / 99}, {"iou": 0.4 + k / 99}
+    document["candidates"][0]["guard_metrics"] = {"iou": None}
+    page = Page(html_report(document))
+    chart = page.words[page.words.index("Candidates") : page.words.index("Coefficients")]
+    assert {"guard iou", "test iou", "iou"} <= set(chart)
+    assert not {"guard loss", "test loss", "loss"} & set(chart)
+    assert document["candidates"][0]["name"] not in chart
+    assert document["candidates"][1]["name"] in chart
+    caption = next(words for words in chart if "decides nothing" in words)
+    assert caption.startswith("The test iou decides nothing. Larger is better.")
+    assert "intervals" not in caption
+
+
 def test_a_candidate_beside_others_has_a_label_of_its_own() -> None:
     """As far apart as the stars are wide: names shared one label at the first of them."""
     named = {"last": [0.5, -0.3], "greedy": [0.5, -0.3], "twa": [0.62, -0.28], "uniform": [0, 0]}

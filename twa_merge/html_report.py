@@ -16,6 +16,7 @@ from .document import (
     interval,
     leading_candidates,
     loss_columns,
+    metric,
     metric_columns,
     metric_decimals,
     metric_of,
@@ -150,17 +151,33 @@ def _facts(document: Document) -> str:
 
 
 def _candidates(document: Document) -> str:
-    rows = leading_candidates(document, _MOST_CANDIDATES)
-    rows = [row for row in rows if is_finite(row.get("guard_loss"))]
+    selected = metric(document)
+    rows = [_drawn(row, selected) for row in leading_candidates(document, _MOST_CANDIDATES)]
+    rows = [row for row in rows if is_finite(row["guard"])]
     if not rows:
         return ""
-    caption = (
-        "The test loss decides nothing. Bars are 95 % "
-        "intervals of each mean by itself. Candidates see the same examples, so that differences "
-        "are known far better than these bars suggest: see the sentence at the top."
-    )
-    svg = plots.candidates([_shortened(row) for row in rows], _short(written_name(document)))
+    measure = _short(selected or "loss")
+    caption = f"The test {measure} decides nothing."
+    caption += " Larger is better." if selected else ""
+    if any(row["ci95"] for row in rows):
+        caption += (
+            " Bars are 95 % intervals of each mean by itself. Candidates see the same examples, so "
+            "that differences are known far better than these bars suggest: see the sentence at "
+            "the top."
+        )
+    svg = plots.candidates(rows, _short(written_name(document)), measure)
     return _figure("Candidates", caption, svg)
+
+
+def _drawn(row: Document, selected: str | None) -> Document:
+    """What the chart shows of a candidate: the loss, or the metric that decided."""
+    if selected is None:
+        guard, test, ends = row.get("guard_loss"), row.get("test_loss"), interval(row, "guard_ci95")
+    else:
+        # The document has no interval of a metric.
+        guard, test = ((row.get(f"{s}_metrics") or {}).get(selected) for s in ("guard", "test"))
+        ends = None
+    return {"name": _short(str(row["name"])), "guard": guard, "test": test, "ci95": ends}
 
 
 def _coefficients(document: Document) -> str:
@@ -263,10 +280,6 @@ def _table(head: Sequence[str], body: Sequence[tuple[bool, Sequence[str]]]) -> s
         row = "".join(f"<td>{_text(cell)}</td>" for cell in cells)
         rows += f'<tr class="chosen">{row}</tr>\n' if chosen else f"<tr>{row}</tr>\n"
     return f'<div class="scroll"><table>\n<tr>{top}</tr>\n{rows}</table></div>'
-
-
-def _shortened(row: Document) -> Document:
-    return {**row, "name": _short(str(row["name"]))}
 
 
 def _short(name: str) -> str:

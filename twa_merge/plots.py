@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .document import Document, interval
+from .document import Document
 from .labels import place_labels, touching
 from .numerals import decimals, is_finite, sortable
 from .numerals import figure as written
@@ -106,38 +106,44 @@ def coefficient_map(
     return draw("coefficients", min(14.0, 1.1 + 0.2 * len(rows) + _slanted(labels)), paint)
 
 
-def candidates(rows: Sequence[Document], chosen: str) -> str:
-    """Guard loss of each candidate with its 95 % interval, and test loss, the best at the top."""
+def candidates(rows: Sequence[Document], chosen: str, measure: str) -> str:
+    """What decided of each candidate on the guard and the test split, the best at the top.
+
+    Args:
+        rows: ``name``, ``guard`` with its 95 % interval ``ci95``, and ``test``; None where unknown.
+        measure: the loss, or the name of a metric.
+    """
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
-        both = any(is_finite(row.get("test_loss")) for row in rows)
-        left, right = _frame(rows)
+        both = any(is_finite(row["test"]) for row in rows)
+        # Only losses explode.
+        left, right = _frame(rows) if measure == "loss" else (-math.inf, math.inf)
         for y, row in enumerate(rows):
-            if (span := interval(row, "guard_ci95")) and is_finite(row.get("guard_loss")):
-                axes.plot(span, [y - 0.14 * both] * 2, color=BLUE, linewidth=1.6, alpha=0.55)
+            if row["ci95"]:
+                axes.plot(row["ci95"], [y - 0.14 * both] * 2, color=BLUE, linewidth=1.6, alpha=0.55)
         for key, offset, colour, marker in (
             ("guard", -0.14 * both, BLUE, "o"),
             ("test", 0.14, ORANGE, "D"),
         ):
-            known = [(y, r) for y, r in enumerate(rows) if is_finite(r.get(f"{key}_loss"))]
+            known = [(y, r) for y, r in enumerate(rows) if is_finite(r[key])]
             if not known:
                 continue
-            axes.plot([r[f"{key}_loss"] for _, r in known], [y + offset for y, _ in known],
-                      marker, color=colour, markersize=5, label=f"{key} loss")  # fmt: skip
-            beyond = [y + offset for y, row in known if row[f"{key}_loss"] > right]
+            axes.plot([r[key] for _, r in known], [y + offset for y, _ in known],
+                      marker, color=colour, markersize=5, label=f"{key} {measure}")  # fmt: skip
+            beyond = [y + offset for y, row in known if row[key] > right]
             axes.plot([right] * len(beyond), beyond, ">", color=colour, markersize=6, clip_on=False)
         if right < math.inf:
             axes.set_xlim(left, right)
             axes.annotate("> beyond the frame", (1, 0), xycoords="axes fraction", ha="right",
                           va="bottom", fontsize=8, xytext=(-8, 3),
                           textcoords="offset points")  # fmt: skip
-        axes.set_yticks(range(len(rows)), [str(row["name"]) for row in rows])
+        axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
         for text, row in zip(axes.get_yticklabels(), rows, strict=True):
             if row["name"] == chosen:
                 text.set(fontweight="bold", color=GREEN)
         axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.set_xlabel("loss")
+        axes.set_xlabel(measure)
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=9)
 
     return draw("candidates", min(12.0, 1.1 + 0.3 * len(rows)), paint)
@@ -145,13 +151,12 @@ def candidates(rows: Sequence[Document], chosen: str) -> str:
 
 def _frame(rows: Sequence[Document]) -> tuple[float, float]:
     """Ends of the axis of losses; infinity where all fit, as they do unless some exploded."""
-    found = [row.get(key) for row in rows for key in ("guard_loss", "test_loss")]
+    found = [row[key] for row in rows for key in ("guard", "test")]
     known = sorted(float(v) for v in found if v is not None and is_finite(v))
     low, middle = known[0], known[len(known) // 2]
     near = low + _FAR * (middle - low)
     # Whatever lies inside the interval of one that is shown is no further off than that.
-    spans = [interval(row, "guard_ci95") for row in rows if sortable(row.get("guard_loss")) <= near]
-    ends = [span[1] for span in spans if span]
+    ends = [row["ci95"][1] for row in rows if row["ci95"] and sortable(row["guard"]) <= near]
     kept = [v for v in known if v <= max([near, *ends])]
     if len(kept) == len(known):
         return -math.inf, math.inf
