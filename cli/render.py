@@ -44,7 +44,10 @@ _MOST_BLOCKS = 16
 def show_train(document: Document, console: Console, output: Path) -> None:
     """Candidates, the winner in a sentence, its coefficients, where it lies."""
     console.print()
-    console.print(candidates_table(document, console.width))
+    table = candidates_table(document, console.width)
+    console.print(table)
+    if any(column.header == "cost" for column in table.columns):
+        console.print(Text("cost: passes over the fit data", "dim"))
     for note in statistics_notes(document):
         console.print(Text(plain(note), "dim"))
     for sentence in verdict(document):

@@ -31,6 +31,12 @@ def test_schedules_weigh_updates_as_a_decay_would(name, decay):
     torch.testing.assert_close(tails, expected)
 
 
+def test_a_linear_decay_is_the_uniform_mean():
+    """As the help of average says."""
+    for n in (2, 7, 60):
+        assert schedule(n, "linear").tolist() == pytest.approx([1 / n] * n, rel=1e-12)
+
+
 def test_every_fixed_candidate_adds_up_to_one():
     found = fixed(9, parse_families("all"))
     assert len({c.name for c in found}) == len(found)

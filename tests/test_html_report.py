@@ -296,6 +296,13 @@ def test_the_chart_shows_the_metric_that_decided() -> None:
     assert "intervals" not in caption
 
 
+def test_what_the_fit_took_is_named_by_its_unit() -> None:
+    words = Page(html_report(copy.deepcopy(DOCUMENT))).words
+    assert words[words.index("passes over the fit data") + 1].endswith(" (lbfgs)")
+    assert "cost, passes over the fit data" in words
+    assert "evaluations" not in words
+
+
 def test_a_candidate_beside_others_has_a_label_of_its_own() -> None:
     """As far apart as the stars are wide: names shared one label at the first of them."""
     named = {"last": [0.5, -0.3], "greedy": [0.5, -0.3], "twa": [0.62, -0.28], "uniform": [0, 0]}

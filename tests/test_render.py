@@ -128,6 +128,11 @@ def test_a_wide_table_leaves_nothing_out(train: dict[str, Any]) -> None:
     assert "left out" not in train_text(train, width=120)
 
 
+def test_the_cost_has_a_unit_where_it_is_shown(train: dict[str, Any]) -> None:
+    assert "\ncost: passes over the fit data\n" in train_text(train, width=120)
+    assert "passes over" not in train_text(train, width=50)
+
+
 def test_long_names_are_folded_beside_their_figures() -> None:
     models = [{"path": "run/" + 60 * "a", "loss": 1.25, "ci95": [1.2, 1.3], "metrics": {"m": 0.5}}]
     document = {"examples": 12, "models": models}
@@ -493,6 +498,7 @@ def test_inspection() -> None:
     text = shown(lambda c: render.show_inspection(inspection(), c))
     lines = [line.rstrip() for line in text.splitlines()]
     assert "1.23 M parameters; tensors: 3 averaged, 1 copied" in lines
+    assert "cosine of offsets" in text
     assert "difference: A tensor is missing.; tensor: x[red]" in lines
     assert "  c-0    ░░██" in lines
     assert "  c-1  ░░  ▓▓" in lines

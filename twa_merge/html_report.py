@@ -134,7 +134,7 @@ def _facts(document: Document) -> str:
     facts = {
         "examples: fit/guard/test": used if data else None,
         "rank of the subspace": subspace.get("rank"),
-        "evaluations": f"{optimizer['evaluations']:g} ({optimizer.get('name')})"
+        "passes over the fit data": f"{optimizer['evaluations']:g} ({optimizer.get('name')})"
         if is_finite(optimizer.get("evaluations"))
         else None,
         "time": f"{sum(timings.values()):.0f} s" if timings else None,
@@ -245,7 +245,7 @@ def _tables(document: Document) -> str:
         cells += [f"{row['cost']:g}" if is_finite(row.get("cost")) else ""]
         body.append((row["name"] == chosen, cells))
     head = ["candidate", *(k.replace("_", " ") for k in keys), "guard, 95 %"]
-    head += [*(heading for heading, _, _ in metrics), "cost, evaluations"]
+    head += [*(heading for heading, _, _ in metrics), "cost, passes over the fit data"]
     others = [
         (False, [str(row["name"]), cell(row.get("guard_loss"), places)])
         for row in document.get("other_candidates") or []
