@@ -30,7 +30,8 @@ from .command import command as define
     default="uniform",
     show_default=True,
     metavar="HOW",
-    help="uniform, ema:DECAY, linear, 1-sqrt, numbers with commas, or @twa_merge.json.",
+    help="uniform or linear (the same), ema:DECAY, 1-sqrt (leans on the oldest), numbers with "
+    "commas, or @twa_merge.json.",
 )
 @options.selection_options
 @options.output_option

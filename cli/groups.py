@@ -116,5 +116,7 @@ class Bytes(click.ParamType):
         base = 1024 if match[3] else 1000
         found = int(float(match[1]) * base ** _UNITS[match[2].lower()])
         if found < self._least:
-            self.fail(f"{value!r} is only {found} bytes; say {match[1]}GB.", param, ctx)
+            lost_its_unit = found > 0 and not match[2]
+            remedy = f"say {match[1]}GB" if lost_its_unit else "give a size such as 80GB"
+            self.fail(f"{value!r} is only {found} bytes; {remedy}.", param, ctx)
         return found

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from twa_merge import config
+from twa_merge.ranks import world_size
 
 from . import options
 from .boundary import debug_option
@@ -20,17 +21,19 @@ from .groups import Bytes, group, opt
 class Plan:
     plan: bool
     gpus: int | None
+    nodes: int
     gpu_memory: int | None
     gather: str
 
     @property
     def asked(self) -> bool:
-        return self.plan or self.gpus is not None or self.gpu_memory is not None
+        return self.plan or self.gpus is not None or self.gpu_memory is not None or self.nodes > 1
 
     @property
     def arguments(self) -> dict[str, Any]:
         return {
-            "gpus": 1 if self.gpus is None else self.gpus,
+            "gpus": world_size() if self.gpus is None else self.gpus,
+            "nodes": self.nodes,
             "gpu_memory": self.gpu_memory,
             "gather": self.gather,
         }
@@ -42,8 +45,11 @@ plan_options = group(
     {
         "Memory plan": [
             opt("plan", "--plan", "What `train` would need.", is_flag=True),
-            opt("gpus", "--gpus", "One unless given; 0 is this machine's CPU.",
+            opt("gpus", "--gpus",
+                "Of all nodes; as many as --nproc unless given. 0 is this machine's CPU.",
                 type=click.IntRange(0)),
+            opt("nodes", "--nodes", "That these GPUs are on.", type=click.IntRange(1),
+                default=1, show_default=True),
             opt("gpu_memory", "--gpu-memory", "Of one, such as 80GB.", type=Bytes(1 << 20),
                 metavar="SIZE"),
             opt("gather", "--gather", "As `train` would.", type=click.Choice(config.GATHERS),

@@ -44,7 +44,10 @@ def show_geometry(geometry: Mapping[str, Any], labels: list[str], console: Conso
 
 
 def _table(geometry: Mapping[str, Any], labels: Sequence[str]) -> Table:
-    table = new_table("checkpoint", "norm", "distance to mean", "to the one before", "cosine to it")
+    # Offsets are what is left of checkpoints without their mean.
+    table = new_table(
+        "checkpoint", "norm", "distance to mean", "to the one before", "cosine of offsets"
+    )
     distances, cosines = geometry["distances"], geometry["cosines"]
     for i, label in enumerate(labels):
         table.add_row(

@@ -69,7 +69,11 @@ class Stage:
         elif self.done:
             figures.append(f"{self.done} {self.unit}".rstrip())
         if self.evaluated is not None:
-            figures.append(f"loss {loss(self.evaluated.loss)}, best {loss(self.evaluated.best)}")
+            # The best is of one fit, and a stage makes many: at its end it is that of the last.
+            least, found = (
+                ("least ", self.evaluated.best) if finished else ("", self.evaluated.loss)
+            )
+            figures.append(f"{least}loss + ridge {loss(found)}")
         if not finished and self.share and self.done:
             left = self.seconds * (1 / self.share - 1)
             most = "at most " if self._by_evaluation else ""

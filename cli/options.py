@@ -187,7 +187,9 @@ guard_options = group(
     {
         "Guard": [
             opt("candidates", "--candidates",
-                "quick, all or names with commas; blend mixes the others.", metavar="WHICH"),
+                "all, quick (without ema, wsm and greedy), or names with commas: uniform, window, "
+                "ema, wsm, greedy, twa, twa-layers (all that is fitted by block), blend (of the "
+                "others). last and best_single always take part.", metavar="WHICH"),
             opt("select", "--select", "loss or metric:NAME (larger is better).", metavar="BY"),
             opt("require_improvement", "--require-improvement",
                 "Exit 3 unless the best single is surely beaten."),

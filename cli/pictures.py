@@ -32,6 +32,8 @@ def new_table(first: str, *others: str) -> Table:
 def fitted(table: Table, width: int, least: Sequence[str] = ()) -> Table:
     """The table with as many columns as ``width`` has room for; the first one always stays.
 
+    What is left out is named below it.
+
     Args:
         least: headings of the columns that go first, in this order; after them goes the last one.
     """
@@ -48,7 +50,10 @@ def fitted(table: Table, width: int, least: Sequence[str] = ()) -> Table:
     cells = zip(*(list(c.cells) for c in kept), strict=True)
     for row, found in zip(table.rows, cells, strict=True):
         narrow.add_row(*found, style=row.style)
-    narrow.caption, narrow.caption_justify = table.caption, table.caption_justify
+    gone = ", ".join(str(c.header) for c in table.columns if c not in kept)
+    said = [str(table.caption)] if table.caption else []
+    narrow.caption = "\n".join([*said, f"left out for want of room: {gone}"])
+    narrow.caption_justify = "left"
     return narrow
 
 

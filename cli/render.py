@@ -21,13 +21,14 @@ from twa_merge.document import (
     interval,
     leading_candidates,
     loss_columns,
+    metric,
     metric_columns,
     metric_decimals,
     metric_of,
     table_decimals,
-    written_coefficients,
 )
 from twa_merge.errors import listing
+from twa_merge.shared_rows import shown_coefficients
 from twa_merge.wording import statistics_notes, verdict
 
 from .console import plain
@@ -43,7 +44,10 @@ _MOST_BLOCKS = 16
 def show_train(document: Document, console: Console, output: Path) -> None:
     """Candidates, the winner in a sentence, its coefficients, where it lies."""
     console.print()
-    console.print(candidates_table(document, console.width))
+    table = candidates_table(document, console.width)
+    console.print(table)
+    if any(column.header == "cost" for column in table.columns):
+        console.print(Text("cost: passes over the fit data", "dim"))
     for note in statistics_notes(document):
         console.print(Text(plain(note), "dim"))
     for sentence in verdict(document):
@@ -79,7 +83,10 @@ def show_evaluation(document: Document, console: Console) -> None:
 
 
 def candidates_table(document: Document, width: int) -> Table:
-    """Candidates by what decided, the chosen one marked; guard losses stay where room is short."""
+    """Candidates by what decided, the chosen one marked.
+
+    Where room is short what decided stays, and the test loss as long as it can.
+    """
     everything = document["candidates"]
     rows = leading_candidates(document, _MOST_CANDIDATES)
     keys = loss_columns(document)
@@ -105,13 +112,15 @@ def candidates_table(document: Document, width: int) -> Table:
     if hidden:
         table.caption = f"and {hidden} more in twa_merge.json"
         table.caption_justify = "left"
-    least = ["cost", *reversed(_headings(metrics)), "fit loss", "test loss"]
+    decided = ("guard_metrics", metric(document))
+    others = [column for column in metrics if column[1:] != decided]
+    least = ["cost", "fit loss", *reversed(_headings(others)), *_plus(True), "test loss"]
     return fitted(table, width, least)
 
 
 def show_coefficients(document: Document, console: Console) -> None:
     """Bars of the coefficients, or a map by block where there are several blocks."""
-    blocks = written_coefficients(document)
+    blocks = shown_coefficients(document)
     if not blocks:
         return
     of = f" of {plain(document['chosen'])}" if document.get("chosen") else ""

@@ -31,6 +31,12 @@ def test_schedules_weigh_updates_as_a_decay_would(name, decay):
     torch.testing.assert_close(tails, expected)
 
 
+def test_a_linear_decay_is_the_uniform_mean():
+    """As the help of average says."""
+    for n in (2, 7, 60):
+        assert schedule(n, "linear").tolist() == pytest.approx([1 / n] * n, rel=1e-12)
+
+
 def test_every_fixed_candidate_adds_up_to_one():
     found = fixed(9, parse_families("all"))
     assert len({c.name for c in found}) == len(found)
@@ -67,6 +73,33 @@ def test_weights_that_mean_nothing_are_refused(text):
         parse_weights(text, 3)
 
 
+@pytest.mark.parametrize(
+    "text", ["1,1,1", "1 2 4", "0.33,0.33,0.33", "0.4,0.3,0.300004", "123,-456,1000.7"]
+)
+def test_numbers_that_a_remedy_names_are_taken(text):
+    with pytest.raises(ConfigError, match="do not add up to one") as caught:
+        parse_weights(text, 3)
+    remedy = caught.value.details["what to do"].removeprefix("give ")
+    assert " " not in remedy, "a shell splits at spaces"
+    numbers = [float(part) for part in text.replace(",", " ").split()]
+    wanted = [x / sum(numbers) for x in numbers]
+    assert parse_weights(remedy, 3).tolist() == pytest.approx(wanted, rel=1e-8)
+    assert float(caught.value.details["found"]) != 1
+
+
+def test_no_numbers_are_advised_where_the_sum_is_zero():
+    with pytest.raises(ConfigError) as caught:
+        parse_weights("0.1,0.2,-0.3", 3)
+    assert caught.value.details["what to do"] == "choose other numbers"
+
+
+def test_numbers_that_were_rounded_when_they_were_typed_add_up_to_one():
+    found = parse_weights("0.333333,0.333333,0.333333", 3)
+    assert found.tolist() == pytest.approx([1 / 3] * 3, rel=1e-12)
+    assert abs(found.sum() - 1) < 1e-12
+    assert parse_weights("0.7,-0.2,0.5", 3).tolist() == [0.7, -0.2, 0.5]
+
+
 def test_weights_of_every_kind():
     assert parse_weights("uniform", 4).tolist() == window(4, 4).tolist()
     assert parse_weights("ema:0.9", 4).tolist() == ema(4, 0.9).tolist()
@@ -83,3 +116,13 @@ def test_unknown_families_are_refused():
         parse_families("twa,medians")
     for name in ("quick", "all", *ALL, "twa-tensors", "twa-blocks"):
         assert re.search(rf"\b{name}\b", caught.value.details["expected"])
+
+
+@pytest.mark.parametrize("text", ["blend", "last", "last,blend"])
+def test_what_is_advised_where_nothing_is_to_be_compared_would_do(text):
+    with pytest.raises(ConfigError, match="nothing that could be better") as caught:
+        parse_families(text)
+    names = caught.value.details["expected"].removeprefix("some of ").split(", ")
+    assert "blend" not in names
+    for name in names:
+        assert parse_families(name) == {name}

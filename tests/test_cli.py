@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from twa_merge_cli.main import COMMANDS, cli
 
 import twa_merge
 from twa_merge import config
+from twa_merge.candidates import ALL
 from twa_merge.errors import CheckpointError, ConfigError, NoImprovement
 
 DOCUMENT = Path(__file__).parent / "documents" / "train.json"
@@ -112,6 +114,14 @@ def test_help_documents_the_exit_codes(capsys: pytest.CaptureFixture[str]) -> No
         assert f"\n    {code}" in text
     for command in COMMANDS:
         assert f"\n  {command} " in text
+
+
+def test_help_and_readme_name_all_candidates(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(cli, ["train", "--help"]) == 0
+    section = capsys.readouterr().out.split("--candidates")[1].split("--select")[0]
+    assert {"quick", "all", *ALL} <= set(re.findall(r"[\w-]+", section))
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    assert all(f"`{name}`" in readme for name in ALL)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -308,9 +318,35 @@ def test_the_plan_reaches_the_library(library: Callable[..., list[dict[str, Any]
     )
     assert run(cli, ["inspect", "r", "--gpu-memory", "1.5GiB", "--json"]) == 0
     assert run(cli, ["inspect", "r", "--json"]) == 0
-    assert calls[0]["plan"] == {"gpus": 8, "gpu_memory": 80_000_000_000, "gather": "auto"}
-    assert calls[1]["plan"] == {"gpus": 1, "gpu_memory": 3 << 29, "gather": "auto"}
+    rest = {"nodes": 1, "gather": "auto"}
+    assert calls[0]["plan"] == {"gpus": 8, "gpu_memory": 80_000_000_000, **rest}
+    assert calls[1]["plan"] == {"gpus": 1, "gpu_memory": 3 << 29, **rest}
     assert "plan" not in calls[2]
+
+
+def test_a_plan_without_gpus_named_is_for_one_a_process(
+    library: Callable[..., list[dict[str, Any]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = library(lambda: {"checkpoints": [], "tensors": {}, "parameters": 0})
+    for name in ("WORLD_SIZE", "LOCAL_WORLD_SIZE"):
+        monkeypatch.setenv(name, "4")
+    assert run(cli, ["inspect", "r", "--plan", "--nproc", "4", "--json"]) == 0
+    assert calls[0]["plan"]["gpus"] == 4
+
+
+@pytest.mark.parametrize(
+    ("size", "said"),
+    [
+        ("80", "'80' is only 80 bytes; say 80GB."),
+        ("0GB", "'0GB' is only 0 bytes; give a size such as 80GB."),
+        ("3kB", "'3kB' is only 3000 bytes; give a size such as 80GB."),
+    ],
+)
+def test_too_small_a_memory_says_what_to_give(
+    size: str, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(cli, ["inspect", "r", "--gpu-memory", size]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_a_user_error_is_told_without_a_traceback(

@@ -150,6 +150,12 @@ Path(__file__).with_suffix(".mark").touch()
 """
 
 
+def test_a_plan_is_of_as_many_processes_as_are_named(tmp_path):
+    train(tmp_path / "run")
+    done = run(1, "inspect", tmp_path / "run", "--plan", "--gpus", 0, "--nproc", 2, "--json")
+    assert json.loads(done.stdout)["plan"]["processes"] == 2
+
+
 @pytest.mark.parametrize("nproc", [1, 2])
 def test_the_working_directory_shadows_no_package(tmp_path, monkeypatch, nproc):
     """While what lies beside the task file can be imported."""

@@ -237,6 +237,20 @@ def test_a_merge_that_is_not_certainly_better_is_named(tmp_path, examples, said)
     assert re.search(rf"twa: \S+ \[\S+, \S+\]{said}\n", str(caught.value))
 
 
+class CountsHits(LinearTask):
+    def metrics(self, model, batch):
+        return {"closeness": -self.loss(model, batch)}
+
+
+def test_a_missing_improvement_of_a_metric_says_of_which(tmp_path):
+    task = CountsHits(examples=60)
+    save_run(tmp_path / "run", [task.states(1)[0]] * 3)
+    guard = GuardConfig(candidates="uniform", select="metric:closeness", require_improvement=True)
+    with pytest.raises(NoImprovement) as caught:
+        merge([tmp_path / "run"], task, tmp_path / "merged", guard=guard)
+    assert re.search(r"uniform: \S+ \[\S+, \S+\] in closeness\n", str(caught.value))
+
+
 class TinyLosses(LinearTask):
     def loss(self, model, batch):
         return 1e-12 * super().loss(model, batch)

@@ -77,7 +77,7 @@ def whole() -> str:
 @pytest.fixture(scope="module")
 def by_block() -> str:
     """The page of a winner with several blocks."""
-    blocks = {f"layers.{b}": [0.1, -0.2, 0.3, 0.3, 0.5] for b in range(7)}
+    blocks = {f"layers.{b}": [0.1 * b, -0.2, 0.3, 0.3, 0.6 - 0.1 * b] for b in range(7)}
     return html_report(with_blocks(copy.deepcopy(DOCUMENT), blocks), LANDSCAPE)
 
 
@@ -181,6 +181,22 @@ def test_blocks_are_drawn_as_a_map(by_block: str) -> None:
     assert "in each block" in page.text
 
 
+@pytest.mark.parametrize("blocks", [1, 3, 80])
+def test_long_names_of_checkpoints_leave_room_for_the_coefficients(blocks: int) -> None:
+    rows = {f"layers.{b}": [0.1 * b, -0.2, 0.3, 0.3, 0.6 - 0.1 * b] for b in range(blocks)}
+    heights = []
+    for name in ("c", "checkpoint-of-a-long-experiment-"):
+        document = with_blocks(copy.deepcopy(DOCUMENT), rows)
+        for k, checkpoint in enumerate(document["checkpoints"]):
+            checkpoint["path"] = f"{name}{k}"
+        section = html_report(document).split('aria-label="Coefficients"')[1].split("</svg>")[0]
+        clip = re.search(r"<clipPath id.*?<rect [^>]*height=\"([0-9.]+)\"", section, re.DOTALL)
+        assert clip
+        heights.append(float(clip[1]))
+    assert heights[1] > 11 * min(blocks, 60), "of a label on each row"
+    assert heights[1] > 0.75 * heights[0]
+
+
 def test_the_tasks_metrics_are_among_the_numbers(train: dict[str, Any]) -> None:
     for k, row in enumerate(train["candidates"]):
         row["guard_metrics"], row["test_metrics"] = {"iou": 0.1234 + k}, {"iou": 0.5678 + k}
@@ -261,6 +277,49 @@ def test_candidates_in_one_place_share_a_label() -> None:
     page = html_report(copy.deepcopy(DOCUMENT), LANDSCAPE | {"candidates": near})
     assert "twa, window:2" in page
     assert "window:2, last" not in page
+
+
+def test_the_chart_shows_the_metric_that_decided() -> None:
+    document = copy.deepcopy(DOCUMENT)
+    document["options"]["guard"]["select"] = "metric:iou"
+    for k, row in enumerate(document["candidates"]):
+        row["guard_metrics"], row["test_metrics"] = {"iou": 0.5 + k / 99}, {"iou": 0.4 + k / 99}
+    document["candidates"][0]["guard_metrics"] = {"iou": None}
+    page = Page(html_report(document))
+    chart = page.words[page.words.index("Candidates") : page.words.index("Coefficients")]
+    assert {"guard iou", "test iou", "iou"} <= set(chart)
+    assert not {"guard loss", "test loss", "loss"} & set(chart)
+    assert document["candidates"][0]["name"] not in chart
+    assert document["candidates"][1]["name"] in chart
+    caption = next(words for words in chart if "decides nothing" in words)
+    assert caption.startswith("The test iou decides nothing. Larger is better.")
+    assert "intervals" not in caption
+
+
+def test_what_the_fit_took_is_named_by_its_unit() -> None:
+    words = Page(html_report(copy.deepcopy(DOCUMENT))).words
+    assert words[words.index("passes over the fit data") + 1].endswith(" (lbfgs)")
+    assert "cost, passes over the fit data" in words
+    assert "evaluations" not in words
+
+
+def test_a_candidate_beside_others_has_a_label_of_its_own() -> None:
+    """As far apart as the stars are wide: names shared one label at the first of them."""
+    named = {"last": [0.5, -0.3], "greedy": [0.5, -0.3], "twa": [0.62, -0.28], "uniform": [0, 0]}
+    words = Page(html_report(copy.deepcopy(DOCUMENT), LANDSCAPE | {"candidates": named})).words
+    assert {"last, greedy", "twa", "uniform"} <= set(words)
+
+
+def test_the_fit_is_of_the_loss_and_the_ridge() -> None:
+    document = copy.deepcopy(DOCUMENT)
+    page = Page(html_report(document))
+    assert "Loss on the fit data plus ridge/2 · |z|² at each evaluation." in page.text
+    assert "fit loss + ridge" in page.words
+    for stage in document["optimizer"]["stages"]:
+        stage["ridge"] = 0.0
+    page = Page(html_report(document))
+    assert "Loss on the fit data at each evaluation." in page.text
+    assert "fit loss + ridge" not in page.words
 
 
 def test_the_page_shows_the_loss_that_decided() -> None:

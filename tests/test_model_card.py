@@ -124,6 +124,14 @@ def test_files_without_steps_are_named_one_by_one(train: dict[str, Any]) -> None
     assert command(model_card(train))[2:7] == [f"{name}/model.pt" for name in "abcde"]
 
 
+def test_a_path_is_not_taken_for_an_option(train: dict[str, Any]) -> None:
+    assert command(model_card(train | {"run": "-dash"}))[2] == "./-dash"
+    train["checkpoints"] = [
+        {"path": f"-{name}/model.pt", "step": None, "format": "pickle"} for name in "abcde"
+    ]
+    assert command(model_card(train))[2:7] == [f"./-{name}/model.pt" for name in "abcde"]
+
+
 def test_names_cannot_break_out(train: dict[str, Any]) -> None:
     evil = "a|b\n# heading\n```\n<script>`x`[y](http://z)$m$"
     train["checkpoints"][0]["path"] = evil

@@ -12,6 +12,7 @@ from twa_merge.checkpoints.base import TensorInfo
 from twa_merge.config import EngineConfig, StoreConfig
 from twa_merge.distributed import World
 from twa_merge.dtypes import DTYPES
+from twa_merge.errors import ConfigError
 from twa_merge.layout import Entry, Layout
 from twa_merge.store import Machine, Rates, Work, gathering, memory_plan, this_machine
 from twa_merge.store.limits import host_memory
@@ -312,3 +313,31 @@ def test_inspect_plans_for_gpus_for_this_cpu_and_for_a_gathered_model(tmp_path):
     assert "gathered model" in bytes_of(gpus=2, gather="model")["device"]
     assert "gathered model" in bytes_of(gpus=2, gpu_memory=GB)["device"]
     assert "gathered layer" in bytes_of(gpus=2, gpu_memory=GB, gather="layer")["device"]
+
+
+def test_gpus_are_on_one_node_unless_nodes_are_named(tmp_path):
+    save_run(tmp_path / "run", LinearTask().states(2))
+
+    def plan(**wanted: object) -> dict[str, object]:
+        return inspect([tmp_path / "run"], plan=wanted)["plan"]
+
+    def on_host(found: dict[str, object]) -> str:
+        return next(s for s in found["advice"] if s.startswith("Each node"))
+
+    assert (plan(gpus=16)["nodes"], plan(gpus=16, nodes=2)["nodes"]) == (1, 2)
+    assert on_host(plan(gpus=16)) != on_host(plan(gpus=16, nodes=2))
+    assert plan(gpus=0)["nodes"] == 1
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ({"gpus": 0, "gpu_memory": GB}, "a plan for GPUs"),
+        ({"gpu_memory": GB}, "a plan for GPUs"),
+        ({"gpus": 0, "nodes": 2}, "a plan for GPUs"),
+        ({"gpus": 2, "nodes": 3}, "more nodes than GPUs"),
+    ],
+)
+def test_plans_that_contradict_themselves_are_refused(tmp_path, wanted, said):
+    with pytest.raises(ConfigError, match=said):
+        inspect([tmp_path / "nowhere"], plan=wanted)

@@ -78,6 +78,10 @@ def test_what_decided_is_shown_and_orders_the_rows(train: dict[str, Any]) -> Non
     assert names == [row["name"] for row in train["candidates"]]
 
 
+# In the order in which they go.
+COLUMNS = ("cost", "fit loss", "test iou", "guard iou", "+/- 95 %")
+
+
 @pytest.mark.parametrize("width", range(20, 120))
 def test_names_stay_and_no_figure_is_cut_where_the_terminal_is_narrow(
     train: dict[str, Any], width: int
@@ -95,6 +99,38 @@ def test_a_table_loses_no_column_that_there_is_room_for(train: dict[str, Any]) -
     whole = train_text(train, width=200).splitlines()[2].rstrip()
     assert train_text(train, width=len(whole) + 1).splitlines()[2].rstrip() == whole
     assert train_text(train, width=len(whole)).splitlines()[2].rstrip() != whole
+
+
+def test_the_test_loss_goes_last_and_what_goes_is_named(train: dict[str, Any]) -> None:
+    for k, row in enumerate(train["candidates"]):
+        row["guard_metrics"], row["test_metrics"] = {"iou": 0.5 + k / 99}, {"iou": 0.5 + k / 99}
+    gone: list[str] = []
+    for width in range(200, 44, -1):
+        lines = train_text(train, width=width).splitlines()
+        assert "guard loss   " in lines[2] + "   "
+        assert "test loss" in lines[2], width
+        said = " ".join(line.strip() for line in lines).partition("left out for want of room: ")[2]
+        gone += [c for c in COLUMNS if c in said[:70] and c not in gone]
+        assert all((c in lines[2]) != (c in gone) for c in COLUMNS), width
+    assert gone == list(COLUMNS)
+
+
+def test_the_metric_that_decided_stays_longer_than_others(train: dict[str, Any]) -> None:
+    for k, row in enumerate(train["candidates"]):
+        row["guard_metrics"] = {"iou": 0.5 + k / 99, "f": 0.5}
+    train["options"]["guard"]["select"] = "metric:iou"
+    texts = [train_text(train, width=width) for width in range(200, 60, -1)]
+    assert all("guard iou" in text.splitlines()[2] for text in texts)
+    assert "guard f" not in texts[-1].splitlines()[2]
+
+
+def test_a_wide_table_leaves_nothing_out(train: dict[str, Any]) -> None:
+    assert "left out" not in train_text(train, width=120)
+
+
+def test_the_cost_has_a_unit_where_it_is_shown(train: dict[str, Any]) -> None:
+    assert "\ncost: passes over the fit data\n" in train_text(train, width=120)
+    assert "passes over" not in train_text(train, width=50)
 
 
 def test_long_names_are_folded_beside_their_figures() -> None:
@@ -462,6 +498,7 @@ def test_inspection() -> None:
     text = shown(lambda c: render.show_inspection(inspection(), c))
     lines = [line.rstrip() for line in text.splitlines()]
     assert "1.23 M parameters; tensors: 3 averaged, 1 copied" in lines
+    assert "cosine of offsets" in text
     assert "difference: A tensor is missing.; tensor: x[red]" in lines
     assert "  c-0    ░░██" in lines
     assert "  c-1  ░░  ▓▓" in lines
@@ -544,8 +581,25 @@ def test_a_log_gets_few_lines() -> None:
     assert [line.rsplit("  ", 1)[0] for line in text.splitlines()] == [
         "note: A [note].",
         r"Reading [x]\x1b[5m  3 M/3 M numbers",
-        "Training coefficients  5 evaluations  loss 0.1818, best 0.1818",
+        "Training coefficients  5 evaluations  least loss + ridge 0.1818",
     ]
+
+
+def test_the_best_of_one_fit_is_not_shown_beside_the_loss_of_another(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A stage fits many folds and ridges in turn: the least of one rose from line to line."""
+    now = [0.0]
+    monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
+    file = io.StringIO()
+    with live.LineNarrator(Console(file=file, width=100)) as tell:
+        tell(Started("Training", None, "evaluations"))
+        for number, best in ((1, 1.5), (2, 1.2), (3, 1.7), (4, 1.4)):
+            now[0] += 20.0
+            tell(Evaluated(number, 2.0, best))
+    *lines, last = file.getvalue().splitlines()
+    assert lines == [f"Training  {k} evaluations  loss + ridge 2.0000" for k in range(1, 5)]
+    assert "least loss + ridge 1.4000" in last
 
 
 def test_a_slow_stage_reports_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -571,7 +625,7 @@ def test_a_terminal_is_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     narrator = live.live_progress(console)
     assert isinstance(narrator, live.TerminalNarrator)
     story(narrator)
-    assert "loss 0.1818" in file.getvalue()
+    assert "least loss + ridge 0.1818" in file.getvalue()
     assert "\x1b[5m" not in file.getvalue()
 
 

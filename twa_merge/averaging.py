@@ -14,7 +14,7 @@ from . import report
 from .agreement import require_same_choices, require_same_files, require_shared_place
 from .checkpoints import Checkpoint, open_checkpoints
 from .clock import Clock
-from .config import OutputConfig, Selection, as_dict
+from .config import OutputConfig, Selection, as_dict, as_paths
 from .dtypes import Float64
 from .errors import ConfigError
 from .fixed_weights import parse_weights
@@ -43,7 +43,7 @@ def average(
     checkpoints: Paths,
     output: str | PathLike[str],
     *,
-    weights: str = "uniform",
+    weights: str | Sequence[float] = "uniform",
     selection: Selection | None = None,
     out: OutputConfig | None = None,
     progress: Progress = silent,
@@ -51,8 +51,9 @@ def average(
     """Averages checkpoints with fixed coefficients; needs no data and no model.
 
     Args:
-        weights: ``uniform``, ``ema:DECAY``, ``linear``, ``1-sqrt``, numbers that add up to one, or
-            ``@report.json`` for the coefficients of an earlier merge.
+        weights: ``uniform``, ``ema:DECAY``, ``linear``, ``1-sqrt``, numbers that add up to one (in
+            a sequence, or as text with commas), or ``@report.json`` for the coefficients of an
+            earlier merge.
 
     Returns:
         The document that is also written as ``twa_merge.json``.
@@ -61,6 +62,7 @@ def average(
         TwaMergeError: of the kind that says what is wrong; nothing has been written then.
     """
     out = out or OutputConfig()
+    checkpoints, weights = as_paths(checkpoints, "checkpoints"), _as_text(weights)
     clock, target = Clock(), Path(output)
     with clock.part("open"):
         found = open_checkpoints(checkpoints, selection or Selection(), progress)
@@ -105,6 +107,20 @@ def average(
     document["timings"] = clock.rounded()
     document["peak_memory_bytes"] = report.peak_memory_bytes()
     return document
+
+
+def _as_text(weights: str | Sequence[float]) -> str:
+    """Numbers in the form in which the command line takes them, to the last digit."""
+    if isinstance(weights, str):
+        return weights
+    try:
+        return ",".join(repr(float(number)) for number in weights)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            "The weights are neither text nor numbers.",
+            expected="a word such as uniform, or one number a checkpoint",
+            found=repr(weights),
+        ) from error
 
 
 def _coefficients(

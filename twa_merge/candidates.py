@@ -131,7 +131,7 @@ def parse_families(text: str) -> frozenset[str]:
     if names <= {*SINGLES, "blend"}:
         raise ConfigError(
             "--candidates names nothing that could be better than a checkpoint.",
-            expected=f"some of {', '.join(n for n in ALL if n not in SINGLES)}",
+            expected=f"some of {', '.join(n for n in ALL if n not in (*SINGLES, 'blend'))}",
             found=text,
             remedy="name what is to be compared, and mixed by blend",
         )

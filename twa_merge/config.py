@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
+import numbers
 from collections.abc import Iterable
 from dataclasses import dataclass
+from os import PathLike
 from typing import Any
 
 from .errors import ConfigError
@@ -31,6 +34,31 @@ _OF_OPTIMIZERS = {
     "schedule": _FIRST_ORDER,
     "sharpness": _FIRST_ORDER,
 }
+
+
+# What a field's annotation stands for: the values it takes, and their name.
+_TYPES: dict[str, tuple[type, str]] = {
+    "int": (numbers.Integral, "a whole number"),
+    "float": (numbers.Real, "a number"),
+    "str": (str, "text"),
+    "bool": (bool, "True or False"),
+    "None": (type(None), "None"),
+}
+
+
+def _require_types(config: Any) -> None:
+    """Checks that every value is of its field's type: they come from Python code as well."""
+    for each in dataclasses.fields(config):
+        value, names = getattr(config, each.name), str(each.type).split(" | ")
+        # True is a whole number to Python.
+        if isinstance(value, bool) != ("bool" in names) or not any(
+            isinstance(value, _TYPES[name][0]) for name in names
+        ):
+            raise ConfigError(
+                f"{type(config).__name__}: {each.name} is of another type.",
+                expected=" or ".join(_TYPES[name][1] for name in names),
+                found=repr(value),
+            )
 
 
 def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -72,6 +100,7 @@ class Selection:
     to_step: int | None = None
 
     def __post_init__(self) -> None:
+        _require_types(self)
         _at_least("--last", self.last, 1)
         _at_least("--every", self.every, 1)
 
@@ -93,6 +122,7 @@ class DataConfig:
     sample: int | None = None
 
     def __post_init__(self) -> None:
+        _require_types(self)
         share = self.guard_fraction
         _in_range("--guard-fraction", 0.0 < share < 1.0, "a number between 0 and 1", share)
         _in_range("--seed", 0 <= self.seed < 2**63, "0 to 2⁶³ - 1", self.seed)
@@ -141,6 +171,7 @@ class FitConfig:
     sharpness: float = 0.0
 
     def __post_init__(self) -> None:
+        _require_types(self)
         _one_of("--blocks", self.blocks, BLOCKS)
         _one_of("--optimizer", self.optimizer, OPTIMIZERS)
         _one_of("--schedule", self.schedule, SCHEDULES)
@@ -175,6 +206,7 @@ class StoreConfig:
     dtype: str = "auto"
 
     def __post_init__(self) -> None:
+        _require_types(self)
         _one_of("--store", self.kind, STORES)
         _one_of("--store-dtype", self.dtype, STORE_DTYPES)
 
@@ -197,6 +229,7 @@ class GuardConfig:
     batch_norm: str = "auto"
 
     def __post_init__(self) -> None:
+        _require_types(self)
         _one_of("--batch-norm", self.batch_norm, BATCH_NORM)
         if self.select != "loss" and not self.select.removeprefix("metric:"):
             raise ConfigError("--select names no metric.", expected="loss or metric:NAME")
@@ -221,6 +254,7 @@ class OutputConfig:
     fresh: bool = False
 
     def __post_init__(self) -> None:
+        _require_types(self)
         if self.dtype is not None:
             _one_of("--dtype", self.dtype, DTYPES)
 
@@ -244,6 +278,7 @@ class EngineConfig:
     gather: str = "auto"
 
     def __post_init__(self) -> None:
+        _require_types(self)
         _one_of("--precision", self.precision, PRECISIONS)
         _one_of("--gather", self.gather, GATHERS)
 
@@ -264,6 +299,23 @@ def require_used(optimizer: str, chosen: Iterable[str]) -> None:
                 found=f"--optimizer {optimizer}",
                 remedy=f"add --optimizer {'|'.join(optimizers)}, or leave {option} out",
             )
+
+
+def as_paths(given: Any, what: str) -> list[str | PathLike[str]]:
+    """One path, or several, as a list.
+
+    Raises:
+        ConfigError: something is no path, or there is none.
+    """
+    one = isinstance(given, (str, PathLike)) or not isinstance(given, Iterable)
+    paths: list[Any] = [given] if one else list(given)
+    if not all(isinstance(path, (str, PathLike)) for path in paths):
+        raise ConfigError(
+            f"The {what} are not given as paths.", expected="paths of folders or files", found=given
+        )
+    if not paths:
+        raise ConfigError(f"No {what} were given.", expected="paths of folders or files")
+    return paths
 
 
 def parse_subspace(text: str) -> tuple[str, int | None]:

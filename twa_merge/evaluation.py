@@ -16,7 +16,7 @@ from .agreement import require_same_choices, require_same_files
 from .batches import Batches
 from .checkpoints import Checkpoint, is_run, open_checkpoints, sidecars
 from .checkpoints.base import reading
-from .config import DataConfig, EngineConfig, Selection, StoreConfig, as_dict
+from .config import DataConfig, EngineConfig, Selection, StoreConfig, as_dict, as_paths
 from .distributed import World, start
 from .ingest import ingest
 from .layout import global_block, make_layout
@@ -59,7 +59,7 @@ def evaluate(
     engine, data_config = engine or EngineConfig(), data_config or DataConfig()
     found, everything = [], Selection()
     selection = selection or everything
-    for path in models:
+    for path in as_paths(models, "models"):
         # A model that is named is meant whatever its step; that of a merge nobody knows.
         selects = selection != everything and is_run(path)
         found += open_checkpoints([path], selection if selects else everything, progress)

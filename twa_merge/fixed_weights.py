@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
 
@@ -10,6 +11,8 @@ from .dtypes import Float64
 from .errors import ConfigError
 
 SCHEDULES = ("linear", "1-sqrt")
+# What people round a coefficient by that they type.
+_ROUNDING = 1e-6
 
 
 def window(n: int, k: int) -> Float64:
@@ -49,7 +52,8 @@ def schedule(n: int, name: str) -> Float64:
 def parse_weights(text: str, n: int) -> Float64:
     """Coefficients (n,) from ``uniform``, ``ema:DECAY``, ``linear``, ``1-sqrt`` or numbers.
 
-    Numbers are taken as they are: they must add up to one, because anything else scales the model.
+    Numbers must add up to one, because anything else scales the model; what rounding left over
+    is taken out.
 
     Raises:
         ConfigError: the text means nothing, or does not fit n checkpoints.
@@ -77,15 +81,20 @@ def parse_weights(text: str, n: int) -> Float64:
             expected=f"{n} numbers",
             found=f"{len(numbers)} numbers",
         )
-    if abs(sum(numbers) - 1.0) > 1e-6:
-        scaled = " ".join(f"{x / sum(numbers):.6g}" for x in numbers) if sum(numbers) else None
+    return _of_sum_one(numbers)
+
+
+def _of_sum_one(numbers: Sequence[float]) -> Float64:
+    total = math.fsum(numbers)
+    if abs(total - 1.0) > _ROUNDING * len(numbers):
+        scaled = ",".join(f"{x / total:.12g}" for x in numbers) if abs(total) > _ROUNDING else None
         raise ConfigError(
             "The coefficients do not add up to one, so the result would be scaled.",
             expected="a sum of 1",
-            found=f"{sum(numbers):g}",
+            found=f"{total:.9g}",
             remedy=f"give {scaled}" if scaled else "choose other numbers",
         )
-    return np.array(numbers)
+    return np.array(numbers) / total
 
 
 def _decay(text: str) -> float:

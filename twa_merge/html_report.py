@@ -16,15 +16,16 @@ from .document import (
     interval,
     leading_candidates,
     loss_columns,
+    metric,
     metric_columns,
     metric_decimals,
     metric_of,
     table_decimals,
-    written_coefficients,
     written_name,
 )
 from .errors import OutputError
 from .numerals import cell, is_finite, span
+from .shared_rows import shown_coefficients
 from .wording import statistics_notes, verdict
 
 _MOST_CANDIDATES = 24
@@ -133,7 +134,7 @@ def _facts(document: Document) -> str:
     facts = {
         "examples: fit/guard/test": used if data else None,
         "rank of the subspace": subspace.get("rank"),
-        "evaluations": f"{optimizer['evaluations']:g} ({optimizer.get('name')})"
+        "passes over the fit data": f"{optimizer['evaluations']:g} ({optimizer.get('name')})"
         if is_finite(optimizer.get("evaluations"))
         else None,
         "time": f"{sum(timings.values()):.0f} s" if timings else None,
@@ -150,21 +151,37 @@ def _facts(document: Document) -> str:
 
 
 def _candidates(document: Document) -> str:
-    rows = leading_candidates(document, _MOST_CANDIDATES)
-    rows = [row for row in rows if is_finite(row.get("guard_loss"))]
+    selected = metric(document)
+    rows = [_drawn(row, selected) for row in leading_candidates(document, _MOST_CANDIDATES)]
+    rows = [row for row in rows if is_finite(row["guard"])]
     if not rows:
         return ""
-    caption = (
-        "The test loss decides nothing. Bars are 95 % "
-        "intervals of each mean by itself. Candidates see the same examples, so that differences "
-        "are known far better than these bars suggest: see the sentence at the top."
-    )
-    svg = plots.candidates([_shortened(row) for row in rows], _short(written_name(document)))
+    measure = _short(selected or "loss")
+    caption = f"The test {measure} decides nothing."
+    caption += " Larger is better." if selected else ""
+    if any(row["ci95"] for row in rows):
+        caption += (
+            " Bars are 95 % intervals of each mean by itself. Candidates see the same examples, so "
+            "that differences are known far better than these bars suggest: see the sentence at "
+            "the top."
+        )
+    svg = plots.candidates(rows, _short(written_name(document)), measure)
     return _figure("Candidates", caption, svg)
 
 
+def _drawn(row: Document, selected: str | None) -> Document:
+    """What the chart shows of a candidate: the loss, or the metric that decided."""
+    if selected is None:
+        guard, test, ends = row.get("guard_loss"), row.get("test_loss"), interval(row, "guard_ci95")
+    else:
+        # The document has no interval of a metric.
+        guard, test = ((row.get(f"{s}_metrics") or {}).get(selected) for s in ("guard", "test"))
+        ends = None
+    return {"name": _short(str(row["name"])), "guard": guard, "test": test, "ci95": ends}
+
+
 def _coefficients(document: Document) -> str:
-    blocks = written_coefficients(document)
+    blocks = shown_coefficients(document)
     if not blocks:
         return ""
     labels = [_short(label) for label in checkpoint_labels(document["checkpoints"])]
@@ -189,7 +206,11 @@ def _losses(document: Document) -> str:
     ]
     if not traces:
         return ""
-    return _figure("The fit", "Loss on the fit data at each evaluation.", plots.losses(traces))
+    pulled = any(stage.get("ridge") for stage in stages)
+    plus = " plus ridge/2 · |z|²" if pulled else ""
+    caption = f"Loss on the fit data{plus} at each evaluation."
+    label = "fit loss + ridge" if pulled else "fit loss"
+    return _figure("The fit", caption, plots.losses(traces, label))
 
 
 def _landscape(document: Document, landscape: Mapping[str, Any] | None) -> str:
@@ -224,7 +245,7 @@ def _tables(document: Document) -> str:
         cells += [f"{row['cost']:g}" if is_finite(row.get("cost")) else ""]
         body.append((row["name"] == chosen, cells))
     head = ["candidate", *(k.replace("_", " ") for k in keys), "guard, 95 %"]
-    head += [*(heading for heading, _, _ in metrics), "cost, evaluations"]
+    head += [*(heading for heading, _, _ in metrics), "cost, passes over the fit data"]
     others = [
         (False, [str(row["name"]), cell(row.get("guard_loss"), places)])
         for row in document.get("other_candidates") or []
@@ -259,10 +280,6 @@ def _table(head: Sequence[str], body: Sequence[tuple[bool, Sequence[str]]]) -> s
         row = "".join(f"<td>{_text(cell)}</td>" for cell in cells)
         rows += f'<tr class="chosen">{row}</tr>\n' if chosen else f"<tr>{row}</tr>\n"
     return f'<div class="scroll"><table>\n<tr>{top}</tr>\n{rows}</table></div>'
-
-
-def _shortened(row: Document) -> Document:
-    return {**row, "name": _short(str(row["name"]))}
 
 
 def _short(name: str) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any
@@ -9,8 +10,8 @@ from typing import Any
 from . import report
 from .checkpoints import open_checkpoints
 from .checkpoints.base import Checkpoint
-from .config import EngineConfig, Selection, StoreConfig
-from .errors import CheckpointError
+from .config import EngineConfig, Selection, StoreConfig, as_paths
+from .errors import CheckpointError, ConfigError
 from .layout import Layout, make_layout
 from .progress import Progress, silent
 from .svg import can_draw
@@ -29,12 +30,17 @@ def inspect(
     """What is in a folder of checkpoints, from headers; with ``geometry`` from one pass over all.
 
     Args:
-        plan: ``gpus`` (0 or None for the CPU of this machine), ``gpu_memory`` in bytes and
-            ``gather`` (``auto``, ``layer`` or ``model``): adds what training would take on them.
+        plan: ``gpus`` altogether (0 or None for this run's processes on CPUs), ``nodes`` that they
+            are on (one unless given), ``gpu_memory`` of one in bytes, and ``gather`` (``auto``,
+            ``layer`` or ``model``): adds what training would take on them.
 
     Raises:
         CheckpointError: a checkpoint cannot be read, or a number is not finite.
+        ConfigError: the plan contradicts itself.
     """
+    if plan is not None:
+        _require_possible(plan)
+    checkpoints = as_paths(checkpoints, "checkpoints")
     found = open_checkpoints(checkpoints, selection or Selection(), progress)
     differences: list[str] = []
     try:
@@ -62,7 +68,7 @@ def inspect(
 
 def _plan(layout: Layout, n: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
     """The memory plan of ``train`` for these checkpoints, on other machines than this one too."""
-    from .distributed import World
+    from .distributed import start
     from .landscape import GRID
     from .store import Machine, Work, gathering, memory_plan, this_machine
 
@@ -70,12 +76,12 @@ def _plan(layout: Layout, n: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
     if gpus:
         machine = Machine(
             size=gpus,
-            per_node=gpus,
+            per_node=math.ceil(gpus / (wanted.get("nodes") or 1)),
             device_type="cuda",
             device_memory=wanted.get("gpu_memory"),
         )
     else:
-        machine = this_machine(World())
+        machine = this_machine(start("cpu"))
     pictures = GRID**2 if can_draw() else 0
     store, engine = StoreConfig(), EngineConfig(gather=wanted.get("gather", "auto"))
     gather = gathering(layout, n, machine, store, engine)
@@ -89,6 +95,7 @@ def _plan(layout: Layout, n: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
         )
     return {
         "processes": machine.size,
+        "nodes": math.ceil(machine.size / machine.per_node),
         "store": found.kind,
         "store dtype": found.dtype,
         "device bytes per process": {**found.device, "total": found.device_total},
@@ -98,6 +105,25 @@ def _plan(layout: Layout, n: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
         "fits": found.fits,
         "advice": advice,
     }
+
+
+def _require_possible(wanted: Mapping[str, Any]) -> None:
+    gpus, nodes = wanted.get("gpus") or 0, wanted.get("nodes") or 1
+    memory = wanted.get("gpu_memory")
+    if not gpus and (memory is not None or nodes > 1):
+        raise ConfigError(
+            "--gpu-memory and --nodes are of a plan for GPUs.",
+            expected="--gpus of at least 1",
+            found=f"--gpus {gpus}",
+            remedy="give --gpus, or leave them out for a plan of this machine's CPU",
+        )
+    if gpus and nodes > gpus:
+        raise ConfigError(
+            "There are more nodes than GPUs.",
+            expected="--gpus of all nodes together",
+            found=f"--gpus {gpus} --nodes {nodes}",
+            remedy=f"give at least --gpus {nodes}, or fewer nodes",
+        )
 
 
 def _tensor_summary(layout: Layout) -> dict[str, Any]:

@@ -19,9 +19,9 @@ from .document import (
     metric,
     metric_decimals,
     table_decimals,
-    written_coefficients,
 )
 from .numerals import cell, span
+from .shared_rows import shown_coefficients
 from .wording import statistics_notes, statistics_source, verdict
 
 _PROJECT = "twa-merge"
@@ -111,7 +111,7 @@ def _candidates(document: Document) -> str:
 
 
 def _coefficients(document: Document) -> str:
-    blocks = written_coefficients(document)
+    blocks = shown_coefficients(document)
     if not blocks:
         return ""
     checkpoints = document["checkpoints"]
@@ -139,11 +139,11 @@ def _again(document: Document) -> str:
     # Of files that were listed one by one, a range of steps would take in what lies between.
     if document.get("run") and len(steps) == len(checkpoints):
         every = ((document.get("options") or {}).get("selection") or {}).get("every")
-        command += [document["run"], "--to-step", str(max(steps))]
+        command += [_argument(document["run"]), "--to-step", str(max(steps))]
         command += ["--every", str(every)] if every else []
         command += ["--last", str(len(checkpoints))]
     else:
-        command += checkpoint_labels(checkpoints, least=2)
+        command += map(_argument, checkpoint_labels(checkpoints, least=2))
     command += ["--weights", "@twa_merge.json", "-o", "merged-again"]
     dtype = (document.get("options") or {}).get("dtype")
     command += ["--dtype", str(dtype)] if dtype else []
@@ -157,6 +157,11 @@ def _again(document: Document) -> str:
     paths = f"{_text(document['run'])} lies in" if document.get("run") else "these paths start from"
     where = f"From the folder that {paths}, with `twa_merge.json` of this folder copied there:"
     return f"## The same again\n\n{where}\n\n{fence}sh\n{line}\n{fence}\n{but}"
+
+
+def _argument(path: str) -> str:
+    """A path that the command line does not take for an option."""
+    return f"./{path}" if path.startswith("-") else path
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

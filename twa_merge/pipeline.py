@@ -192,11 +192,12 @@ def _no_improvement(run: Run, verdict: Verdict) -> NoImprovement:
         compared = f"the best merge, {closest.name}"
     places = decimals([0.0, found.mean, found.low, found.high])
     mean, low, high = (figure(v, places) for v in (found.mean, found.low, found.high))
+    measure = "" if select == "loss" else f" in {select.removeprefix('metric:')}"
     few = "" if found.enough else too_few(found.examples, found.groups)
     return NoImprovement(
         f"{message}; nothing was written.",
         expected="an improvement on the guard split whose 95 % interval lies above zero",
-        found=f"{compared}: {mean} [{low}, {high}]{few}",
+        found=f"{compared}: {mean} [{low}, {high}]{measure}{few}",
         remedy="give more data or other checkpoints, or leave --require-improvement out",
     )
 

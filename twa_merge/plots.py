@@ -6,7 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .document import Document, interval
+from .document import Document
+from .labels import place_labels, touching
 from .numerals import decimals, is_finite, sortable
 from .numerals import figure as written
 from .svg import BLUE, GREEN, INK, ORANGE, draw
@@ -17,12 +18,10 @@ _POSITIVE, _NEGATIVE = (0.16, 0.47, 0.84), (0.88, 0.42, 0.13)
 
 # A loss that lies so many times as far from the least one as the median does is left out.
 _FAR = 12.0
-# Width and height of a short label, as shares of the plane's.
-_LABEL = (0.15, 0.05)
 
 
-def losses(stages: Sequence[tuple[str, Sequence[tuple[int, float]]]]) -> str:
-    """Loss over evaluations, one panel a stage, each value and the best so far."""
+def losses(stages: Sequence[tuple[str, Sequence[tuple[int, float]]]], label: str) -> str:
+    """What the fit lowers over evaluations, one panel a stage, each value and the best so far."""
 
     def paint(figure: Any) -> None:
         panels = figure.subplots(1, len(stages), squeeze=False)[0]
@@ -44,7 +43,7 @@ def losses(stages: Sequence[tuple[str, Sequence[tuple[int, float]]]]) -> str:
             axes.set_title(title, fontsize=10, loc="left")
             axes.set_xlabel("evaluation")
             _whole_numbers(axes.xaxis)
-        panels[0].set_ylabel("fit loss")
+        panels[0].set_ylabel(label)
         marks: dict[str, Any] = {}
         for axes in panels:
             handles, names = axes.get_legend_handles_labels()
@@ -73,7 +72,7 @@ def coefficient_bars(labels: Sequence[str], values: Sequence[float]) -> str:
         for text in axes.get_xticklabels():
             text.set(ha="right" if text.get_rotation() else "center", rotation_mode="anchor")
 
-    return draw("coefficients", 3.3, paint)
+    return draw("coefficients", 2.6 + _slanted(labels), paint)
 
 
 def coefficient_map(
@@ -83,6 +82,8 @@ def coefficient_map(
     top = max((abs(v) for row in rows for v in row), default=0.0) or 1.0
 
     def paint(figure: Any) -> None:
+        from matplotlib.transforms import ScaledTranslation
+
         axes = figure.subplots()
         axes.imshow([[_shade(v / top) for v in row] for row in rows], aspect="auto",
                     interpolation="none")  # fmt: skip
@@ -92,7 +93,9 @@ def coefficient_map(
         axes.tick_params(axis="x", rotation=50)
         for text in axes.get_xticklabels():
             text.set(ha="right", rotation_mode="anchor")
-        scale = axes.inset_axes((0.0, 1.03, 0.35, 0.14 / (0.2 * len(rows) + 0.6)))
+        # In inches from the upper left corner: the layout reckons with as much, however few rows.
+        above = figure.dpi_scale_trans + ScaledTranslation(0, 1, axes.transAxes)
+        scale = axes.inset_axes((0.0, 0.08, 1.8, 0.14), transform=above)
         scale.imshow([[_shade(i / 50 - 1) for i in range(101)]], aspect="auto",
                      extent=(-top, top, 0, 1), interpolation="none")  # fmt: skip
         scale.set(yticks=[], xticks=[-top, 0, top])
@@ -100,41 +103,47 @@ def coefficient_map(
         scale.tick_params(top=True, labeltop=True, bottom=False, labelbottom=False)
         scale.grid(visible=False)
 
-    return draw("coefficients", min(14.0, 1.6 + 0.2 * len(rows)), paint)
+    return draw("coefficients", min(14.0, 1.1 + 0.2 * len(rows) + _slanted(labels)), paint)
 
 
-def candidates(rows: Sequence[Document], chosen: str) -> str:
-    """Guard loss of each candidate with its 95 % interval, and test loss, the best at the top."""
+def candidates(rows: Sequence[Document], chosen: str, measure: str) -> str:
+    """What decided of each candidate on the guard and the test split, the best at the top.
+
+    Args:
+        rows: ``name``, ``guard`` with its 95 % interval ``ci95``, and ``test``; None where unknown.
+        measure: the loss, or the name of a metric.
+    """
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
-        both = any(is_finite(row.get("test_loss")) for row in rows)
-        left, right = _frame(rows)
+        both = any(is_finite(row["test"]) for row in rows)
+        # Only losses explode.
+        left, right = _frame(rows) if measure == "loss" else (-math.inf, math.inf)
         for y, row in enumerate(rows):
-            if (span := interval(row, "guard_ci95")) and is_finite(row.get("guard_loss")):
-                axes.plot(span, [y - 0.14 * both] * 2, color=BLUE, linewidth=1.6, alpha=0.55)
+            if row["ci95"]:
+                axes.plot(row["ci95"], [y - 0.14 * both] * 2, color=BLUE, linewidth=1.6, alpha=0.55)
         for key, offset, colour, marker in (
             ("guard", -0.14 * both, BLUE, "o"),
             ("test", 0.14, ORANGE, "D"),
         ):
-            known = [(y, r) for y, r in enumerate(rows) if is_finite(r.get(f"{key}_loss"))]
+            known = [(y, r) for y, r in enumerate(rows) if is_finite(r[key])]
             if not known:
                 continue
-            axes.plot([r[f"{key}_loss"] for _, r in known], [y + offset for y, _ in known],
-                      marker, color=colour, markersize=5, label=f"{key} loss")  # fmt: skip
-            beyond = [y + offset for y, row in known if row[f"{key}_loss"] > right]
+            axes.plot([r[key] for _, r in known], [y + offset for y, _ in known],
+                      marker, color=colour, markersize=5, label=f"{key} {measure}")  # fmt: skip
+            beyond = [y + offset for y, row in known if row[key] > right]
             axes.plot([right] * len(beyond), beyond, ">", color=colour, markersize=6, clip_on=False)
         if right < math.inf:
             axes.set_xlim(left, right)
             axes.annotate("> beyond the frame", (1, 0), xycoords="axes fraction", ha="right",
                           va="bottom", fontsize=8, xytext=(-8, 3),
                           textcoords="offset points")  # fmt: skip
-        axes.set_yticks(range(len(rows)), [str(row["name"]) for row in rows])
+        axes.set_yticks(range(len(rows)), [row["name"] for row in rows])
         for text, row in zip(axes.get_yticklabels(), rows, strict=True):
             if row["name"] == chosen:
                 text.set(fontweight="bold", color=GREEN)
         axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.set_xlabel("loss")
+        axes.set_xlabel(measure)
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=9)
 
     return draw("candidates", min(12.0, 1.1 + 0.3 * len(rows)), paint)
@@ -142,13 +151,12 @@ def candidates(rows: Sequence[Document], chosen: str) -> str:
 
 def _frame(rows: Sequence[Document]) -> tuple[float, float]:
     """Ends of the axis of losses; infinity where all fit, as they do unless some exploded."""
-    found = [row.get(key) for row in rows for key in ("guard_loss", "test_loss")]
+    found = [row[key] for row in rows for key in ("guard", "test")]
     known = sorted(float(v) for v in found if v is not None and is_finite(v))
     low, middle = known[0], known[len(known) // 2]
     near = low + _FAR * (middle - low)
     # Whatever lies inside the interval of one that is shown is no further off than that.
-    spans = [interval(row, "guard_ci95") for row in rows if sortable(row.get("guard_loss")) <= near]
-    ends = [span[1] for span in spans if span]
+    ends = [row["ci95"][1] for row in rows if row["ci95"] and sortable(row["guard"]) <= near]
     kept = [v for v in known if v <= max([near, *ends])]
     if len(kept) == len(known):
         return -math.inf, math.inf
@@ -168,18 +176,13 @@ def landscape(found: Mapping[str, Any], labels: Sequence[str]) -> str:
         if found.get("path"):
             axes.plot(*_columns(found["path"]), ".-", color=ORANGE, linewidth=1.6, markersize=6,
                       label="path of the fit")  # fmt: skip
-        named = dict(found.get("candidates") or {})
-        for point in named.values():
+        for point in (found.get("candidates") or {}).values():
             axes.plot(*point, "*", color=GREEN, markersize=11)
-        for point, names in _close_together(axes, named):
-            _name(axes, point, ", ".join(names), bold=True)
-        for i in sorted({0, len(points) - 1}):
-            if not any(math.dist(points[i], point) < 1e-6 for point in named.values()):
-                _name(axes, points[i], labels[i])
         axes.grid(visible=False)
         axes.set_xlabel("axis 1, standard deviations of the checkpoints")
         axes.set_ylabel("axis 2")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=9)
+        _name_points(figure, axes, found, labels)
 
     return draw("landscape", 5.0, paint)
 
@@ -203,36 +206,38 @@ def _contours(figure: Any, axes: Any, found: Mapping[str, Any]) -> None:
     axes.set_ylim(min(found["grid_y"]), max(found["grid_y"]))
 
 
-def _close_together(
-    axes: Any, named: Mapping[str, Sequence[float]]
-) -> list[tuple[Sequence[float], list[str]]]:
-    """Points with the names of all around them whose labels would lie on one another."""
-    (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    found: list[tuple[Sequence[float], list[str]]] = []
-    for name, point in named.items():
-        for other, names in found:
-            across = abs(point[0] - other[0]) < _LABEL[0] * (right - left)
-            if across and abs(point[1] - other[1]) < _LABEL[1] * (high - low):
-                names.append(name)
-                break
-        else:
-            found.append((point, [name]))
-    return found
-
-
-def _name(axes: Any, point: Sequence[float], name: str, *, bold: bool = False) -> None:
-    low, high = axes.get_xlim()
-    leftwards = point[0] > (low + high) / 2
-    text = axes.annotate(
-        name,
-        point,
-        xytext=(-7 if leftwards else 7, 6),
-        textcoords="offset points",
-        ha="right" if leftwards else "left",
-        fontsize=9,
-        fontweight="bold" if bold else "normal",
-    )
-    text.set_in_layout(False)
+def _name_points(figure: Any, axes: Any, found: Mapping[str, Any], labels: Sequence[str]) -> None:
+    """Names the candidates, and the first and the last checkpoint where no candidate is there."""
+    named, points = dict(found.get("candidates") or {}), found["points"]
+    # The frame has its size only now.
+    figure.draw_without_rendering()
+    frame, inch = axes.get_window_extent(), figure.dpi / 72
+    levels = [text.get_position() for text in axes.texts]
+    marked = [*named.values(), *points, *(found.get("path") or []), *levels]
+    places = [
+        ((x - frame.x0) / inch, (y - frame.y0) / inch)
+        for x, y in axes.transData.transform(marked).tolist()
+    ]
+    names, stars = list(named), touching(places[: len(named)])
+    texts = {group[0]: ", ".join(names[i] for i in group) for group in stars}
+    for i in sorted({0, len(points) - 1}):
+        if not any(math.dist(points[i], point) < 1e-6 for point in named.values()):
+            texts[len(named) + i] = labels[i]
+    for label in place_labels(texts, places, frame.width / inch, frame.height / inch):
+        text = axes.annotate(
+            label.text,
+            marked[label.point],
+            xytext=label.offset,
+            textcoords="offset points",
+            ha={1: "left", 0: "center", -1: "right"}[label.side],
+            va="center",
+            fontsize=9,
+            fontweight="bold" if label.point < len(named) else "normal",
+            arrowprops={"arrowstyle": "-", "color": INK, "linewidth": 0.5, "shrinkA": 0}
+            if label.far
+            else None,
+        )
+        text.set_in_layout(False)
 
 
 def _columns(points: Sequence[Sequence[float]]) -> tuple[list[float], list[float]]:
@@ -242,6 +247,11 @@ def _columns(points: Sequence[Sequence[float]]) -> tuple[list[float], list[float
 def _shade(share: float) -> tuple[float, float, float, float]:
     colour = _POSITIVE if share >= 0 else _NEGATIVE
     return (*colour, min(1.0, abs(share)))
+
+
+def _slanted(labels: Sequence[str]) -> float:
+    """Inches that labels of 8 points take below an axis, turned by 50 degrees."""
+    return 0.045 * max(map(len, labels))
 
 
 def _label_ticks(axis: Any, labels: Sequence[str], most: int) -> None:
