@@ -2,63 +2,26 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from os import PathLike
 from pathlib import Path
 
 from ..config import Selection
 from ..errors import CheckpointError, listing
-from ..leftovers import DOCUMENT, set_aside, to_restore
 from ..progress import Noted, Progress, silent
 from .base import Checkpoint, reading
 from .contents import require_unquantised, same_weights
-from .folders import (
-    PICKLES,
-    SAFETENSORS,
-    Weights,
-    bare_or_usual,
-    bare_weights,
-    entries,
-    is_model_file,
-    is_training_state,
-    weights_in,
-    whole_model,
-)
-from .foreign import foreign_file, foreign_format, not_whole, parts_of_one_model
+from .folders import is_model_file
+from .found import KINDS, Found, expand
 from .safetensors_files import SafetensorsReader
-from .shards import group_shards
-from .step_names import NamedStep, is_numbered, is_step_folder, named_steps
+from .step_names import NamedStep, is_numbered, named_steps
 from .steps import in_order, select, trainer_step
-from .times import Times
 
-_KINDS = f"Hugging Face folders, {SAFETENSORS} files, or torch.save files ({', '.join(PICKLES)})"
 _ALL = Selection()
 # Lightning's name for a copy of the newest checkpoint.
 _LAST = re.compile(r"last(-v\d+)?\.ckpt")
-
-
-@dataclass(frozen=True)
-class _Found:
-    """A checkpoint that has been found.
-
-    Attributes:
-        path: the folder, or the first file.
-        problem: why it cannot be opened, to be raised if it is chosen.
-        opened: filled early where only the file itself can tell the step.
-        times: when it was saved, as its name says.
-        doubtful: its name has several numbers, and nothing says which of them is the step.
-    """
-
-    path: Path
-    weights: Weights | None = None
-    step: int | None = None
-    problem: CheckpointError | None = None
-    opened: Checkpoint | None = None
-    times: Times = ()
-    doubtful: bool = False
 
 
 def open_checkpoints(
@@ -113,13 +76,13 @@ def open_checkpoints(
         # Path("") is the current folder, which a variable that was never set does not mean.
         raise CheckpointError(
             "A path is empty.",
-            expected=_KINDS,
+            expected=KINDS,
             remedy="check the variable that it came from; the current folder is called .",
         )
     given = [Path(p) for p in paths]
     if not given:
-        raise CheckpointError("No checkpoints were given.", expected=_KINDS)
-    found = _without_copies(_with_steps(_once(_expand(given))), given)
+        raise CheckpointError("No checkpoints were given.", expected=KINDS)
+    found = _without_copies(_with_steps(_once(expand(given))), given)
     listed = len(given) > 1 or not given[0].is_dir()
     opened: list[Checkpoint] = []
     try:
@@ -145,126 +108,12 @@ def is_run(path: str | PathLike[str]) -> bool:
     Raises:
         CheckpointError: there are none, or the path cannot be read.
     """
-    return len(_once(_expand([Path(path)]))) > 1
+    return len(_once(expand([Path(path)]))) > 1
 
 
-def _expand(given: Sequence[Path]) -> list[_Found]:
-    """Every path as the checkpoints that it stands for; shards given one by one as one of them."""
-    given = list(dict.fromkeys(given))
-    for path in given:
-        with reading(path):
-            if not path.exists():
-                raise _missing(path)
-    groups = {group[0]: group for group in group_shards(p for p in given if p.is_file())}
-    found: list[_Found] = []
-    for path in given:
-        if path.is_dir():
-            found += _in_folder(path, alone=len(given) == 1) or _nothing_in(path)
-        elif path in groups or not path.is_file():
-            found.append(_file(path, groups.get(path, (path,))))
-    return _without_parts(found)
-
-
-def _without_parts(found: Sequence[_Found]) -> list[_Found]:
-    """With a problem wherever the file is, by its name, only a part of a model."""
-    first = {f.path: f.weights.files[0] for f in found if f.weights and f.weights.files}
-    problems = {file: problem for file in first.values() if (problem := foreign_file(file))}
-    for parts in parts_of_one_model(list(first.values())):
-        problems = dict.fromkeys(parts, not_whole(parts)) | problems
-    return [replace(f, problem=f.problem or problems.get(first.get(f.path, f.path))) for f in found]
-
-
-def _file(path: Path, group: tuple[Path, ...]) -> _Found:
-    if problem := foreign_file(path):
-        return _Found(path, problem=problem)
-    if path.name.endswith((f"{SAFETENSORS}.index.json", ".bin.index.json")):
-        return _Found(path.parent, Weights((), path))
-    if not path.name.endswith((SAFETENSORS, *PICKLES)) or not path.is_file():
-        raise CheckpointError(
-            "A file is not a checkpoint that can be read.",
-            checkpoint=path,
-            expected=_KINDS,
-            found=(path.suffix or "no suffix") if path.is_file() else "neither file nor folder",
-        )
-    return _Found(path, Weights(group))
-
-
-def _in_folder(folder: Path, *, alone: bool) -> list[_Found]:
-    """The folder itself as a checkpoint, or else those in it."""
-    inside = entries(folder)
-    held = [c for p in inside if p.is_dir() and (c := _child(p))]
-    merges = [c for c in held if (c.path / DOCUMENT).is_file()]
-    children = [c for c in held if c not in merges]
-    whole = whole_model(folder)
-    if whole:
-        steps = [c for c in children if is_step_folder(c.path)]
-        readable = [c for c in steps if not c.problem]
-        return steps if alone and len(readable) > 1 else [_Found(folder, whole)]
-    problem = foreign_format(folder)
-    if not problem and is_step_folder(folder) and all(c.problem for c in children):
-        problem = _foreign(folder)
-    if problem:
-        return [_converted(folder) or _Found(folder, problem=problem)]
-    if len(children) > 1:
-        return children
-    bare = bare_weights([p for p in inside if p.is_file()])
-    if len(bare) == 1 and not children:
-        return [_Found(folder, bare[0])]
-    return children + [_Found(weights.files[0], weights) for weights in bare] or merges
-
-
-def _child(folder: Path) -> _Found | None:
-    """A folder inside a run, if it is a checkpoint or should be one by its name."""
-    if weights := weights_in(folder):
-        return _Found(folder, weights)
-    if problem := _foreign(folder):
-        return _converted(folder) or _Found(folder, problem=problem)
-    if not is_step_folder(folder):
-        return None
-    return _Found(folder, problem=_unclear(folder))
-
-
-def _foreign(folder: Path) -> CheckpointError | None:
-    """What is wrong with the format of a folder, or of one in it, unless it is training state."""
-    places = [folder, *(p for p in entries(folder) if p.is_dir())]
-    problems = (foreign_format(p, folder) for p in places if not is_training_state(p))
-    return next(filter(None, problems), None)
-
-
-def _converted(folder: Path) -> _Found | None:
-    """What a folder in a foreign format has been converted to, in it or beside it by its name."""
-    if weights := bare_or_usual([p for p in entries(folder) if p.is_file()]):
-        return _Found(folder, weights)
-    beside = (folder.parent / f"{folder.name}{suffix}" for suffix in (SAFETENSORS, *PICKLES))
-    file = next((p for p in beside if p.is_file()), None)
-    return _Found(file, Weights((file,))) if file else None
-
-
-def _unclear(folder: Path) -> CheckpointError:
-    inside = entries(folder)
-    several = [w.files[0] for w in bare_weights([p for p in inside if p.is_file()])]
-    for parts in parts_of_one_model(several):
-        return not_whole(parts)
-    if several:
-        message = "It is not clear which file is the checkpoint."
-        remedy = "list the files themselves"
-    else:
-        message = "A folder is named like a checkpoint, but holds no weights."
-        remedy = "list the other checkpoints"
-        if not inside:
-            remedy = f"delete it if its save was interrupted, or {remedy}"
-    return CheckpointError(
-        message,
-        checkpoint=folder,
-        expected=_KINDS,
-        found=listing(p.name for p in inside) or "an empty folder",
-        remedy=remedy,
-    )
-
-
-def _once(found: Sequence[_Found]) -> list[_Found]:
+def _once(found: Sequence[Found]) -> list[Found]:
     """Each place on disk once: a link to another checkpoint of the list gives way to that one."""
-    places: dict[Path, _Found] = {}
+    places: dict[Path, Found] = {}
     for each in found:
         with reading(each.path):
             place = each.path.resolve()
@@ -273,14 +122,14 @@ def _once(found: Sequence[_Found]) -> list[_Found]:
     return list(places.values())
 
 
-def _distinct(found: Sequence[_Found], given: Sequence[Path]) -> list[_Found]:
+def _distinct(found: Sequence[Found], given: Sequence[Path]) -> list[Found]:
     """Without files in a run folder that are called the last, where another one is of its step."""
     lasts = [f for f in found if _LAST.fullmatch(f.path.name) and f.path not in given]
     saved = {(f.path.parent, f.step) for f in found if f not in lasts and f.step is not None}
     return [f for f in found if f not in lasts or (f.path.parent, f.step) not in saved]
 
 
-def _without_copies(found: Sequence[_Found], given: Sequence[Path]) -> list[_Found]:
+def _without_copies(found: Sequence[Found], given: Sequence[Path]) -> list[Found]:
     """Without what is in a run folder under a name without a number, and there again with one."""
     kept = {f.path: f for f in found}
     for f in found:
@@ -295,7 +144,7 @@ def _without_copies(found: Sequence[_Found], given: Sequence[Path]) -> list[_Fou
     return list(kept.values())
 
 
-def _originals(f: _Found, found: Sequence[_Found], given: Sequence[Path]) -> list[_Found]:
+def _originals(f: Found, found: Sequence[Found], given: Sequence[Path]) -> list[Found]:
     """What a checkpoint may be a copy of: those of its run folder with a number, of its step."""
     if f.path in given or is_numbered(f.path):
         return []
@@ -308,19 +157,19 @@ def _originals(f: _Found, found: Sequence[_Found], given: Sequence[Path]) -> lis
     ]
 
 
-def _opened(found: _Found) -> _Found:
+def _opened(found: Found) -> Found:
     try:
         return replace(found, opened=_open(found))
     except CheckpointError as problem:
         return replace(found, problem=problem)
 
 
-def _with_steps(found: Sequence[_Found]) -> list[_Found]:
+def _with_steps(found: Sequence[Found]) -> list[Found]:
     names = named_steps([(f.path, f.weights.files if f.weights else ()) for f in found])
     return [_with_step(f, named) for f, named in zip(found, names, strict=True)]
 
 
-def _with_step(found: _Found, named: NamedStep) -> _Found:
+def _with_step(found: Found, named: NamedStep) -> Found:
     folder = found.path if found.path.is_dir() else found.path.parent
     if (found.path == folder or is_model_file(found.path)) and (written := trainer_step(folder)):
         return replace(found, step=written)
@@ -337,7 +186,7 @@ def _with_step(found: _Found, named: NamedStep) -> _Found:
     return replace(found, step=step, opened=replace(opened, step=step))
 
 
-def _note_doubt(chosen: Sequence[_Found], progress: Progress, *, listed: bool) -> None:
+def _note_doubt(chosen: Sequence[Found], progress: Progress, *, listed: bool) -> None:
     doubtful = [f.path.name for f in chosen if f.doubtful and f.step is None]
     if len(doubtful) > 1:
         how = "as they were given" if listed else "in the order of their names"
@@ -363,7 +212,7 @@ def _note_left_out(opened: Sequence[Checkpoint], progress: Progress) -> None:
         )
 
 
-def _open(found: _Found) -> Checkpoint:
+def _open(found: Found) -> Checkpoint:
     if found.opened:
         return found.opened
     if found.problem or not found.weights:
@@ -390,49 +239,3 @@ def _open(found: _Found) -> Checkpoint:
         checkpoint = Checkpoint(found.path, found.step, kind, SafetensorsReader(files, index))
     require_unquantised(checkpoint)
     return checkpoint
-
-
-def _missing(path: Path) -> CheckpointError:
-    if problem := _moved_aside(path):
-        return problem
-    like_a_hub_id = re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)) is not None
-    return CheckpointError(
-        "There is no such file or folder.",
-        checkpoint=path,
-        expected=_KINDS,
-        remedy=f"if it is the name of a model on the Hub, download it first: hf download {path}"
-        f" --local-dir {path.name}"
-        if like_a_hub_id
-        else "check the path",
-    )
-
-
-def _moved_aside(path: Path) -> CheckpointError | None:
-    """Of a merge that a run was to replace, and was killed before it had."""
-    try:
-        place = Path(os.path.realpath(path))
-        merge = set_aside(place)
-    except (OSError, ValueError):
-        return None
-    if not merge:
-        return None
-    return CheckpointError(
-        "A merge is there under another name: a run that was to replace it was killed.",
-        checkpoint=path,
-        expected="a checkpoint of this name",
-        found=merge,
-        remedy=to_restore(place, merge),
-    )
-
-
-def _nothing_in(folder: Path) -> list[_Found]:
-    if problem := _moved_aside(folder):
-        raise problem
-    deeper = [p for p in entries(folder) if p.is_dir() and _in_folder(p, alone=True)]
-    raise CheckpointError(
-        "There is no checkpoint in this folder.",
-        checkpoint=folder,
-        expected=_KINDS,
-        found=listing(p.name for p in entries(folder)) or "an empty folder",
-        remedy=f"give {listing(str(p) for p in deeper)}" if deeper else "check the path",
-    )
