@@ -7,8 +7,10 @@ their span nor any mean with them in it is of use.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import numpy as np
+from torch import Tensor
 
 from .checkpoints.base import Checkpoint
 from .errors import listing
@@ -16,7 +18,7 @@ from .layout import Layout
 from .progress import Noted, Progress
 from .tensors import as_tensor
 
-# Times the median norm.
+# Ratio of norms from which float32 keeps no more than four digits of the smaller.
 _FAR_LARGER = 1e3
 # Tensors that are looked at, and numbers from the start of each: a training diverges as a whole.
 _TENSORS, _NUMBERS = 64, 4096
@@ -46,6 +48,24 @@ def without_diverged(
     for checkpoint in left_out:
         checkpoint.close()
     return kept
+
+
+def far_apart_in_float32(
+    checkpoints: Sequence[Checkpoint], norms: Tensor, progress: Progress
+) -> bool:
+    """Whether offsets in float32 are too coarse for the smallest checkpoint; says so."""
+    large, small = int(norms.argmax()), int(norms.argmin())
+    if float(norms[large]) <= _FAR_LARGER * float(norms[small]):
+        return False
+    progress(
+        Noted(
+            f"The weights of {checkpoints[large].path} are far larger than those of "
+            f"{checkpoints[small].path}: its training may have diverged. Next to it the others are "
+            "rounded while coefficients are trained, so that leaving it out may give a better "
+            "merge; candidates are compared by the files themselves."
+        )
+    )
+    return True
 
 
 def _norm(checkpoint: Checkpoint, layout: Layout) -> float:

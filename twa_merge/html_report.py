@@ -175,7 +175,7 @@ def _drawn(row: Document, selected: str | None) -> Document:
         guard, test, ends = row.get("guard_loss"), row.get("test_loss"), interval(row, "guard_ci95")
     else:
         # The document has no interval of a metric.
-        guard, test = ((row.get(f"{s}_metrics") or {}).get(selected) for s in ("guard", "test"))
+        guard, test = (metric_of(row, ("", f"{s}_metrics", selected)) for s in ("guard", "test"))
         ends = None
     return {"name": _short(str(row["name"])), "guard": guard, "test": test, "ci95": ends}
 

@@ -105,12 +105,12 @@ def merge(
     with clock.part("open"):
         require_compatible(choices.fit, choices.guard.candidates)
         every = several(open_checkpoints(checkpoints, choices.selection, progress))
-        found = without_diverged(every, make_layout(every), progress)
+        layout = make_layout(every)
+        found = without_diverged(every, layout, progress)
         if len(found) < len(every):
-            checkpoints = [c.path for c in found]
+            checkpoints, layout = [c.path for c in found], make_layout(found)
         # The fit may take hours, and what is written is computed from the files as they are then.
         sources = watched(found, in_place=True)
-        layout = make_layout(found)
         require_directions(choices.fit, len(found), layout)
         require_start(choices.fit, found)
         world = start(choices.engine.device)

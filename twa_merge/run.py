@@ -20,6 +20,7 @@ from .config import (
     parse_subspace,
 )
 from .distributed import World
+from .diverged import far_apart_in_float32
 from .errors import CheckpointError, listing
 from .fit import Fitter
 from .ingest import Grams, ingest
@@ -36,9 +37,6 @@ from .scoring import Jury
 from .store import Store, Work, exact_store, gathering, make_store, this_machine
 from .subspace import root_mean_square
 from .task import Splits, Task
-
-# Ratio of norms from which float32 keeps no more than four digits of the smaller.
-_FAR_APART = 1e3
 
 
 @dataclass
@@ -118,7 +116,7 @@ def set_up(
             still=_still(live, layout),
             check=True, progress=progress,
         )  # fmt: skip
-    far_apart = _far_apart(checkpoints, grams, progress)
+    far_apart = far_apart_in_float32(checkpoints, grams.norms, progress)
     exact = exact_store(store, checkpoints, layout, world, shared=shared, far_apart=far_apart)
     directions, directions_gram = _directions(live, layout, grams, choices), None
     if directions:
@@ -154,23 +152,6 @@ def _still(live: LiveModel, layout: Layout) -> list[str]:
     """
     first = live.tied_groups()
     return [name for name in layout.averaged if live.is_buffer(name) or first.get(name) != name]
-
-
-def _far_apart(checkpoints: Sequence[Checkpoint], grams: Grams, progress: Progress) -> bool:
-    """Whether offsets in float32 are too coarse for the smallest checkpoint; says so."""
-    norms = grams.norms
-    large, small = int(norms.argmax()), int(norms.argmin())
-    if float(norms[large]) <= _FAR_APART * float(norms[small]):
-        return False
-    progress(
-        Noted(
-            f"The weights of {checkpoints[large].path} are far larger than those of "
-            f"{checkpoints[small].path}: its training may have diverged. Next to it the others are "
-            "rounded while coefficients are trained, so that leaving it out may give a better "
-            "merge; candidates are compared by the files themselves."
-        )
-    )
-    return True
 
 
 def several(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
