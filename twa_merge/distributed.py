@@ -130,6 +130,16 @@ class World:
         return parts
 
 
+def is_sharded(tensor: Tensor) -> bool:
+    # Only what is sharded has it; to import DTensor takes a second.
+    return hasattr(tensor, "to_local")
+
+
+def local_rows(tensor: Tensor) -> Tensor:
+    """This rank's rows of a tensor that may be sharded."""
+    return tensor.to_local() if is_sharded(tensor) else tensor  # type: ignore[attr-defined, no-any-return]
+
+
 def start(device: str = "auto", timeout_minutes: float = TIMEOUT_MINUTES) -> World:
     """Joins the process group that ``torchrun`` describes in the environment, if there is one.
 

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from .checkpoints.base import Checkpoint
-from .distributed import World
+from .distributed import World, is_sharded, local_rows
 from .dtypes import Dtype
 from .errors import TaskError
+from .gradient_sums import GradientSums
 from .layout import Layout, require_tensors_alone
 from .matching import extra_states, match_names, renamed_by, require_cover
 from .sharding import Sharded, checkpoint_activations, shard
@@ -41,6 +42,7 @@ class LiveModel:
         module: nn.Module,
         names: Mapping[str, str],
         layout: Layout,
+        sums: GradientSums,
         *,
         whole: Sharded | None = None,
         gathered_once: bool = False,
@@ -48,6 +50,7 @@ class LiveModel:
     ) -> None:
         self.module = module
         self.states_as_built = tuple(states_as_built)
+        self._sums = sums
         self._whole = whole
         self._gathered_once = gathered_once
         self.names = dict(names)
@@ -87,16 +90,16 @@ class LiveModel:
             assert tensor is not None
             if id(tensor) not in seen:
                 seen.add(id(tensor))
-                targets[name] = _local(tensor.detach())
+                targets[name] = local_rows(tensor.detach())
         return targets
 
     def gradients(self) -> dict[str, Tensor]:
         """This rank's rows of the gradients: name → tensor of the same shape as in ``targets``."""
         return {
-            name: _local(parameter.grad.to_dense() if parameter.grad.is_sparse else parameter.grad)
+            name: gradient
             for name in self.targets()
             if (parameter := self._parameters.get(self.names[name])) is not None
-            and parameter.grad is not None
+            and (gradient := self._sums.of(parameter)) is not None
         }
 
     def before_pass(self, *, last: bool) -> None:
@@ -105,6 +108,7 @@ class LiveModel:
         Where the model is gathered once, gradients stay on their ranks until then, and are summed
         over the ranks in that pass.
         """
+        self._sums.before_pass(last=last)
         if self._gathered_once and self._whole is not None:
             self._whole.set_requires_gradient_sync(last)  # type: ignore[operator]
             self._whole.set_reshard_after_backward(last)  # type: ignore[operator]
@@ -127,7 +131,8 @@ class LiveModel:
             ) from error
 
     def zero_gradients(self) -> None:
-        self.module.zero_grad(set_to_none=False)
+        self._sums.clear()
+        self.module.zero_grad()
 
     def copied(self) -> dict[str, Tensor]:
         """Tensors that are not averaged: name → tensor of the module, written to in place."""
@@ -223,6 +228,7 @@ def build(
         module,
         names,
         layout,
+        _gradient_sums(module, whole, world),
         whole=whole,
         gathered_once=once,
         states_as_built=[own for own in own_states if own not in states.values()],
@@ -234,6 +240,14 @@ def build(
         with user_code(f"take the extra state {name}"):
             own_states[own].set_extra_state(tensor_rows(newest, name))
     return live
+
+
+def _gradient_sums(module: nn.Module, whole: Sharded | None, world: World) -> GradientSums:
+    """On a CPU; elsewhere they stay as autograd and FSDP2 make them, in float32."""
+    parameters = list(module.parameters()) if world.device.type == "cpu" else []
+    sharded = [p for p in parameters if world.size > 1 and is_sharded(p)]
+    own = [p for p in parameters if not (world.size > 1 and is_sharded(p))]
+    return GradientSums(own, sharded, whole.sums_over_ranks if whole is not None else ())
 
 
 def _build_module(task: Task, meta: bool) -> nn.Module:
@@ -323,8 +337,3 @@ def parameters_on_meta() -> Iterator[None]:
 
 def _without_numbers(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    # Only what is sharded has it; to import DTensor takes a second.
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor

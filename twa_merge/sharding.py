@@ -13,6 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from .distributed import World, ensure_group
 from .errors import TaskError, listing
+from .gradient_sums import SumOverRanks
 from .layers import gathered_layers, numbers, outermost
 from .task import Task
 
@@ -32,6 +33,7 @@ class Sharded(nn.Module):
     Attributes:
         layer_numel: numbers in the largest layer that is gathered by itself, and in what is
             gathered with the root.
+        sums_over_ranks: of the gradients of each part, on a CPU.
     """
 
     def __init__(self, module: nn.Module, world: World, narrow: bool) -> None:
@@ -40,6 +42,7 @@ class Sharded(nn.Module):
         self.order = _Order(world)
         self._autocast = torch.autocast(world.device.type, torch.bfloat16, enabled=narrow)
         self.layer_numel = (0, 0)
+        self.sums_over_ranks: list[SumOverRanks] = []
 
     def forward(self, use: Callable[[nn.Module], T], kind: str) -> T:
         """What ``use`` makes of the module.
@@ -207,6 +210,9 @@ def shard(
         part.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
         # Experts and heads that this rank's batch does without may be in use on another.
         part.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
+        if world.device.type == "cpu":
+            whole.sums_over_ranks.append(SumOverRanks())
+            part.set_custom_reduce_scatter(whole.sums_over_ranks[-1])  # type: ignore[operator]
     return whole
 
 
