@@ -212,7 +212,8 @@ def agree_with_sums(fast, tiles: Tiles, numbers: Tensor) -> None:
     u, n, width = numbers.shape
     g, c, beta = random_vectors(u, n, width)
     x = numbers.double()
-    close(fast.project(tiles, g).double(), torch.einsum("unt,ut->un", x, g.double()), 1e-6)
+    for row in (width, 1):  # a tile of one row, and of many
+        close(fast.project(tiles, g, row), torch.einsum("unt,ut->un", x, g.double()), 1e-6)
     out = torch.full_like(c, float("nan"))
     fast.combine(tiles, c, beta, torch.tensor([0.5]), out)
     expected = 0.5 * c.double() + torch.einsum("unt,n->ut", x, beta.double())
@@ -255,7 +256,7 @@ def test_c_kernels_give_the_same_on_any_number_of_threads(dtype, monkeypatch):
         monkeypatch.setattr(torch, "get_num_threads", lambda count=threads: count)
         out = torch.empty_like(c)
         Native(dtype).combine(tiles, c, beta, torch.tensor([1.0]), out)
-        found.append((Native(dtype).project(tiles, g), out))
+        found.append((Native(dtype).project(tiles, g, 1), out))
     assert torch.equal(found[0][0], found[1][0])
     assert torch.equal(found[0][1], found[1][1])
 
@@ -352,7 +353,7 @@ def test_a_second_width_in_one_process_makes_no_size_but_the_first_dynamic(monke
     torch._dynamo.reset()
     for dtype in ("float32", "int8"):
         tiles, _ = tiles_of(dtype, 5, 4, tile_width(dtype))
-        Fused(dtype, torch.device("cpu")).project(tiles, random_vectors(4, 5, tiles.width)[0])
+        Fused(dtype, torch.device("cpu")).project(tiles, random_vectors(4, 5, tiles.width)[0], 1)
     torch._dynamo.reset()
     assert dynamic == [1, 1]
 
@@ -400,7 +401,7 @@ def test_a_compiler_that_hangs_is_ended_with_all_it_has_started(tmp_path, monkey
     tiles, _ = tiles_of("float32", 3, 2, 128)
     start = time.monotonic()
     with pytest.raises(OSError, match="longer than"):
-        Native("float32").project(tiles, torch.zeros(2, 128))
+        Native("float32").project(tiles, torch.zeros(2, 128), 128)
     assert time.monotonic() - start < 30
     # On a busy machine a process that has been killed ends when it gets its turn.
     psutil.wait_procs(_running(int(child.read_text())), timeout=20)
@@ -423,15 +424,16 @@ def test_float32_products_keep_six_digits_over_a_million_numbers(tmp_path):
     assert torch.equal(found, big.store().project(gradients))
 
 
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("dtype", WIDTHS)
-def test_where_the_rows_of_ranks_begin_does_not_show(offsets, dtype):
+def test_where_the_rows_of_ranks_begin_does_not_show(offsets, dtype, compiled):
     gradients, alphas = offsets.gradients(), alphas_of(len(offsets.blocks))
     whole, sums = targets_like(offsets.states[0]), 0.0
-    one = offsets.store(dtype=dtype)
+    one = offsets.store(dtype=dtype, compiled=compiled)
     one.combine(alphas, whole)
     for rank in range(3):
         world = World(rank=rank, size=3)
-        store = offsets.store(dtype=dtype, world=world)
+        store = offsets.store(dtype=dtype, world=world, compiled=compiled)
 
         def mine(tensors, world=world):
             rows = {k: v if v.dim() else v[None] for k, v in tensors.items()}

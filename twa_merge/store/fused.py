@@ -53,7 +53,7 @@ class Fused:
     def takes(self, tiles: Tiles) -> bool:
         return tiles.width == tile_width(self._dtype) and len(tiles) >= _FEWEST_TILES
 
-    def project(self, tiles: Tiles, gradient: Tensor) -> Tensor:
+    def project(self, tiles: Tiles, gradient: Tensor, row: int) -> Tensor:
         """⟨Δ_i, g⟩ of every tile: gradient (u, T) float32 → (u, n) float32."""
         args = (tiles.data, tiles.scales, gradient, self._dtype, _TOGETHER)
         return in_order(self._call(self._project, *args))

@@ -1,8 +1,8 @@
 """Project and combine on tiles of offsets, in every width.
 
-Sums are taken over pieces of a tile in float32 and over tiles in float64, always in the same order;
-the eager way of a CPU takes all of them in float64, so that they hardly hang on where the rows of
-the ranks begin.
+Sums are always taken in the same order. On a CPU they hardly hang on where the rows of the ranks
+begin either: they are in float64, in the fast way over all but pieces of a row. On a GPU they are
+in float32 within a tile.
 
 There is a fast way, compiled at the first use (in C on a CPU, by ``torch.compile`` on a GPU), and
 an eager one for small stores, odd tiles and machines without a compiler.
@@ -57,9 +57,13 @@ class Kernels:
         if compiled:
             self._fast = Native(dtype) if device.type == "cpu" else Fused(dtype, device)
 
-    def project(self, tiles: Tiles, gradient: Tensor) -> Tensor:
-        """⟨Δ_i, g⟩ over the tiles: gradient (u, T) float32 → (n,) float64 on the device."""
-        found = self._try(lambda fast: fast.project(tiles, gradient), tiles)
+    def project(self, tiles: Tiles, gradient: Tensor, row: int) -> Tensor:
+        """⟨Δ_i, g⟩ over the tiles: gradient (u, T) float32 → (n,) float64 on the device.
+
+        Args:
+            row: numbers that there is room for in a row of the tensor.
+        """
+        found = self._try(lambda fast: fast.project(tiles, gradient, row), tiles)
         sums = self._project_eagerly(tiles, gradient) if found is None else found
         return sums.sum(0, dtype=torch.float64)
 

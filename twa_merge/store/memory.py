@@ -101,10 +101,12 @@ class MemoryStore:
                 continue
             held = self._complete(name, gradient.numel())
             kernels = self._kernels[held.dtype]
-            flat = held.rows.widened(gradient.detach().reshape(-1))
-            row = sums[self.blocks.index[name]]
+            rows = held.rows
+            flat = rows.widened(gradient.detach().reshape(-1))
+            found = sums[self.blocks.index[name]]
             for part, tiles, where in self._pieces(held):
-                row += kernels.project(tiles, _filled_up(flat[where], part.tiles.width))
+                here = _filled_up(flat[where], part.tiles.width)
+                found += kernels.project(tiles, here, rows.room)
         return sums.cpu()
 
     def combine(self, alphas: Tensor, targets: Mapping[str, Tensor]) -> None:

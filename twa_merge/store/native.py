@@ -49,12 +49,18 @@ class Native:
     def takes(self, tiles: Tiles) -> bool:
         return True
 
-    def project(self, tiles: Tiles, gradient: Tensor) -> Tensor:
-        """⟨Δ_i, g⟩ of every tile: gradient (u, T) float32 → (u, n) float32."""
+    def project(self, tiles: Tiles, gradient: Tensor, row: int) -> Tensor:
+        """⟨Δ_i, g⟩ of every tile: gradient (u, T) float32 → (u, n) float64.
+
+        Args:
+            row: numbers in a row of the tensor.
+        """
         gradient = gradient.contiguous()
-        sums = torch.empty(len(tiles), tiles.data.shape[-2], dtype=torch.float32)
+        sums = torch.empty(len(tiles), tiles.data.shape[-2], dtype=torch.float64)
         call = getattr(_library(), f"project_{self._dtype}")
-        call(*_offsets(tiles), _place(gradient), _place(sums), *_sizes(tiles))
+        *sizes, threads = _sizes(tiles)
+        place = c_void_p(sums.data_ptr())
+        call(*_offsets(tiles), _place(gradient), place, *sizes, c_ssize_t(row), threads)
         return sums
 
     def combine(
