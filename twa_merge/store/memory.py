@@ -139,10 +139,11 @@ class MemoryStore:
     def _ready(self) -> None:
         """Makes the kernels for every width that is held, once all is."""
         if not self._kernels:
-            numbers = self._n * sum(held.rows.total for held in self._held.values())
             compiled = self._compiled
             if compiled is None:
-                compiled = worth_compiling(numbers, self._device)
+                # Of all ranks: sums are not to hang on how many there are.
+                whole = [e.info.numel for e in self._layout.entries.values() if e.averaged]
+                compiled = worth_compiling(self._n * sum(whole), self._device)
             for dtype in {held.dtype for held in self._held.values()}:
                 # Rows too short to be packed are few: not worth the compiler's time.
                 fast = compiled and dtype == self._dtype

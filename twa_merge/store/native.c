@@ -116,15 +116,8 @@ INLINE void add(doubles sums[2], floats v) {
 /* ---- Plain numbers: one offset of a tile after the other. ---- */
 
 INLINE floats some_float32(const float *from) { return load(from); }
-INLINE float one_float32(const float *from) { return *from; }
 INLINE floats some_bfloat16(const uint16_t *from) {
     return (floats)(unsigned_halves(from) << 16);
-}
-INLINE float one_bfloat16(const uint16_t *from) {
-    uint32_t bits = (uint32_t)*from << 16;
-    float number;
-    memcpy(&number, &bits, sizeof number);
-    return number;
 }
 
 /* Combining goes from offset to offset a piece at a time, which no processor sees coming: the next
@@ -133,6 +126,11 @@ enum { LINE = 64 };
 #define FETCH(from) __builtin_prefetch(from, 0, 2)
 
 #define PLAIN(dtype, Number)                                                                       \
+    INLINE floats few_##dtype(const Number *from, ptrdiff_t count) {                               \
+        Number filled[WIDTH] = {0};                                                                \
+        memcpy(filled, from, count * sizeof *from);                                                \
+        return some_##dtype(filled);                                                               \
+    }                                                                                              \
     INLINE void project_tile_##dtype(const Number *data, const float *scales,                      \
                                      const float *gradient, double *sums, ptrdiff_t n,             \
                                      ptrdiff_t width, ptrdiff_t row) {                             \
@@ -155,8 +153,11 @@ enum { LINE = 64 };
                         ptrdiff_t at = j + k * WIDTH;                                              \
                         add(a[k], some_##dtype(data + at) * load(gradient + at));                  \
                     }                                                                              \
+            for (; j < width; j += WIDTH) {                                                        \
+                ptrdiff_t count = width - j < WIDTH ? width - j : WIDTH;                           \
+                add(a[0], few_##dtype(data + j, count) * few_float32(gradient + j, count));        \
+            }                                                                                      \
             double sum = 0;                                                                        \
-            for (; j < width; j++) sum += one_##dtype(data + j) * gradient[j];                     \
             for (int k = 0; k < CHAINS; k++) sum += added_up(a[k][0] + a[k][1]);                   \
             sums[i] = sum;                                                                         \
         }                                                                                          \
@@ -177,10 +178,12 @@ enum { LINE = 64 };
             }                                                                                      \
             for (int k = 0; k < CHAINS; k++) store(out + j + k * WIDTH, a[k]);                     \
         }                                                                                          \
-        for (; j < width; j++) {                                                                   \
-            out[j] = total * centre[j];                                                            \
+        for (; j < width; j += WIDTH) {                                                            \
+            ptrdiff_t count = width - j < WIDTH ? width - j : WIDTH;                               \
+            floats a = total * few_float32(centre + j, count);                                     \
             for (ptrdiff_t i = 0; i < n; i++)                                                      \
-                out[j] += beta[i] * one_##dtype(data + i * width + j);                             \
+                a += beta[i] * few_##dtype(data + i * width + j, count);                           \
+            memcpy(out + j, &a, count * sizeof *out);                                              \
         }                                                                                          \
     }
 PLAIN(float32, float)
