@@ -424,16 +424,22 @@ def test_float32_products_keep_six_digits_over_a_million_numbers(tmp_path):
     assert torch.equal(found, big.store().project(gradients))
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("dtype", WIDTHS)
-def test_where_the_rows_of_ranks_begin_does_not_show(offsets, dtype, compiled):
+@pytest.mark.parametrize(
+    "made",
+    [
+        {"kind": "disk"},
+        *({"dtype": dtype, "compiled": compiled} for dtype in WIDTHS for compiled in (False, True)),
+    ],
+    ids=str,
+)
+def test_where_the_rows_of_ranks_begin_does_not_show(offsets, made):
     gradients, alphas = offsets.gradients(), alphas_of(len(offsets.blocks))
     whole, sums = targets_like(offsets.states[0]), 0.0
-    one = offsets.store(dtype=dtype, compiled=compiled)
+    one = offsets.store(**made)
     one.combine(alphas, whole)
     for rank in range(3):
         world = World(rank=rank, size=3)
-        store = offsets.store(dtype=dtype, world=world, compiled=compiled)
+        store = offsets.store(world=world, **made)
 
         def mine(tensors, world=world):
             rows = {k: v if v.dim() else v[None] for k, v in tensors.items()}

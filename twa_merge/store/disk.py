@@ -17,7 +17,7 @@ from .base import held_name, row_of
 # Bytes of all checkpoints together that are read ahead of the arithmetic.
 READ_AHEAD = 64 << 20
 _SLICES_AHEAD = 4
-# Numbers of all checkpoints together in one step: their float32 copy stays in a core's cache.
+# Numbers of all checkpoints together in one step: their float64 copy stays in a core's cache.
 _STEP = 1 << 18
 
 
@@ -74,11 +74,9 @@ class DiskStore:
         given = {name: g for name, g in gradients.items() if g is not None}
         for name, gradient, start, rows in self._pass(given):
             flat = gradient.detach().reshape(-1)[start : start + rows[0].numel()]
-            # float32 differences of float32 numbers lose nothing, of float64 numbers they do.
-            wide = torch.float64 if rows[0].dtype == torch.float64 else torch.float32
-            flat = flat.to("cpu", wide)
+            flat = flat.to("cpu", torch.float64)
             step = max(1, _STEP // n)
-            offsets = torch.empty(n, min(step, flat.numel()), dtype=wide)
+            offsets = torch.empty(n, min(step, flat.numel()), dtype=torch.float64)
             for a in range(0, flat.numel(), step):
                 g = flat[a : a + step]
                 here = offsets[:, : g.numel()]
