@@ -1,4 +1,4 @@
-"""Gradients of many batches, added up in float64 on a CPU and rounded once.
+"""Gradients of many batches, added up in float64 on a CPU, to be rounded once.
 
 In float32 a sum hangs on its order, and so on how many processes add to it. That difference, 1e-8
 of a gradient, grows to 1e-3 of a coefficient in fits of networks with kinks (ReLUs), whose
@@ -91,12 +91,11 @@ class GradientSums:
             part.last = last
 
     def of(self, parameter: nn.Parameter) -> Tensor | None:
-        """This rank's rows of the sum in the parameter's dtype; None where nothing depends on it.
+        """This rank's rows of the sum, float64 or float32; None where nothing depends on it.
 
         After the last pass of an evaluation.
         """
         if parameter in self._sums:
-            self._sums[parameter] = self._sums[parameter].to(parameter.dtype)
             return self._sums[parameter]
         return None if parameter.grad is None else _rows(parameter.grad)
 

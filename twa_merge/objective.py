@@ -209,11 +209,11 @@ class Engine:
 
 
 def _inner(one: Tensor, other: Tensor) -> Tensor:
-    """⟨one, other⟩ in float64, piece by piece: the copies would be twice the model."""
+    """⟨one, other⟩ of float32 numbers in float64, by pieces: copies would be twice the model."""
     pieces = zip(one.reshape(-1).split(_PIECE), other.reshape(-1).split(_PIECE), strict=True)
     # Infinities that all checkpoints share are no part of the subspace.
     return torch.stack(
-        [a.double().nan_to_num_(posinf=0.0, neginf=0.0) @ b.double() for a, b in pieces]
+        [a.double().nan_to_num_(posinf=0.0, neginf=0.0) @ b.float().double() for a, b in pieces]
     ).sum()
 
 

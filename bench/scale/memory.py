@@ -104,7 +104,7 @@ def whole_merge(options: argparse.Namespace, width: int) -> None:
     run = make_run(options.folder, width, options.layers, options.checkpoints)
     merge(
         [run],
-        Layers(width, options.layers, examples=16),
+        Layers(width, options.layers, examples=64),
         options.folder / f"merged-{width}",
         data_config=DataConfig(batch_size=4),
         fit=FitConfig(blocks="global", ridge=0.01, max_evaluations=4),

@@ -52,8 +52,8 @@ class Store(Protocol):
         """s_i = ⟨Δ_i, g⟩ by block, over this rank's rows only.
 
         Args:
-            gradients: tensor → this rank's rows of ∇_w, on the store's device. A missing tensor,
-                or None, counts as zero.
+            gradients: tensor → this rank's rows of ∇_w, on the store's device, rounded to float32
+                where they are wider. A missing tensor, or None, counts as zero.
 
         Returns:
             (B, n) float64 on the CPU; the sum over the ranks is the caller's.

@@ -102,7 +102,7 @@ class MemoryStore:
             held = self._complete(name, gradient.numel())
             kernels = self._kernels[held.dtype]
             rows = held.rows
-            flat = rows.widened(gradient.detach().reshape(-1))
+            flat = rows.widened(gradient.detach().reshape(-1).float())
             found = sums[self.blocks.index[name]]
             for part, tiles, where in self._pieces(held):
                 here = _filled_up(flat[where], part.tiles.width)
@@ -188,11 +188,11 @@ class MemoryStore:
 
 
 def _filled_up(numbers: Tensor, width: int) -> Tensor:
-    """Flat numbers → (u, width) float32, zeros at the end where they do not come out even."""
+    """Flat numbers → (u, width), zeros at the end where they do not come out even."""
     tiles = -(-numbers.numel() // width)
     if tiles * width == numbers.numel():
-        return numbers.view(tiles, width).float()
-    padded = numbers.new_zeros(tiles * width, dtype=torch.float32)
+        return numbers.view(tiles, width)
+    padded = numbers.new_zeros(tiles * width)
     padded[: numbers.numel()] = numbers
     return padded.view(tiles, width)
 

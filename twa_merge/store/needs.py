@@ -26,11 +26,13 @@ def model_bytes(
     shared: Mapping[str, bool],
     layer_numel: tuple[int, int] | None,
     *,
+    on_cpu: bool,
     whole_model: bool = False,
 ) -> dict[str, int]:
-    """The model's bytes by kind, one of ``size`` processes: float32 throughout.
+    """The model's bytes by kind, one of ``size`` processes: float32, but for sums on a CPU.
 
     Args:
+        on_cpu: gradients of all batches are added up in float64.
         shared: tensors that every rank holds whole.
         layer_numel: numbers in the largest layer that is gathered by itself, and in what is not;
             None goes by the tensors' names.
@@ -49,7 +51,7 @@ def model_bytes(
         gathered = 2 * sum(e.info.numel for e in entries if e.in_subspace) + layer
     return {
         "parameters": 4 * parameters + copied,
-        "gradients": 4 * trained,
+        "gradients": (8 if on_cpu else 4) * trained,
         "gathered model" if whole_model else "gathered layer": 4 * gathered if size > 1 else 0,
     }
 

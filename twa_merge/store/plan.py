@@ -175,6 +175,7 @@ class _Planner:
             machine.size,
             self.shared,
             self.work.layer_numel,
+            on_cpu=machine.device_type == "cpu",
             whole_model=self.work.whole_model,
         )
         memory["activations"] = self.work.activations
