@@ -115,3 +115,11 @@ def _environ(process: psutil.Process) -> dict[str, str]:
         return process.environ() if "twa_merge_cli" in " ".join(process.cmdline()) else {}
     except psutil.Error:
         return {}
+
+
+def distance(one: dict | list, other: dict | list) -> float:
+    """The largest difference between two sets of coefficients."""
+    if isinstance(one, dict):
+        assert list(one) == list(other)
+        return max(distance(one[key], other[key]) for key in one)
+    return max(abs(a - b) for a, b in zip(one, other, strict=True))

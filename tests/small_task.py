@@ -42,10 +42,10 @@ def task(data: str | None = None) -> Small:
     return Small(data)
 
 
-def train(folder: Path, checkpoints: int = 6, seed: int = 0) -> None:
+def train(folder: Path, checkpoints: int = 6, seed: int = 0, of: type[Small] = Small) -> None:
     """A real run: SGD at a rate that is too high, a checkpoint every ten steps."""
     torch.manual_seed(seed)
-    data = Small("7")
+    data = of("7")
     model = data.build_model()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
     states = []

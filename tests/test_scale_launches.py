@@ -12,6 +12,7 @@ import pytest
 from launches import (
     TASK,
     command,
+    distance,
     document,
     environment,
     here,
@@ -129,13 +130,6 @@ def test_bf16_passes_in_one_process_and_in_two(merged):
     for a, b in zip(one, two, strict=True):
         # Passes of other rows round otherwise.
         assert distance(a["coefficients"], b["coefficients"]) < 1e-3
-
-
-def distance(one: dict | list, other: dict | list) -> float:
-    if isinstance(one, dict):
-        assert list(one) == list(other)
-        return max(distance(one[key], other[key]) for key in one)
-    return max(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
 def interruptible(output: Path, *arguments: object) -> list[object]:

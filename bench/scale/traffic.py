@@ -4,8 +4,8 @@
 
 Both sides run in real processes under torchrun, on the same checkpoints and the same batches. Every
 operation of torch.distributed that carries tensors is counted where it is called, FSDP2's own
-included. Bytes are those that a rank sends in a ring of k: all-gather and reduce-scatter
-(k − 1) / k of the whole, all-reduce twice that.
+included. Bytes are those that a rank sends in a ring of k: all-gather, reduce-scatter and
+all-to-all (k − 1) / k of the whole, all-reduce twice that.
 
 "step" is one batch on every rank and one update. "evaluation" is loss and gradient over the whole
 fit split: of ours one update, of the paper's scheme either one step a round of batches, as its
@@ -59,6 +59,7 @@ class Counted(TorchDispatchMode):
         "_allgather_base_": (1.0, 0),
         "reduce_scatter_": (1.0, 1),
         "_reduce_scatter_base_": (1.0, 1),
+        "alltoall_base_": (1.0, 1),
         "broadcast_": (1.0, 0),
     }
 
