@@ -136,7 +136,7 @@ def test_the_checkpoints_own_width():
     assert plan_for(gpus(memory=100), dtype=DTYPES["float16"]).dtype == "float32"
     assert plan_for(gpus(memory=100)).dtype == "bfloat16"
     # Where there is room the offsets are exact.
-    for roomy in (gpus(memory=200), Machine(1, 1, "cpu", None, 200 * GB)):
+    for roomy in (gpus(memory=200), Machine(1, 1, "cpu", None, 220 * GB)):
         plan = plan_for(roomy)
         assert (plan.kind, plan.dtype, plan.machine, plan.advice) == (
             "device",
@@ -154,6 +154,8 @@ def test_a_cpu_has_one_memory():
     plan = plan_for(Machine(2, 2, "cpu", None, 100 * GB))
     assert (plan.kind, plan.dtype, dict(plan.device)) == ("device", "bfloat16", {})
     assert plan.host["offsets"] == 2 * N * NUMBERS // 2
+    # Sums of all batches' gradients are in float64 there.
+    assert plan.host["gradients"] == 8 * NUMBERS // 2
     # Both processes share the node.
     assert plan_for(Machine(2, 2, "cpu", None, 50 * GB)).dtype == "int8"
     assert plan_for(Machine(2, 1, "cpu", None, 50 * GB)).dtype == "bfloat16"

@@ -128,8 +128,7 @@ def test_bf16_passes_in_one_process_and_in_two(merged):
     # Not of the chosen one: a checkpoint has the same coefficients whatever was fitted.
     assert "twa" in {row["name"] for row in one}
     for a, b in zip(one, two, strict=True):
-        # Passes of other rows round otherwise.
-        assert distance(a["coefficients"], b["coefficients"]) < 1e-3
+        assert distance(a["coefficients"], b["coefficients"]) < 1e-5
 
 
 def interruptible(output: Path, *arguments: object) -> list[object]:

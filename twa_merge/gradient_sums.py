@@ -16,6 +16,9 @@ from torch import Tensor, nn
 
 from .distributed import local_rows
 
+# Numbers added at a time: their float64 copy stays in a core's cache.
+_PIECE = 1 << 18
+
 
 class SumOverRanks:
     """FSDP2's reduce-scatter of one group of parameters, for all passes of an evaluation.
@@ -47,9 +50,10 @@ class SumOverRanks:
         received = torch.empty_like(input_tensor)
         dist.all_to_all_single(received, input_tensor, group=group)
         total = self._sum
+        if total is None:
+            total = torch.zeros_like(output_tensor, dtype=torch.float64)
         for rows in received.view(dist.get_world_size(group), -1):
-            total = rows.double() if total is None else total.add_(rows)
-        assert total is not None
+            _add_up(total, rows)
         if self.last:
             output_tensor.copy_(total)
         else:
@@ -71,17 +75,25 @@ class GradientSums:
         sharded: Collection[nn.Parameter] = (),
         over_ranks: Collection[SumOverRanks] = (),
     ) -> None:
+        self._own = [parameter for parameter in own if parameter.requires_grad]
         self._over_ranks = over_ranks
         self._sums: dict[Tensor, Tensor] = {}
         self._last = True
-        for parameters, hook in ((own, self._add), (sharded, self._drop)):
-            for parameter in parameters:
-                if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(hook)
+        for parameter in self._own:
+            parameter.register_post_accumulate_grad_hook(self._add)
+        for parameter in sharded:
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._drop)
 
     def clear(self) -> None:
-        """Forgets all sums, and passes of an evaluation that never came to its last one."""
-        self._sums.clear()
+        """Forgets all gradients, those of an evaluation that never came to its end included."""
+        for parameter in self._own:
+            if parameter in self._sums:
+                self._sums[parameter].zero_()
+            else:
+                # Before any pass: among what passes take and free they would leave holes.
+                rows = local_rows(parameter.detach())
+                self._sums[parameter] = torch.zeros_like(rows, dtype=torch.float64)
         for part in self._over_ranks:
             part.clear()
 
@@ -101,14 +113,20 @@ class GradientSums:
 
     def _add(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
-        rows, known = _rows(parameter.grad), self._sums.get(parameter)
-        self._sums[parameter] = rows.double() if known is None else known.add_(rows)
+        _add_up(self._sums[parameter], _rows(parameter.grad))
         parameter.grad = None
 
     def _drop(self, parameter: Tensor) -> None:
         # Zeros, which would take memory until the end of the pass.
         if not self._last:
             parameter.grad = None
+
+
+def _add_up(total: Tensor, rows: Tensor) -> None:
+    """Adds float32 ``rows`` to ``total`` in float64, in place."""
+    # All at once torch would make a float64 copy of them first: six times slower.
+    for to, part in zip(total.view(-1).split(_PIECE), rows.reshape(-1).split(_PIECE), strict=True):
+        to.add_(part)
 
 
 def _rows(gradient: Tensor) -> Tensor:
