@@ -354,6 +354,68 @@ def test_a_loss_without_gradients_is_explained(tmp_path):
     assert not out.exists()
 
 
+class Backbone(LinearTask):
+    """The checkpoints share their first layer; batches of ``without`` depend on that alone.
+
+    Notes which parameters ask for gradients in each use of the loss.
+    """
+
+    without = ()
+
+    def __init__(self):
+        super().__init__()
+        self.asked: list[tuple[bool, ...]] = []
+
+    def build_model(self):
+        return nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 4))
+
+    def states(self, n):
+        first = states_of(1, shapes={"0.weight": (6, 6), "0.bias": (6,)}, scale=0.3)[0]
+        shapes = {"1.weight": (4, 6), "1.bias": (4,)}
+        return [first | own for own in states_of(n, shapes=shapes, scale=0.3)]
+
+    def loss(self, model, batch):
+        if torch.is_grad_enabled():
+            self.asked.append(tuple(p.requires_grad for p in model.parameters()))
+        if len(self.asked) in self.without:
+            return model[0](batch[0]).square().mean(1)
+        return super().loss(model, batch)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_no_gradients_are_taken_of_what_all_checkpoints_share(tmp_path):
+    """A frozen backbone costs a fit no backward pass, and changes nothing in it."""
+    task, whole = Backbone(), Backbone()
+    save_run(tmp_path / "run", task.states(4))
+    fit = FitConfig(blocks="tensors", ridge=0.01)
+    found = merge([tmp_path / "run"], task, tmp_path / "merged", fit=fit)
+    assert set(task.asked) == {(False, False, True, True)}
+    # Of the paper's uncentred span the shared layer is a part.
+    linear = FitConfig(blocks="global", ridge=0.01, span="linear")
+    merge([tmp_path / "run"], whole, tmp_path / "linear", fit=linear)
+    assert set(whole.asked) == {(True,) * 4}
+    patch = pytest.MonkeyPatch()
+    patch.setattr("twa_merge.model.LiveModel.freeze", lambda self, names: None)
+    thawed = merge([tmp_path / "run"], task, tmp_path / "thawed", fit=fit)
+    patch.undo()
+    assert thawed["coefficients"] == found["coefficients"]
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_a_batch_may_depend_on_nothing_that_differs(tmp_path):
+    """As where experts are chosen of which one alone was tuned."""
+    task = Backbone()
+    task.without = (2,)
+    save_run(tmp_path / "run", task.states(4))
+    data = DataConfig(batch_size=16)
+    fit = FitConfig(blocks="global", ridge=0.01)
+    merge([tmp_path / "run"], task, tmp_path / "merged", fit=fit, data_config=data)
+    assert task.asked[1:3] == [(False, False, True, True), (True,) * 4]
+    task.loss = torch.no_grad()(task.loss)
+    with pytest.raises(TaskError, match="does not depend on the model's parameters"):
+        merge([tmp_path / "run"], task, tmp_path / "out", fit=fit, data_config=data)
+
+
 def test_a_fit_that_is_nan_everywhere_returns_its_base(tmp_path):
     class Nan(LinearTask):
         def loss(self, model, batch):

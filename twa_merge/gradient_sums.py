@@ -75,25 +75,23 @@ class GradientSums:
         sharded: Collection[nn.Parameter] = (),
         over_ranks: Collection[SumOverRanks] = (),
     ) -> None:
-        self._own = [parameter for parameter in own if parameter.requires_grad]
+        self._own = own
         self._over_ranks = over_ranks
         self._sums: dict[Tensor, Tensor] = {}
         self._last = True
-        for parameter in self._own:
-            parameter.register_post_accumulate_grad_hook(self._add)
-        for parameter in sharded:
-            if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(self._drop)
+        for parameters, hook in ((own, self._add), (sharded, self._drop)):
+            for parameter in parameters:
+                if parameter.requires_grad:
+                    parameter.register_post_accumulate_grad_hook(hook)
 
     def clear(self) -> None:
         """Forgets all gradients, those of an evaluation that never came to its end included."""
+        for known in self._sums.values():
+            known.zero_()
+        # Before any pass: among what passes take and free they would leave holes.
         for parameter in self._own:
-            if parameter in self._sums:
-                self._sums[parameter].zero_()
-            else:
-                # Before any pass: among what passes take and free they would leave holes.
-                rows = local_rows(parameter.detach())
-                self._sums[parameter] = torch.zeros_like(rows, dtype=torch.float64)
+            if parameter.requires_grad:
+                self._sum_of(parameter)
         for part in self._over_ranks:
             part.clear()
 
@@ -113,8 +111,14 @@ class GradientSums:
 
     def _add(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
-        _add_up(self._sums[parameter], _rows(parameter.grad))
+        _add_up(self._sum_of(parameter), _rows(parameter.grad))
         parameter.grad = None
+
+    def _sum_of(self, parameter: Tensor) -> Tensor:
+        if parameter not in self._sums:
+            rows = local_rows(parameter.detach())
+            self._sums[parameter] = torch.zeros_like(rows, dtype=torch.float64)
+        return self._sums[parameter]
 
     def _drop(self, parameter: Tensor) -> None:
         # Zeros, which would take memory until the end of the pass.

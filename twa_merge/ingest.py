@@ -54,6 +54,11 @@ class Grams:
         squares = self.centre + 2.0 * self.cross + self.exact.sum(0).diagonal()
         return squares.clamp(min=0.0).sqrt()
 
+    @property
+    def constant(self) -> list[str]:
+        """Tensors that are the same in all checkpoints, as those of a frozen backbone are."""
+        return [name for name, gram in zip(self.names, self.exact, strict=True) if not gram.any()]
+
     def by_block(self, blocks: Blocks) -> Tensor:
         """(B, n, n): tensors of one block added up."""
         where = torch.tensor([blocks.index[name] for name in self.names])

@@ -6,7 +6,7 @@ that is all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -50,6 +50,7 @@ class LiveModel:
     ) -> None:
         self.module = module
         self.states_as_built = tuple(states_as_built)
+        self._frozen: list[nn.Parameter] = []
         self._sums = sums
         self._whole = whole
         self._gathered_once = gathered_once
@@ -133,6 +134,25 @@ class LiveModel:
     def zero_gradients(self) -> None:
         self._sums.clear()
         self.module.zero_grad()
+
+    def freeze(self, names: Iterable[str]) -> None:
+        """Takes no gradients of these tensors, until ``thaw``.
+
+        For one process: of several, some might come to nothing that is left to take gradients of,
+        while others sum up theirs.
+        """
+        for name in names:
+            parameter = self._parameters.get(self.names.get(name, ""))
+            if parameter is not None and parameter.requires_grad:
+                parameter.requires_grad_(False)
+                self._frozen.append(parameter)
+
+    def thaw(self) -> bool:
+        """Takes gradients of everything again; returns whether any were not taken."""
+        found, self._frozen = self._frozen, []
+        for parameter in found:
+            parameter.requires_grad_(True)
+        return bool(found)
 
     def copied(self) -> dict[str, Tensor]:
         """Tensors that are not averaged: name → tensor of the module, written to in place."""

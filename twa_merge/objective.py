@@ -118,18 +118,29 @@ class Engine:
             rounds = -(-len(batches.parts(chosen)) // self.world.size)
             for number, (positions, batch, counts) in enumerate(batches.rounds(chosen), 1):
                 self.live.before_pass(last=number == rounds)
-                with batches.use(positions, batch) as own:
-                    losses = self.losses_of(own, len(positions))
-                    _require_gradient(losses)
-                    with user_code("compute gradients"):
-                        self.live.backward(losses.sum() * (float(counts) / len(chosen)))
+                share = float(counts) / len(chosen)
+                losses = self._add_gradients(batches, positions, batch, share)
                 if counts:
-                    total += losses.detach().double().sum().cpu()
+                    total += losses.double().sum().cpu()
         products = self.store.project(self.live.gradients())
         if uncentred:
             products = products + self._along_centre(alphas, products)[:, None]
         packed = self.world.sum(torch.cat([total.reshape(1), products.reshape(-1)]))
         return float(packed[0]) / len(chosen), packed[1:].reshape(products.shape)
+
+    def _add_gradients(
+        self, batches: Batches, positions: Sequence[int], batch: Any, share: float
+    ) -> Tensor:
+        """Adds ``share`` of the gradients of a batch's losses, which it returns."""
+        with batches.use(positions, batch) as own:
+            losses = self.losses_of(own, len(positions))
+            if losses.requires_grad or not self.live.thaw():
+                _require_gradient(losses)
+                with user_code("compute gradients"):
+                    self.live.backward(losses.sum() * share)
+                return losses.detach()
+        # Of tensors alone that all checkpoints share, or of none: now it will show.
+        return self._add_gradients(batches, positions, batch, share)
 
     @torch.no_grad()
     def _along_centre(self, alphas: Tensor, products: Tensor) -> Tensor:

@@ -119,6 +119,8 @@ def set_up(
     far_apart = far_apart_in_float32(checkpoints, grams.norms, progress)
     exact = exact_store(store, checkpoints, layout, world, shared=shared, far_apart=far_apart)
     directions, directions_gram = _directions(live, layout, grams, choices), None
+    if world.size == 1 and choices.fit.span == "affine" and not directions:
+        live.freeze(grams.constant)
     if directions:
         with clock.part("random directions"):
             directions_gram = directions.gram(world, progress)
