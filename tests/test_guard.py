@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
+from runs import LinearTask, save_run
 
+from twa_merge import merge
 from twa_merge.candidates import Candidate, single
 from twa_merge.guard import Scored, first_unless_beaten, improvement, pick
+from twa_merge.task import split
 from twa_merge.verdict import best_of, best_single_of, winner_of
 
 
@@ -180,3 +185,17 @@ def test_a_bold_choice_has_to_beat_a_mixture_by_what_groups_differ():
     assert winner_of([scored("twa", losses, 7), blend], "loss").name == "twa"
     blend.groups = groups
     assert winner_of([scored("twa", losses, 7, groups=groups), blend], "loss").name == "blend"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_examples_without_a_finite_loss_do_not_spoil_the_choice(tmp_path):
+    """No fit is to be had with them, but the others still tell the fixed ways apart."""
+    task = LinearTask(examples=80)
+    task.y[split(task, 0.25, 0).fit.indices[:2]] = torch.nan
+    save_run(tmp_path / "run", task.states(6))
+    document = merge([tmp_path / "run"], task, tmp_path / "merged")
+    rows = document["candidates"]
+    assert all(math.isfinite(row["selection_loss"]) for row in rows)
+    best = min(rows, key=lambda row: row["selection_loss"])
+    assert document["chosen"] in (best["name"], "blend")
+    assert document["chosen"] not in ("last", "best_single")

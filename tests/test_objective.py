@@ -401,6 +401,58 @@ def test_no_gradients_are_taken_of_what_all_checkpoints_share(tmp_path):
     assert thawed["coefficients"] == found["coefficients"]
 
 
+class Inner(LinearTask):
+    """A loss that takes gradients for itself, all of the model's among them."""
+
+    def loss(self, model, batch):
+        losses = super().loss(model, batch)
+        if torch.is_grad_enabled():
+            super().loss(model, batch).sum().backward()
+            assert all(p.grad is not None for p in model.parameters())
+            model.zero_grad()
+        return losses
+
+
+def test_gradients_that_a_loss_takes_for_itself_are_its_own(tmp_path):
+    save_run(tmp_path, LinearTask().states(3))
+    found = []
+    for task in (LinearTask(), Inner()):
+        engine, _, batches = engine_for(task, tmp_path)
+        engine.losses_of((task.x, task.y), len(task.x))  # before any sum was begun
+        alphas = torch.full((1, 3), 1 / 3, dtype=torch.float64)
+        found.append(engine.loss_and_products(alphas, batches, range(batches.size)))
+    assert found[0][0] == found[1][0]
+    assert torch.equal(found[0][1], found[1][1])
+
+
+class OwnNoise(LinearTask):
+    generator = torch.Generator().manual_seed(0)
+
+    def loss(self, model, batch):
+        losses = super().loss(model, batch)
+        return losses * torch.rand(len(losses), generator=self.generator)
+
+
+class BatchMean(LinearTask):
+    def loss(self, model, batch):
+        return super().loss(model, batch).mean().expand(len(batch[0]))
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(
+    ("task", "said"),
+    [(OwnNoise, "generator of its own"), (BatchMean, "have the same loss"), (LinearTask, "")],
+)
+def test_losses_that_are_not_what_they_seem_are_told(tmp_path, task, said):
+    save_run(tmp_path / "run", task().states(3))
+    notes = []
+    fit, guard = FitConfig(blocks="global", ridge=0.1), GuardConfig(candidates="last,twa")
+    merge([tmp_path / "run"], task(), tmp_path / "m", fit=fit, guard=guard, progress=notes.append)
+    told = [e.text for e in notes if isinstance(e, Noted) and "loss" in e.text]
+    assert len(told) == bool(said)
+    assert all(said in text for text in told)
+
+
 @pytest.mark.usefixtures("undrawn")
 def test_a_batch_may_depend_on_nothing_that_differs(tmp_path):
     """As where experts are chosen of which one alone was tuned."""

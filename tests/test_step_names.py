@@ -147,6 +147,16 @@ def test_stored_steps_go_before_times_beside_a_copy_without_either(tmp_path: Pat
     assert read(tmp_path) == ([*names[::-1], "final.pt"], [100, 200, 300, UNKNOWN])
 
 
+def test_several_of_one_step_are_told_unless_they_were_listed(tmp_path: Path) -> None:
+    paths = save(tmp_path / "run", ["model_50.pt", "ema_50.pt", "model_60.pt", "ema_60.pt"])
+    notes: list[str] = []
+    assert read(tmp_path / "run", notes=notes)[1] == [50, 50, 60, 60]
+    (note,) = notes
+    assert "ema_50.pt, model_50.pt of step 50" in note
+    read(*paths, notes=notes)
+    assert len(notes) == 1
+
+
 def test_times_in_names_of_several_kinds(tmp_path: Path) -> None:
     names = ["tagger_2026-01-05.pt", "again_2026-01-06.pt", "20260107.pt", "latest.pt"]
     save(tmp_path, names)

@@ -7,14 +7,15 @@ activations change sides in one of two such fits. In float64 it is below what fl
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .distributed import local_rows
+from .distributed import World, local_rows
 
 # Numbers added at a time: their float64 copy stays in a core's cache.
 _PIECE = 1 << 18
@@ -79,6 +80,7 @@ class GradientSums:
         self._over_ranks = over_ranks
         self._sums: dict[Tensor, Tensor] = {}
         self._last = True
+        self._adding = False
         for parameters, hook in ((own, self._add), (sharded, self._drop)):
             for parameter in parameters:
                 if parameter.requires_grad:
@@ -100,19 +102,41 @@ class GradientSums:
         for part in self._over_ranks:
             part.last = last
 
+    @contextmanager
+    def adding(self) -> Iterator[None]:
+        """Gradients count inside; those that a loss takes for itself are its own."""
+        self._adding = True
+        try:
+            yield
+        finally:
+            self._adding = False
+
+    def join(self, world: World) -> None:
+        """Sums up what is not sharded over the ranks: rank zero has the sums, the others zeros.
+
+        Each rank's part rounded by itself would not come to the same.
+        """
+        if world.size == 1 or not self._sums:
+            return
+        sums = list(self._sums.values())
+        totals = world.sum(torch.cat([known.reshape(-1) for known in sums]))
+        parts = totals.split([known.numel() for known in sums])
+        for known, part in zip(sums, parts, strict=True):
+            known.copy_(part.view_as(known) if world.is_zero else torch.zeros_like(known))
+
     def of(self, parameter: nn.Parameter) -> Tensor | None:
         """This rank's rows of the sum, float64 or float32; None where nothing depends on it.
 
-        After the last pass of an evaluation.
+        After the last pass of an evaluation, and ``join``.
         """
         if parameter in self._sums:
             return self._sums[parameter]
         return None if parameter.grad is None else _rows(parameter.grad)
 
     def _add(self, parameter: Tensor) -> None:
-        assert parameter.grad is not None
-        _add_up(self._sum_of(parameter), _rows(parameter.grad))
-        parameter.grad = None
+        if self._adding and parameter.grad is not None:
+            _add_up(self._sum_of(parameter), local_rows(parameter.grad))
+            parameter.grad = None
 
     def _sum_of(self, parameter: Tensor) -> Tensor:
         if parameter not in self._sums:
@@ -128,9 +152,16 @@ class GradientSums:
 
 def _add_up(total: Tensor, rows: Tensor) -> None:
     """Adds float32 ``rows`` to ``total`` in float64, in place."""
-    # All at once torch would make a float64 copy of them first: six times slower.
-    for to, part in zip(total.view(-1).split(_PIECE), rows.reshape(-1).split(_PIECE), strict=True):
-        to.add_(part)
+    if rows.is_sparse:
+        rows = rows.coalesce()
+        total.index_add_(0, rows.indices()[0], rows.values().double())
+    elif rows.numel() <= _PIECE:
+        total.add_(rows)
+    else:
+        # All at once torch would make a float64 copy of them first: six times slower.
+        pieces = total.view(-1).split(_PIECE), rows.reshape(-1).split(_PIECE)
+        for to, part in zip(*pieces, strict=True):
+            to.add_(part)
 
 
 def _rows(gradient: Tensor) -> Tensor:

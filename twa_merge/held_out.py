@@ -23,15 +23,20 @@ class Soups:
 
     def __init__(self, run: Run) -> None:
         self._fitter = run.fitter
-        self._sample = range(min(run.fitter.limit, _GREEDY_EXAMPLES))
-        self._losses = torch.stack(
-            [run.fitter.losses(single(run.n, i)[None], self._sample) for i in range(run.n)]
+        sample = range(min(run.fitter.limit, _GREEDY_EXAMPLES))
+        losses = torch.stack(
+            [run.fitter.losses(single(run.n, i)[None], sample) for i in range(run.n)]
         )
+        # An example without a finite loss of any checkpoint would decide nothing, and spoil all.
+        finite = losses.isfinite().any(0)
+        self._sample = [p for p in sample if finite[p]]
+        self._losses = losses[:, finite]
 
     def without(self, unseen: Collection[int]) -> Candidate:
         """The soup that is chosen without the examples at these positions."""
-        kept = [p for p in self._sample if p not in unseen]
-        return greedy(self._losses[:, kept].mean(1), lambda a: self._fitter.score(a, kept))
+        columns = [i for i, p in enumerate(self._sample) if p not in unseen]
+        kept = [self._sample[i] for i in columns]
+        return greedy(self._losses[:, columns].mean(1), lambda a: self._fitter.score(a, kept))
 
 
 class HeldOut:
@@ -51,6 +56,7 @@ class HeldOut:
         last = fitted[-1].path if known else None
         self.parts = last.parts[: last.folds] if last else []
         self.groups = last.unseen_groups if last and self.parts else None
+        self._kept: Tensor | None = None
         self._losses: dict[str, Tensor] = {}
         self._alphas: dict[str, list[Tensor]] = {}
         if last is None or not self.parts:
@@ -76,7 +82,21 @@ class HeldOut:
 
     def judge(self, item: Scored) -> None:
         """Adds its losses on the parts."""
-        item.unseen, item.unseen_groups = self._losses_on_parts(item), self.groups
+        losses = self._losses_on_parts(item)
+        item.unseen = losses if self._kept is None else losses[self._kept]
+        item.unseen_groups = self.groups
+
+    def leave_out_broken(self, items: Sequence[Scored]) -> None:
+        """Leaves out the examples of which no judged candidate has a finite loss.
+
+        They tell none from another, and the mean of all losses would be finite for none.
+        """
+        losses = torch.stack([item.unseen for item in items if item.unseen is not None])
+        self._kept = losses.isfinite().any(0)
+        if self.groups is not None:
+            self.groups = self.groups[self._kept]
+        for item, found in zip(items, losses, strict=True):
+            item.unseen, item.unseen_groups = found[self._kept], self.groups
 
     def _losses_on_parts(self, item: Scored) -> Tensor:
         """One after the other, (M,)."""

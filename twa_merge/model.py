@@ -43,6 +43,7 @@ class LiveModel:
         names: Mapping[str, str],
         layout: Layout,
         sums: GradientSums,
+        world: World,
         *,
         whole: Sharded | None = None,
         gathered_once: bool = False,
@@ -52,6 +53,7 @@ class LiveModel:
         self.states_as_built = tuple(states_as_built)
         self._frozen: list[nn.Parameter] = []
         self._sums = sums
+        self._world = world
         self._whole = whole
         self._gathered_once = gathered_once
         self.names = dict(names)
@@ -95,7 +97,11 @@ class LiveModel:
         return targets
 
     def gradients(self) -> dict[str, Tensor]:
-        """This rank's rows of the gradients: name → tensor of the same shape as in ``targets``."""
+        """This rank's rows of the gradients: name → tensor of the same shape as in ``targets``.
+
+        A collective, once after the last pass of an evaluation.
+        """
+        self._sums.join(self._world)
         return {
             name: gradient
             for name in self.targets()
@@ -121,7 +127,8 @@ class LiveModel:
             TaskError: gradients of two widths meet where the model is gathered once.
         """
         try:
-            loss.backward()  # type: ignore[no-untyped-call]
+            with self._sums.adding():
+                loss.backward()  # type: ignore[no-untyped-call]
         except AssertionError as error:
             if not (self._gathered_once and "uniform gradient dtype" in str(error)):
                 raise
@@ -249,6 +256,7 @@ def build(
         names,
         layout,
         _gradient_sums(module, whole, world),
+        world,
         whole=whole,
         gathered_once=once,
         states_as_built=[own for own in own_states if own not in states.values()],

@@ -41,6 +41,7 @@ from .guard import Scored, improvement, pick
 from .html_report import html_report
 from .landscape import landscape
 from .layout import dtype_named, make_layout
+from .loss_check import check_losses
 from .model_card import model_card
 from .numerals import decimals, figure
 from .output_folder import record, state_folder
@@ -133,6 +134,7 @@ def merge(
         progress(Noted(f"Continuing: {log.resumed} evaluations are known from {log.folder}."))
     run = set_up(found, layout, chosen_task, splits, world, choices, log, clock, progress)
     require_metric(run)
+    check_losses(run)
     with clock.part("fit"):
         fitted = train_stages(run)
     with clock.part("guard"):

@@ -26,6 +26,8 @@ class RandomStore:
         self.blocks: Blocks = store.blocks
         self._store, self._directions = store, directions
         self._n, self._world = n, world
+        # Pieces begin where this rank's rows do, which is not to show on a CPU.
+        self._wide = torch.float64 if world.device.type == "cpu" else torch.float32
 
     @property
     def names(self) -> list[str]:
@@ -47,7 +49,8 @@ class RandomStore:
         given = {name: g for name, g in gradients.items() if g is not None}
         for flat, pieces in self._pieces(given):
             for where, signs in pieces:
-                along += signs @ flat[where].float()
+                numbers = flat[where].float().to(self._wide)
+                along += signs.to(self._wide) @ numbers
         random = self._directions.scale * along.cpu()
         return torch.cat([self._store.project(gradients), random[None]], 1)
 
@@ -56,9 +59,10 @@ class RandomStore:
         gamma = alphas[0, self._n :].to(self._world.device) * self._directions.scale
         if not gamma.any():
             return
+        gamma = gamma.float().to(self._wide)
         for flat, pieces in self._pieces(targets):
             for where, signs in pieces:
-                flat[where] += gamma.float() @ signs
+                flat[where] += gamma @ signs.to(self._wide)
 
     def _pieces(
         self, tensors: Mapping[str, Tensor]

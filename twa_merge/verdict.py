@@ -107,6 +107,7 @@ def _cross_validate(run: Run, scored: Sequence[Scored], held_out: HeldOut) -> No
     for item in scored:
         held_out.judge(item)
         run.progress(Advanced())
+    held_out.leave_out_broken(scored)
 
 
 def _mixture(

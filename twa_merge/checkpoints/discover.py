@@ -61,8 +61,8 @@ def open_checkpoints(
 
     Args:
         selection: which of them take part; see ``Selection``.
-        progress: is told of names with several numbers, none of which is known to be the step, and
-            of weights in pickles that are left out.
+        progress: is told of names with several numbers, none of which is known to be the step, of
+            several checkpoints of one step, and of weights in pickles that are left out.
 
     Returns:
         At least one checkpoint, the newest last. The caller closes them.
@@ -90,6 +90,8 @@ def open_checkpoints(
         for each in chosen:
             opened.append(_open(each))
         _note_doubt(chosen, progress, listed=listed)
+        if not listed:
+            _note_same_step(chosen, progress)
         _note_left_out(opened, progress)
         return opened
     except BaseException:
@@ -197,6 +199,24 @@ def _note_doubt(chosen: Sequence[Found], progress: Progress, *, listed: bool) ->
                 f"{doubtful[-1]}, and --from-step and --to-step do not know them. If that is not "
                 "the order of training, list the files in it, or call them step_100.pt and the "
                 "like."
+            )
+        )
+
+
+def _note_same_step(chosen: Sequence[Found], progress: Progress) -> None:
+    """As raw and averaged weights of one moment are, side by side in one run folder."""
+    of: dict[int, list[str]] = {}
+    for each in chosen:
+        if each.step is not None:
+            of.setdefault(each.step, []).append(each.path.name)
+    several = {step: names for step, names in of.items() if len(names) > 1}
+    if several:
+        step, names = next(iter(several.items()))
+        progress(
+            Noted(
+                f"Several checkpoints are of one step ({listing(names)} of step {step}): all of "
+                "them take part, in this order. If some are averages of the others, or of another "
+                "run, name the files that are meant."
             )
         )
 
