@@ -206,8 +206,12 @@ def _note_doubt(chosen: Sequence[Found], progress: Progress, *, listed: bool) ->
 def _note_same_step(chosen: Sequence[Found], progress: Progress) -> None:
     """As raw and averaged weights of one moment are, side by side in one run folder."""
     of: dict[int, list[str]] = {}
+    # Names that differ in their numbers alone count something within the step.
+    kinds: set[tuple[int, str]] = set()
     for each in chosen:
-        if each.step is not None:
+        kind = re.sub(r"\d+", "", each.path.name)
+        if each.step is not None and (each.step, kind) not in kinds:
+            kinds.add((each.step, kind))
             of.setdefault(each.step, []).append(each.path.name)
     several = {step: names for step, names in of.items() if len(names) > 1}
     if several:
