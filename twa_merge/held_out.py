@@ -36,7 +36,11 @@ class Soups:
         """The soup that is chosen without the examples at these positions."""
         columns = [i for i, p in enumerate(self._sample) if p not in unseen]
         kept = [self._sample[i] for i in columns]
-        return greedy(self._losses[:, columns].mean(1), lambda a: self._fitter.score(a, kept))
+
+        def score(alphas: Tensor) -> float:
+            return self._fitter.score(alphas, kept) if kept else math.inf
+
+        return greedy(self._losses[:, columns].mean(1), score)
 
 
 class HeldOut:
