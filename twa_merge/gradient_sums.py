@@ -72,10 +72,12 @@ class GradientSums:
 
     def __init__(
         self,
+        world: World,
         own: Collection[nn.Parameter],
         sharded: Collection[nn.Parameter] = (),
         over_ranks: Collection[SumOverRanks] = (),
     ) -> None:
+        self._world = world
         self._own = own
         self._over_ranks = over_ranks
         self._sums: dict[Tensor, Tensor] = {}
@@ -111,18 +113,21 @@ class GradientSums:
         finally:
             self._adding = False
 
-    def join(self, world: World) -> None:
+    def join(self) -> None:
         """Sums up what is not sharded over the ranks: rank zero has the sums, the others zeros.
 
         Each rank's part rounded by itself would not come to the same.
         """
-        if world.size == 1 or not self._sums:
+        if self._world.size == 1 or not self._sums:
             return
         sums = list(self._sums.values())
-        totals = world.sum(torch.cat([known.reshape(-1) for known in sums]))
+        totals = self._world.sum(torch.cat([known.reshape(-1) for known in sums]))
         parts = totals.split([known.numel() for known in sums])
         for known, part in zip(sums, parts, strict=True):
-            known.copy_(part.view_as(known) if world.is_zero else torch.zeros_like(known))
+            if self._world.is_zero:
+                known.copy_(part.view_as(known))
+            else:
+                known.zero_()
 
     def of(self, parameter: nn.Parameter) -> Tensor | None:
         """This rank's rows of the sum, float64 or float32; None where nothing depends on it.

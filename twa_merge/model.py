@@ -43,7 +43,6 @@ class LiveModel:
         names: Mapping[str, str],
         layout: Layout,
         sums: GradientSums,
-        world: World,
         *,
         whole: Sharded | None = None,
         gathered_once: bool = False,
@@ -53,7 +52,6 @@ class LiveModel:
         self.states_as_built = tuple(states_as_built)
         self._frozen: list[nn.Parameter] = []
         self._sums = sums
-        self._world = world
         self._whole = whole
         self._gathered_once = gathered_once
         self.names = dict(names)
@@ -101,7 +99,7 @@ class LiveModel:
 
         A collective, once after the last pass of an evaluation.
         """
-        self._sums.join(self._world)
+        self._sums.join()
         return {
             name: gradient
             for name in self.targets()
@@ -256,7 +254,6 @@ def build(
         names,
         layout,
         _gradient_sums(module, whole, world),
-        world,
         whole=whole,
         gathered_once=once,
         states_as_built=[own for own in own_states if own not in states.values()],
@@ -275,7 +272,7 @@ def _gradient_sums(module: nn.Module, whole: Sharded | None, world: World) -> Gr
     parameters = list(module.parameters()) if world.device.type == "cpu" else []
     sharded = [p for p in parameters if world.size > 1 and is_sharded(p)]
     own = [p for p in parameters if not (world.size > 1 and is_sharded(p))]
-    return GradientSums(own, sharded, whole.sums_over_ranks if whole is not None else ())
+    return GradientSums(world, own, sharded, whole.sums_over_ranks if whole is not None else ())
 
 
 def _build_module(task: Task, meta: bool) -> nn.Module:
