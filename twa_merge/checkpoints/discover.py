@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
@@ -13,7 +14,7 @@ from ..errors import CheckpointError, listing
 from ..progress import Noted, Progress, silent
 from .base import Checkpoint, reading
 from .contents import require_unquantised, same_weights
-from .folders import is_model_file
+from .folders import is_model_file, whole_model
 from .found import KINDS, Found, expand
 from .safetensors_files import SafetensorsReader
 from .step_names import NamedStep, is_numbered, named_steps
@@ -41,9 +42,8 @@ def open_checkpoints(
       (folders with a ``twa_merge.json``), unless there is nothing else.
 
     A Trainer's output folder is both: it has the final model and ``checkpoint-*`` folders. Given
-    alone, with two or more of those, it means them and not the final model, which is the last of
-    them again (to have it nevertheless, name its file). Given among other paths it means the
-    final model.
+    alone, with two or more of those, it means them and not the final model, which is one of
+    them again, or else is told. Given among other paths it means the final model.
 
     So it is with the ``last.ckpt`` of Lightning: of the same step as another checkpoint of the run
     it is that one again. Any other checkpoint of a run folder without a number in its name
@@ -62,7 +62,8 @@ def open_checkpoints(
     Args:
         selection: which of them take part; see ``Selection``.
         progress: is told of names with several numbers, none of which is known to be the step, of
-            several checkpoints of one step, and of weights in pickles that are left out.
+            several checkpoints of one step, and of weights that are left out: beside a model's in
+            pickles, and a final model that is none of the checkpoints again.
 
     Returns:
         At least one checkpoint, the newest last. The caller closes them.
@@ -92,6 +93,7 @@ def open_checkpoints(
         _note_doubt(chosen, progress, listed=listed)
         if not listed:
             _note_same_step(chosen, progress)
+            _note_model_of_run(given[0], found, progress)
         _note_left_out(opened, progress)
         return opened
     except BaseException:
@@ -223,6 +225,39 @@ def _note_same_step(chosen: Sequence[Found], progress: Progress) -> None:
                 "run, name the files that are meant."
             )
         )
+
+
+def _note_model_of_run(run: Path, found: Sequence[Found], progress: Progress) -> None:
+    """Of a last model, of a step without a checkpoint, which some trainings leave there."""
+    weights = whole_model(run)
+    if not weights or any(f.path == run for f in found):
+        return
+    model = _opened(Found(run, weights)).opened
+    if not model:
+        return
+    if not _holds(found, model):
+        file = (weights.index or weights.files[0]).name
+        progress(
+            Noted(
+                f"{file} in the run's own folder holds other weights than its checkpoints, and is "
+                "left out. If it is the end of the training, list them in order, the folder last: "
+                f"$(ls -dv {shlex.quote(str(run))}/checkpoint-*) {shlex.quote(str(run))}"
+            )
+        )
+    model.close()
+
+
+def _holds(found: Sequence[Found], model: Checkpoint) -> bool:
+    for each in reversed(found):
+        other = each.opened or _opened(each).opened
+        if not other:
+            continue
+        same = same_weights(model, other)
+        if not each.opened:
+            other.close()
+        if same:
+            return True
+    return False
 
 
 def _note_left_out(opened: Sequence[Checkpoint], progress: Progress) -> None:
