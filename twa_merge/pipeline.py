@@ -12,7 +12,7 @@ from typing import Any
 from . import report
 from .agreement import require_shared_place
 from .candidates import SINGLES
-from .checkpoints import open_checkpoints
+from .checkpoints import Checkpoint, open_checkpoints
 from .checkpoints.watchful import watched
 from .choices import (
     Choices,
@@ -146,26 +146,36 @@ def merge(
         raise _no_improvement(run, verdict)
     with clock.part("report"):
         documents = _documents(run, document, fitted, verdict)
-    alphas = verdict.winner.candidate.alphas.numpy()
-    if run.directions and alphas.shape[1] > run.n:
-        sources, alphas = run.directions.among(sources, alphas)
     with clock.part("write"):
-        write_merge(
-            sources,
-            layout,
-            run.blocks,
-            alphas,
-            target,
-            dtype=run.jury.dtype,
-            overrides=_statistics(run, verdict.winner),
-            documents=documents,
-            overwrite=choices.out.overwrite,
-            world=world,
-            progress=progress,
-        )
+        _write(run, verdict, sources, target, documents)
     log.remove()
     document["timings"] = clock.rounded()
     return document
+
+
+def _write(
+    run: Run,
+    verdict: Verdict,
+    sources: Sequence[Checkpoint],
+    target: Path,
+    documents: Mapping[str, str],
+) -> None:
+    alphas = verdict.winner.candidate.alphas.numpy()
+    if run.directions and alphas.shape[1] > run.n:
+        sources, alphas = run.directions.among(sources, alphas)
+    write_merge(
+        sources,
+        run.layout,
+        run.blocks,
+        alphas,
+        target,
+        dtype=run.jury.dtype,
+        overrides=_statistics(run, verdict.winner),
+        documents=documents,
+        overwrite=run.choices.out.overwrite,
+        world=run.world,
+        progress=run.progress,
+    )
 
 
 def _judge(run: Run, fitted: Sequence[Fitted]) -> Verdict:
