@@ -7,7 +7,7 @@ import queue
 from collections import deque
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ from .store.base import Store
 from .stream import RowSlice, blame, row_slices
 from .subspace import GramAccumulator, add_up
 from .tensors import as_tensor
+from .threads import one_thread_each
 
 # Numbers of all checkpoints worked on at a time by one thread.
 _PIECE = 1 << 18
@@ -277,17 +278,6 @@ class _Buffer:
         """The offsets rounded to float32, in place."""
         single = self._single[: offsets.numel()].view(offsets.shape)
         return offsets.copy_(single.copy_(offsets))
-
-
-@contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Operations inside, and in threads that start inside, keep to the thread that calls them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _numel(layout: Layout, cut: RowSlice) -> int:

@@ -7,6 +7,7 @@ that is all of them.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -23,6 +24,7 @@ from .matching import extra_states, match_names, renamed_by, require_cover
 from .sharding import Sharded, checkpoint_activations, shard
 from .task import Task
 from .tensors import tensor_rows, torch_dtype
+from .threads import one_thread_each
 from .user_code import user_code
 
 T = TypeVar("T")
@@ -35,6 +37,8 @@ class LiveModel:
         module: in evaluation mode, float parameters in float32.
         names: checkpoint tensor → name in the module; tensors the module lacks are left out.
         states_as_built: extra states that the module would take and the checkpoints lack.
+        small_batches: one thread works through each, however many there are. What torch adds up
+            within a batch then hangs on their number no more.
     """
 
     def __init__(
@@ -50,6 +54,7 @@ class LiveModel:
     ) -> None:
         self.module = module
         self.states_as_built = tuple(states_as_built)
+        self.small_batches = False
         self._frozen: list[nn.Parameter] = []
         self._sums = sums
         self._whole = whole
@@ -65,7 +70,11 @@ class LiveModel:
         Args:
             kind: on several processes, every use of one kind has to come to the same layers.
         """
-        return use(self.module) if self._whole is None else self._whole(use, kind)
+        with self._threads():
+            return use(self.module) if self._whole is None else self._whole(use, kind)
+
+    def _threads(self) -> AbstractContextManager[None]:
+        return one_thread_each() if self.small_batches else nullcontext()
 
     @property
     def layer_numel(self) -> tuple[int, int] | None:
@@ -125,7 +134,7 @@ class LiveModel:
             TaskError: gradients of two widths meet where the model is gathered once.
         """
         try:
-            with self._sums.adding():
+            with self._threads(), self._sums.adding():
                 loss.backward()  # type: ignore[no-untyped-call]
         except AssertionError as error:
             if not (self._gathered_once and "uniform gradient dtype" in str(error)):

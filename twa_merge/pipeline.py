@@ -48,6 +48,7 @@ from .output_folder import record, state_folder
 from .progress import Noted, Progress, silent
 from .resume import EvaluationLog
 from .run import Run, fingerprint, require_agreement, set_up, several
+from .small_batches import settle_threads
 from .stages import train_stages
 from .svg import can_draw
 from .task import Task
@@ -134,6 +135,7 @@ def merge(
         progress(Noted(f"Continuing: {log.resumed} evaluations are known from {log.folder}."))
     run = set_up(found, layout, chosen_task, splits, world, choices, log, clock, progress)
     require_metric(run)
+    settle_threads(run)
     check_losses(run)
     with clock.part("fit"):
         fitted = train_stages(run)
