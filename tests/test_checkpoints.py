@@ -372,3 +372,27 @@ def test_an_empty_path_is_not_the_current_folder(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="empty"):
         open_checkpoints(paths)
+
+
+def test_step_zero_is_a_step(tmp_path: Path) -> None:
+    for name, step in (("mid", 500), ("init", 0), ("end", 1000)):
+        put(tmp_path / name / "model.safetensors")
+        state = json.dumps({"global_step": step})
+        touch(tmp_path, f"{name}/trainer_state.json", text=state)
+    assert found(tmp_path) == [("init", 0), ("mid", 500), ("end", 1000)]
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    for step in (1, 2):
+        put(tmp_path / f"checkpoint-{step}" / "model.safetensors")
+        os.mkfifo(tmp_path / f"checkpoint-{step}" / "trainer_state.json")
+    assert [step for _, step in found(tmp_path)] == [1, 2]
+
+
+def test_json_without_an_end_is_no_configuration(tmp_path: Path) -> None:
+    put(tmp_path / "model.safetensors")
+    weights = {"w": torch.zeros(3, 2, dtype=torch.int8)}
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    assert len(open_checkpoints([tmp_path])) == 1

@@ -657,8 +657,13 @@ def test_the_console_takes_text_literally(capsys: pytest.CaptureFixture[str]) ->
 def test_only_rank_zero_speaks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
         consoles.make_console().print(f"from {rank}")
         consoles.write_json({"rank": rank})
     assert capsys.readouterr().out == 'from 0\n{\n  "rank": "0"\n}\n'
+    # Left behind in a shell: this process is alone.
+    monkeypatch.delenv("WORLD_SIZE")
+    consoles.make_console().print("alone")
+    assert capsys.readouterr().out == "alone\n"

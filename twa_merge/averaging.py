@@ -153,7 +153,7 @@ def _coefficients(
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             "The report cannot be read.",
             checkpoint=path,

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import TaskError
 from .layout import Layout
@@ -92,11 +93,15 @@ def parameters_on_meta() -> Iterator[None]:
     lost on the meta device.
     """
     register = nn.Module.register_parameter
+    # A constructor may give one parameter to two modules. It alone keeps the numbers alive.
+    made = WeakIdKeyDictionary()
 
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         register(self, name, param)
         if param is not None and not param.is_meta:
-            self._parameters[name] = _without_numbers(param)
+            if param not in made:
+                made[param] = _without_numbers(param)
+            self._parameters[name] = made[param]
 
     nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
     try:

@@ -47,7 +47,10 @@ _TYPES: dict[str, tuple[type, str]] = {
 
 
 def _require_types(config: Any) -> None:
-    """Checks that every value is of its field's type: they come from Python code as well."""
+    """Checks that every value is of its field's type: they come from Python code as well.
+
+    Numbers of other libraries, such as numpy's, become Python's own, which can be written as JSON.
+    """
     for each in dataclasses.fields(config):
         value, names = getattr(config, each.name), str(each.type).split(" | ")
         # True is a whole number to Python.
@@ -59,6 +62,9 @@ def _require_types(config: Any) -> None:
                 expected=" or ".join(_TYPES[name][1] for name in names),
                 found=repr(value),
             )
+        if isinstance(value, numbers.Real) and type(value) not in (bool, int, float):
+            own = int(value) if isinstance(value, numbers.Integral) else float(value)
+            object.__setattr__(config, each.name, own)
 
 
 def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:

@@ -76,6 +76,7 @@ def evaluate(
         named, dataset, groups = loaded[reads]
         examples = len(dataset)  # type: ignore[arg-type]
         rows.append(_row(checkpoint, named, dataset, groups, data_config, engine, world, progress))
+        checkpoint.close()
         # Hooks and modules refer to one another, and the next model may need the memory.
         gc.collect()
         progress(Advanced())

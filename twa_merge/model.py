@@ -6,7 +6,7 @@ that is all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
@@ -19,7 +19,7 @@ from .distributed import World, is_sharded, local_rows
 from .dtypes import Dtype
 from .errors import TaskError
 from .gradient_sums import GradientSums
-from .layout import Layout, require_tensors_alone
+from .layout import Entry, Layout, require_tensors_alone
 from .matching import extra_states, match_names, renamed_by, require_cover
 from .sharding import Sharded, checkpoint_activations, shard
 from .task import Task
@@ -37,6 +37,8 @@ class LiveModel:
         module: in evaluation mode, float parameters in float32.
         names: checkpoint tensor → name in the module; tensors the module lacks are left out.
         states_as_built: extra states that the module would take and the checkpoints lack.
+        unlike: tensors saved as floats that the module keeps as whole numbers or booleans, such as
+            counters of a state dict that was halved as a whole: it has the newest checkpoint's.
         small_batches: one thread works through each, however many there are. What torch adds up
             within a batch then hangs on their number no more.
     """
@@ -51,9 +53,11 @@ class LiveModel:
         whole: Sharded | None = None,
         gathered_once: bool = False,
         states_as_built: Sequence[str] = (),
+        unlike: Collection[str] = (),
     ) -> None:
         self.module = module
         self.states_as_built = tuple(states_as_built)
+        self.unlike = frozenset(unlike)
         self.small_batches = False
         self._frozen: list[nn.Parameter] = []
         self._sums = sums
@@ -247,12 +251,15 @@ def build(
     require_tensors_alone(layout, states)
     names = {name: own for name, own in names.items() if name not in states}
     require_cover(module, names, layout)
+    unlike = {name: own for name, own in names.items() if _is_unlike(module, own, layout[name])}
+    names = {name: own for name, own in names.items() if name not in unlike}
     widen(module, {own for name, own in names.items() if layout[name].averaged})
     if activation_checkpointing:
         checkpoint_activations(module, task)
     whole = None
     if meta or precision == "bf16":
         copied = {own for name, own in names.items() if not layout[name].averaged}
+        copied.update(unlike.values())
         whole = shard(module, task, world, precision, reshard=not once, copied=copied)
     module._apply(
         lambda t: torch.empty_like(t, device=world.device) if t.is_meta else t.to(world.device)
@@ -266,14 +273,27 @@ def build(
         whole=whole,
         gathered_once=once,
         states_as_built=[own for own in own_states if own not in states.values()],
+        unlike=unlike,
     )
     with torch.no_grad():
         for name, target in live.copied().items():
             target.copy_(tensor_rows(newest, name))
+        for name, own in unlike.items():
+            _tensor_of(module, own).copy_(tensor_rows(newest, name))
     for name, own in states.items():
         with user_code(f"take the extra state {name}"):
             own_states[own].set_extra_state(tensor_rows(newest, name))
     return live
+
+
+def _is_unlike(module: nn.Module, own: str, entry: Entry) -> bool:
+    return entry.averaged and not _tensor_of(module, own).is_floating_point()
+
+
+def _tensor_of(module: nn.Module, own: str) -> Tensor:
+    """A parameter or buffer by its name."""
+    path, _, name = own.rpartition(".")
+    return getattr(module.get_submodule(path), name).detach()
 
 
 def _gradient_sums(module: nn.Module, whole: Sharded | None, world: World) -> GradientSums:

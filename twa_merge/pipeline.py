@@ -30,6 +30,7 @@ from .config import (
     OutputConfig,
     Selection,
     StoreConfig,
+    as_paths,
 )
 from .distributed import start
 from .diverged import without_diverged
@@ -103,6 +104,7 @@ def merge(
         engine or EngineConfig(),
         out or OutputConfig(),
     )
+    checkpoints = as_paths(checkpoints, "checkpoints")
     clock, target = Clock(), Path(output)
     with clock.part("open"):
         require_compatible(choices.fit, choices.guard.candidates)

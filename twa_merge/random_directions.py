@@ -37,6 +37,8 @@ if TYPE_CHECKING:
 
 # Signs of all directions together that are made at a time.
 _PIECE_CPU, _PIECE_GPU = 1 << 20, 1 << 26
+# Up to here float32 counts by ones.
+_EXACT = 1 << 24
 
 Share = Callable[[int], tuple[int, int]]
 
@@ -91,7 +93,7 @@ class RandomDirections:
             Where the piece is, counted from ``start``, and the signs (R, m) float32.
         """
         most = _PIECE_CPU if device.type == "cpu" else _PIECE_GPU
-        step = max(1, most // self.count // WORD) * WORD
+        step = max(1, min(most // self.count, _EXACT) // WORD) * WORD
         for a in range(start // WORD * WORD, stop, step):
             low, high = max(a, start), min(a + step, stop)
             signs = self.signs(source, range(self.count), low, high, device)

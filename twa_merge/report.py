@@ -127,6 +127,9 @@ def coefficients_from_report(
         found = document["coefficients"]
         values = found.get("blocks") or {"global": found["global"]}
         rows = np.array([list(row) for row in values.values()], dtype=np.float64)
+        described = document.get("blocks") or {}
+        members = {k: [str(name) for name in v] for k, v in described.get("members", {}).items()}
+        kind = str(described.get("kind", "tensors"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
             "The file is no report of twa-merge.",
@@ -159,10 +162,7 @@ def coefficients_from_report(
             remedy="use the file as it was written, or make the merge again",
         )
     if "blocks" in found:
-        described = document.get("blocks", {})
-        blocks = blocks_from_members(
-            described.get("kind", "tensors"), described.get("members", {}), layout
-        )
+        blocks = blocks_from_members(kind, members, layout)
         if set(blocks.names) != set(values):
             raise ConfigError(
                 "The report's coefficients are of other blocks than it describes.",

@@ -86,7 +86,8 @@ def set_up(
 ) -> Run:
     """Builds the model and reads the checkpoints: Gram matrices and store in a single pass."""
     n = len(checkpoints)
-    gather = gathering(layout, n, this_machine(world), choices.store, choices.engine)
+    machine = this_machine(world)
+    gather = gathering(layout, n, machine, choices.store, choices.engine)
     with clock.part("build"):
         live = build(
             task,
@@ -108,6 +109,7 @@ def set_up(
         choices.store,
         shared=shared,
         work=Work(whole_model=gather == "model", layer_numel=live.layer_numel),
+        machine=machine,
         progress=progress,
     )
     with clock.part("ingest"):
@@ -220,7 +222,7 @@ def require_agreement(
 
 
 def note_strangers(live: LiveModel, layout: Layout, progress: Progress) -> None:
-    strangers = [name for name in layout.averaged if name not in live.names]
+    strangers = [n for n in layout.averaged if n not in live.names and n not in live.unlike]
     if strangers:
         progress(
             Noted(

@@ -66,7 +66,8 @@ def open_checkpoints(
             pickles, and a final model that is none of the checkpoints again.
 
     Returns:
-        At least one checkpoint, the newest last. The caller closes them.
+        At least one checkpoint, the newest last. Their files are closed when they are, or when
+        nobody holds them any more.
 
     Raises:
         CheckpointError: there are none, none is left by the selection, or one of those chosen is
@@ -175,8 +176,10 @@ def _with_steps(found: Sequence[Found]) -> list[Found]:
 
 def _with_step(found: Found, named: NamedStep) -> Found:
     folder = found.path if found.path.is_dir() else found.path.parent
-    if (found.path == folder or is_model_file(found.path)) and (written := trainer_step(folder)):
-        return replace(found, step=written)
+    if found.path == folder or is_model_file(found.path):
+        written = trainer_step(folder)
+        if written is not None:
+            return replace(found, step=written)
     found = replace(found, step=named.number, times=named.times, doubtful=named.doubtful)
     if not found.weights or not found.weights.is_pickle or named.certain:
         return found
