@@ -146,7 +146,7 @@ class FitConfig:
         optimizer: ``lbfgs`` needs no learning rate; ``sgd`` and ``adamw`` are the paper's training.
         ridge: weight of ‖z‖²/2, in units of the loss per standard deviation squared; None chooses
             it on data that the fit did not see, in the order of magnitude that losses differ by.
-        max_evaluations: of loss and gradient over the whole fit split, each stage.
+        max_evaluations: of loss and gradient, for each stage and each size of a growing sample.
         tolerance: relative decrease of the loss under which the fit has converged.
         start: ``auto``, ``mean``, ``last`` or a training step.
         span: ``affine`` (around the mean, Σ α = 1) or the paper's uncentred ``linear`` span.

@@ -86,7 +86,7 @@ class World:
     def led(self, function: Callable[..., T], work: Callable[[Callable[..., T]], R]) -> R:
         """Rank zero's ``work(function)``, on every rank; all ranks make its calls of ``function``.
 
-        For work whose way hangs on the last bits of its numbers: on unlike processors every rank
+        For work whose way depends on the last bits of its numbers: on unlike processors every rank
         would go a way of its own.
 
         Args:

@@ -82,8 +82,7 @@ def _orthogonality_error(run: Run, subspace: Subspace) -> float:
     grams = run.grams
     if run.directions_gram is not None:
         return orthogonality_error(subspace, pad(run.directions_gram, (run.n, 0, run.n, 0)))
-    gram = (grams.exact if grams.stored is None else grams.stored).sum(0)
-    return orthogonality_error(subspace, gram, grams.centre, grams.cross)
+    return orthogonality_error(subspace, grams.stored.sum(0), grams.centre, grams.cross)
 
 
 def _candidate_row(item: Scored, n: int, blocks: Blocks, seed: int) -> dict[str, Any]:

@@ -40,7 +40,7 @@ class LiveModel:
         unlike: tensors saved as floats that the module keeps as whole numbers or booleans, such as
             counters of a state dict that was halved as a whole: it has the newest checkpoint's.
         small_batches: one thread works through each, however many there are. What torch adds up
-            within a batch then hangs on their number no more.
+            within a batch then depends on their number no more.
     """
 
     def __init__(

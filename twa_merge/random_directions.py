@@ -40,8 +40,6 @@ _PIECE_CPU, _PIECE_GPU = 1 << 20, 1 << 26
 # Up to here float32 counts by ones.
 _EXACT = 1 << 24
 
-Share = Callable[[int], tuple[int, int]]
-
 
 @dataclass(frozen=True)
 class RandomDirections:
@@ -230,7 +228,7 @@ class DirectionReader:
         pass
 
 
-def span(info: TensorInfo, share: Share) -> tuple[int, int]:
+def span(info: TensorInfo, share: Callable[[int], tuple[int, int]]) -> tuple[int, int]:
     """Flat numbers [start, stop) of this rank's rows."""
     start, stop = share(info.rows)
     return start * info.row_numel, stop * info.row_numel

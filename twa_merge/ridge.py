@@ -154,8 +154,8 @@ def folds_of(groups: Tensor, losses: Tensor) -> list[list[int]]:
 
     Whole groups go to one fold where their members are much alike, or a fit would know of each
     unseen example what the others of its group tell. Where they are not, as sequences of one text,
-    it costs more to do without whole groups than is feigned (bench/quality). None for fewer
-    examples than folds.
+    it costs more to do without whole groups than is feigned (bench/quality). No folds for fewer
+    examples.
 
     Args:
         groups: label of each example, (N,) int64.

@@ -66,9 +66,11 @@ def require_metric(run: Run) -> None:
 def judge(run: Run, fitted: Sequence[Fitted]) -> Verdict:
     families = parse_families(run.choices.guard.candidates)
     candidates = fixed(run.n, families)
+    spent = run.fitter.evaluations
     soups = Soups(run) if "greedy" in families and run.n > 2 else None
     if soups:
-        candidates.append(soups.without(()))
+        soup = soups.without(())
+        candidates.append(dataclasses.replace(soup, cost=run.fitter.evaluations - spent))
     whole, *by_block = fitted
     # One that was given up stands where it began.
     by_block = [stage for stage in by_block if math.isfinite(stage.result.loss)]

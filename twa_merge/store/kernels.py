@@ -1,6 +1,6 @@
 """Project and combine on tiles of offsets, in every width.
 
-Sums are always taken in the same order. On a CPU they hardly hang on where the rows of the ranks
+Sums are always taken in the same order. On a CPU they hardly depend on where the rows of the ranks
 begin either: they are in float64, in the fast way over all but pieces of a row. On a GPU they are
 in float32 within a tile.
 

@@ -143,7 +143,7 @@ class MemoryStore:
         if not self._kernels:
             compiled = self._compiled
             if compiled is None:
-                # Of all ranks: sums are not to hang on how many there are.
+                # Of all ranks: sums are not to depend on how many there are.
                 whole = [e.info.numel for e in self._layout.entries.values() if e.averaged]
                 compiled = worth_compiling(self._n * sum(whole), self._device)
             for dtype in {held.dtype for held in self._held.values()}:
