@@ -21,6 +21,7 @@ from .verdict import Verdict
 
 
 def fit_document(run: Run, fitted: Sequence[Fitted], verdict: Verdict) -> dict[str, Any]:
+    """The document of a trained merge, but for its sources and timings. A collective."""
     whole, seed = fitted[0], run.choices.data.seed
     winner = verdict.winner.candidate
     subspace = whole.chart.subspaces[0]

@@ -123,6 +123,14 @@ def _require_one(
 
 
 def require_cover(module: nn.Module, names: Mapping[str, str], layout: Layout) -> None:
+    """Checks that the checkpoints can be loaded into the module, and trained in it.
+
+    Args:
+        names: checkpoint tensor → name in the module.
+
+    Raises:
+        TaskError: a tensor is complex or of another shape, or a parameter is lazy or missing.
+    """
     for name in names:
         if layout[name].info.dtype.is_complex:
             raise TaskError(

@@ -168,6 +168,7 @@ def _still(live: LiveModel, layout: Layout) -> list[str]:
 
 
 def several(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
+    """The checkpoints, if there are two or more; CheckpointError otherwise."""
     if len(checkpoints) < 2:
         raise CheckpointError(
             "There is only one checkpoint, so there is nothing to average.",
@@ -231,6 +232,7 @@ def require_agreement(
 
 
 def note_strangers(live: LiveModel, layout: Layout, progress: Progress) -> None:
+    """Tells of what the checkpoints hold and the model lacks, and the other way round."""
     strangers = [n for n in layout.averaged if n not in live.names and n not in live.unlike]
     if strangers:
         progress(
