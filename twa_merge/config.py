@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
 from .errors import ConfigError
+
+Paths = Sequence[str | PathLike[str]]
 
 BLOCKS = ("auto", "global", "layers", "tensors")
 OPTIMIZERS = ("lbfgs", "sgd", "adamw")

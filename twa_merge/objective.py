@@ -266,10 +266,17 @@ def _inner(one: Tensor, other: Tensor) -> Tensor:
 def batch_statistics(module: nn.Module) -> Iterator[None]:
     """Batch norm normalises by the batch and leaves its running statistics as they are."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    saved = [(m, m.momentum, m.training) for m in norms]
-    try:
+    with modes_kept(norms):
         for m in norms:
             m.momentum, m.training = 0.0, True
+        yield
+
+
+@contextmanager
+def modes_kept(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Whether batch norm normalises by the batch, and its momentum, are what they were, after."""
+    saved = [(m, m.momentum, m.training) for m in norms]
+    try:
         yield
     finally:
         for m, momentum, training in saved:

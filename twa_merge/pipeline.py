@@ -28,6 +28,7 @@ from .config import (
     FitConfig,
     GuardConfig,
     OutputConfig,
+    Paths,
     Selection,
     StoreConfig,
     as_paths,
@@ -57,8 +58,6 @@ from .tensors import tensor_rows
 from .verdict import Verdict, judge, require_metric
 from .wording import spoken, too_few
 from .writer import check_output, write_merge
-
-Paths = Sequence[str | PathLike[str]]
 
 
 def merge(
