@@ -110,10 +110,6 @@ class World:
                 return what
             function(*what)
 
-    def barrier(self) -> None:
-        if self.size > 1:
-            self.sum(torch.zeros(1))
-
     def share(self, rows: int) -> tuple[int, int]:
         """Rows [start, stop) of a dimension 0 of ``rows`` that this rank owns.
 

@@ -26,10 +26,11 @@ from .document import (
 from .errors import OutputError
 from .numerals import cell, is_finite, span
 from .shared_rows import shown_coefficients
+from .short_names import shortened
 from .wording import statistics_notes, verdict
 
 _MOST_CANDIDATES = 24
-_LONGEST_LABEL = 36
+_LABEL_WIDTHS = (36, 44)
 _SPLITS = ("fit", "guard", "test")
 
 _STYLE = """
@@ -184,13 +185,13 @@ def _coefficients(document: Document) -> str:
     blocks = shown_coefficients(document)
     if not blocks:
         return ""
-    labels = [_short(label) for label in checkpoint_labels(document["checkpoints"])]
+    labels = _all_short(checkpoint_labels(document["checkpoints"]))
     note = coefficient_note(document)
     if len(blocks) == 1:
         svg = plots.coefficient_bars(labels, next(iter(blocks.values())))
         caption = f"Weight of each checkpoint in the written model; they {note}."
     else:
-        names = [_short(name) for name in blocks]
+        names = _all_short(list(blocks))
         svg = plots.coefficient_map(names, labels, list(blocks.values()))
         caption = f"Weight of each checkpoint in each block of the model; in a row they {note}."
     return _figure("Coefficients", caption, svg)
@@ -216,7 +217,7 @@ def _losses(document: Document) -> str:
 def _landscape(document: Document, landscape: Mapping[str, Any] | None) -> str:
     if landscape is None:
         return ""
-    labels = [_short(label) for label in checkpoint_labels(document["checkpoints"])]
+    labels = _all_short(checkpoint_labels(document["checkpoints"]))
     named = {_short(str(k)): v for k, v in (landscape.get("candidates") or {}).items()}
     caption = (
         f"Loss on {landscape['examples']} of the fit examples, in the plane of the two axes along "
@@ -290,9 +291,12 @@ def _table(head: Sequence[str], body: Sequence[tuple[bool, Sequence[str]]]) -> s
 
 
 def _short(name: str) -> str:
-    """A label that fits an axis: the end of a long name, where names differ; no control codes."""
-    name = _visible(name)
-    return name if len(name) <= _LONGEST_LABEL else "…" + name[1 - _LONGEST_LABEL :]
+    return _all_short([name])[0]
+
+
+def _all_short(names: Sequence[str]) -> list[str]:
+    """Labels that fit an axis, without control codes."""
+    return shortened([_visible(name) for name in names], _LABEL_WIDTHS)
 
 
 def _visible(text: str) -> str:

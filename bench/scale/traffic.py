@@ -151,7 +151,7 @@ def arguments() -> argparse.Namespace:
 
 def worker(options: argparse.Namespace) -> None:
     world = start("cpu")
-    world.barrier()
+    world.gather(None)  # all are here
     folder = make_run(options.folder, options.width, options.layers, options.checkpoints)
     found: dict[str, float] = {}
     theirs(found, options, folder)
@@ -160,7 +160,7 @@ def worker(options: argparse.Namespace) -> None:
         ours(found, options, folder, gather)
         gc.collect()
     answer(**found)
-    world.barrier()
+    world.gather(None)
     stop()
 
 
