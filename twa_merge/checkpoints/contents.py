@@ -8,6 +8,7 @@ import numpy as np
 
 from ..errors import CheckpointError
 from .base import Checkpoint, reading
+from .folders import folder_of
 
 # Numbers of a tensor, from its start and from its end, that tell it from another one.
 _COMPARED = 512
@@ -45,7 +46,7 @@ def require_unquantised(checkpoint: Checkpoint) -> None:
         ),
         None,
     )
-    config = checkpoint.files[0].path.with_name("config.json")
+    config = folder_of(checkpoint) / "config.json"
     if packed is None or not config.is_file():
         return
     with reading(config):

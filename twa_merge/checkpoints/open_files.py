@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ..errors import CheckpointError
-from .base import unreadable
+from .base import reading, unreadable
 
 # Systems allow a process 256 to 1024 open files unless told otherwise.
 _MOST = 128
@@ -120,12 +120,20 @@ class SeenFiles:
     def close(self) -> None:
         FILES.close(self)
 
+    def require_same(self, path: Path, tensor: str) -> None:
+        """Raises CheckpointError where another file is there now."""
+        with reading(path):
+            self._require_same(path, path.stat(), tensor)
+
     def _open(self, path: Path, tensor: str) -> OpenFile:
         file = OpenFile.at(path)
-        if identity(os.fstat(file.descriptor)) != self._seen[path]:
-            raise _changed(path, tensor, "a file that was written later")
+        self._require_same(path, os.fstat(file.descriptor), tensor)
         FILES.keep(self, path, file)
         return file
+
+    def _require_same(self, path: Path, found: os.stat_result, tensor: str) -> None:
+        if identity(found) != self._seen[path]:
+            raise _changed(path, tensor, "a file that was written later")
 
 
 def identity(found: os.stat_result) -> Identity:
