@@ -41,18 +41,18 @@ def one(path: Path) -> Checkpoint:
     return checkpoint
 
 
-def refused(path: Path, name: str | None = None) -> CheckpointError:
-    """What is raised when it is opened, or when all of one tensor is read."""
+def refused(path: Path, *, read: bool = False) -> CheckpointError:
+    """What is raised when it is opened, or when all tensors are read one after the other."""
     with pytest.raises(CheckpointError) as caught:
-        _read(path, name)
+        _open(path, read=read)
     assert len(str(caught.value)) < 1500
     return caught.value
 
 
-def _read(path: Path, name: str | None) -> None:
+def _open(path: Path, *, read: bool) -> None:
     checkpoint = one(path)
-    if name:
-        checkpoint.rows(name, 0, checkpoint.tensors[name].rows)
+    for name, info in checkpoint.tensors.items() if read else ():
+        checkpoint.rows(name, 0, info.rows)
 
 
 def edit(folder: Path, change: Callable[[Metadata], Any]) -> None:

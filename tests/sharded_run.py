@@ -1,4 +1,4 @@
-"""What FSDP2 and its like leave behind; under torchrun, each process saves its own parts."""
+"""What FSDP leaves behind; under torchrun, each process saves its own parts."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_state_dict
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.fsdp._shard_utils import _create_chunk_sharded_tensor
+from torch.distributed.fsdp import FullyShardedDataParallel, StateDictType, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 
 
@@ -72,19 +72,14 @@ def replicas(folder: Path) -> None:
     dcp.save(get_model_state_dict(model), checkpoint_id=folder)
 
 
-def fsdp1(folder: Path) -> None:
-    """The shards of FSDP 1, which itself runs on accelerators alone."""
+def fsdp1(folder: Path, kind: StateDictType) -> None:
     torch.manual_seed(4)
-    state = Net().state_dict()
-    rank, size = dist.get_rank(), dist.get_world_size()
-    group = dist.distributed_c10d._get_default_group()
-    shards = {
-        f"_fsdp_wrapped_module.{name}": _create_chunk_sharded_tensor(t, rank, size, size, group)
-        if t.dim()
-        else t
-        for name, t in state.items()
-    }
-    dcp.save({"model": shards}, checkpoint_id=folder)
+    policy = ModuleWrapPolicy({nn.BatchNorm1d})
+    net = Net().float()
+    net.head = nn.Linear(4, 7, bias=False)
+    model = FullyShardedDataParallel(net, auto_wrap_policy=policy, device_id=torch.device("cpu"))
+    with FullyShardedDataParallel.state_dict_type(model, kind):
+        dcp.save({"model": model.state_dict()}, checkpoint_id=folder)
 
 
 def cut(folder: Path) -> None:
@@ -110,7 +105,8 @@ def main(folder: Path) -> None:
     dist.init_process_group("gloo")
     fsdp2(folder / "fsdp2")
     replicas(folder / "replicas")
-    fsdp1(folder / "fsdp1")
+    fsdp1(folder / "fsdp1", StateDictType.SHARDED_STATE_DICT)
+    fsdp1(folder / "flat", StateDictType.LOCAL_STATE_DICT)
     cut(folder / "cut")
     dist.destroy_process_group()
 

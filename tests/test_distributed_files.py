@@ -93,6 +93,12 @@ def test_tensors_really_are_cut_as_the_test_needs_them(sharded: Path) -> None:
     assert corners("cut", "app.net.last") == [(0, 0, 0), (0, 0, 3)]
 
 
+def test_flat_parameters_are_no_models(sharded: Path) -> None:
+    error = refused(sharded / "flat")
+    assert "flat parameters" in error.message
+    assert "SHARDED_STATE_DICT" in error.details["what to do"]
+
+
 def test_a_merge_of_shards_is_that_of_converted_files(sharded: Path, tmp_path: Path) -> None:
     for step in (1, 2):
         converted(sharded / f"fsdp2/step_{step}", tmp_path / f"pt/step_{step}.pt")
@@ -209,6 +215,10 @@ def test_every_dtype_and_memory_format(tmp_path: Path) -> None:
         "turned": torch.randn(4, 6).t(),
         "turned bf16": torch.randn(3, 2, 4).bfloat16().permute(2, 0, 1),
         "channels last": torch.randn(6, 3, 2, 2).to(memory_format=torch.channels_last),
+        # Parts of one shape are not all alike.
+        "square": torch.randn(3, 3),
+        "square turned": torch.randn(3, 3).t(),
+        "square again": torch.randn(3, 3),
         "row": torch.ones(1, 3).expand(4, 3),
         "part": wide[1:4, 1:],
         "parameter": nn.Parameter(embed),
@@ -231,7 +241,7 @@ def test_files_of_several_threads_and_a_file_a_tensor(tmp_path: Path) -> None:
 
 def test_conjugates_are_to_be_converted(tmp_path: Path) -> None:
     folder = save(tmp_path / "x", {"w": torch.randn(2, 2, dtype=torch.complex64).conj()})
-    error = refused(folder, "w")
+    error = refused(folder, read=True)
     assert "dcp_to_torch" in error.details["what to do"]
     assert error.details["tensor"] == "w"
 
@@ -382,7 +392,7 @@ def test_places_that_are_not_where_the_items_are(tmp_path: Path, by: int) -> Non
         place.offset += by
 
     edit(folder, change)
-    error = refused(folder, "w")
+    error = refused(folder, read=True)
     assert error.details["tensor"] == "w"
     assert "damaged" in error.message or "not what" in error.message
 
@@ -396,7 +406,7 @@ def test_an_item_of_another_tensor(tmp_path: Path) -> None:
             document.storage_data[MetadataIndex("v", (0,))] = places[wrong]
 
         edit(folder, change)
-        error = refused(folder, "v")
+        error = refused(folder, read=True)
         assert "not what the metadata" in error.message
         assert found in error.details["found"]
         assert "float32 of shape [4]" in error.details["expected"]
@@ -444,18 +454,18 @@ class RunsCode:
 def test_items_run_no_code(tmp_path: Path) -> None:
     made = tmp_path / "made"
     evil = saved(RunsCode(made))
-    for name, asked in (("w", "w"), ("m._extra_state", None), ("step", None)):
+    for name, asked in (("w", True), ("m._extra_state", False), ("step", False)):
         content = {"w": torch.ones(999), "m._extra_state": "x", "step": 3}
         folder = save(tmp_path / str(name), content)
         replace_item(folder, name, evil + b"\0" * 4096)
         if name == "step":
             assert one(folder).step is None
         else:
-            error = refused(folder, asked)
+            error = refused(folder, read=asked)
             assert "mkdir" in error.details["found"] or "damaged" in error.message
         replace_item(folder, name, b"\0" * 4096 + evil)
         if name != "step":
-            error = refused(folder, asked)
+            error = refused(folder, read=asked)
             assert error.details["checkpoint"] == str(folder / "__0_0.distcp")
         assert not made.exists()
 
@@ -474,9 +484,9 @@ def test_items_run_no_code(tmp_path: Path) -> None:
     ],
 )
 def test_items_that_are_no_such_tensor(tmp_path: Path, content: bytes, says: str) -> None:
-    folder = save(tmp_path / "x", {"w": torch.ones(4)})
+    folder = save(tmp_path / "x", {"like it": torch.ones(4), "w": torch.ones(4)})
     replace_item(folder, "w", content)
-    error = refused(folder, "w")
+    error = refused(folder, read=True)
     assert says in str(error)
     assert error.details["tensor"] == "w"
     assert error.details["checkpoint"] == str(folder / "__0_0.distcp")
@@ -491,9 +501,9 @@ def test_items_that_are_no_such_tensor(tmp_path: Path, content: bytes, says: str
 )
 def test_items_that_torch_reads_and_this_does_not(tmp_path: Path, content: bytes) -> None:
     """With another byte order, torch.load to the device meta ends the process."""
-    folder = save(tmp_path / "x", {"w": torch.ones(4)})
+    folder = save(tmp_path / "x", {"like it": torch.ones(4), "w": torch.ones(4)})
     replace_item(folder, "w", content)
-    error = refused(folder, "w")
+    error = refused(folder, read=True)
     assert "cannot be read directly" in error.message
     assert "dcp_to_torch" in error.details["what to do"]
 

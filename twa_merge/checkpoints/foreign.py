@@ -153,6 +153,18 @@ def unread_distributed(
     )
 
 
+def flat_parameters(file: Path, tensor: str) -> CheckpointError:
+    """The error to raise where FSDP 1 has saved its own tensors in the place of the model's."""
+    return CheckpointError(
+        "A distributed checkpoint holds the flat parameters of FSDP 1, which no model has.",
+        checkpoint=file,
+        tensor=tensor,
+        expected="the model's own tensors",
+        found="StateDictType.LOCAL_STATE_DICT",
+        remedy="save with StateDictType.SHARDED_STATE_DICT, or with get_model_state_dict(model)",
+    )
+
+
 def conversion(folder: Path, home: Path) -> str:
     """What to do with a distributed checkpoint, to have it as one pickle."""
     source, weights = (shlex.quote(str(path)) for path in (folder, home / "weights.pt"))
