@@ -4,30 +4,27 @@ from __future__ import annotations
 
 import io
 import math
-import struct
-import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..dtypes import Array, Dtype
 from ..errors import CheckpointError
-from ..tensors import dtype_of, torch_dtype
+from ..tensors import torch_dtype
 from .base import TensorInfo, WeightFile, reading, require_file
 from .chunks import Box, Part, Shape, Tiling
-from .distributed_metadata import DistributedMetadata, Item, damage
-from .foreign import flat_parameters, unread_distributed
+from .distributed_items import Head, Item, has_head, head_of
+from .distributed_metadata import DistributedMetadata, damage
+from .foreign import flat_parameters
 from .names import is_extra_state, resolve_names
 from .open_files import Identity, SeenFiles, identity
-from .pickles import load, refused
+from .pickles import load
 from .shards import require_present
-from .state_dicts import STEP_KEYS, count_of, is_plain, state_dict_of
+from .state_dicts import STEP_KEYS, count_of, state_dict_of
 
 _WEIGHTS_ALONE = (
     "save the weights alone, with dcp.save(get_model_state_dict(model), checkpoint_id=folder), and"
@@ -37,7 +34,6 @@ _AGAIN = "save or copy the checkpoint again, or leave it out"
 _EPOCH_KEYS = ("epoch",)
 # What FSDP 1 puts in the place of all tensors of a module.
 _FLAT = "_flat_param"
-_LOCAL_HEADER = struct.Struct("<26xHH")
 
 
 class DistributedReader:
@@ -76,7 +72,7 @@ class DistributedReader:
         self.files = _files(boxes, {short[n]: n for n in state.tensors})
         self._bytes = SeenFiles({file.path: _seen(file.path) for file in self.files})
         self._places: dict[Item, int | Array] = {}
-        self._heads: dict[tuple[Shape, Dtype], _Head] = {}
+        self._heads: dict[tuple[Shape, Dtype], Head] = {}
         self.aliases: Mapping[str, str] = {}
         self.step = count_of(document, STEP_KEYS)
         self.epoch = count_of(document, _EPOCH_KEYS)
@@ -118,14 +114,13 @@ class DistributedReader:
         tensor.
 
         Raises:
-            CheckpointError: it is no tensor of the shape and dtype that the metadata speak of, or
-                none whose numbers lie in the file as they are.
+            CheckpointError: as ``head_of``.
         """
         item, dtype = box.item, self.tensors[name].dtype
         alike = box.sizes, dtype
         head = self._heads.get(alike)
-        if head is None or not self._has(item, head, name):
-            head = self._heads[alike] = self._head(name, box)
+        if head is None or not has_head(self._bytes, item, head, name):
+            head = self._heads[alike] = head_of(self._bytes, box, dtype, name, self._home)
         begin = item.begin + head.begin
         if head.strides is None:
             return begin
@@ -135,143 +130,6 @@ class DistributedReader:
         file = torch.from_file(str(item.path), shared=False, size=size, dtype=torch.uint8)
         strides = [step * dtype.itemsize for step in head.strides]
         return np.ndarray(box.sizes, dtype.array, file.numpy(), begin, strides)
-
-    def _has(self, item: Item, head: _Head, name: str) -> bool:
-        """Whether an item begins with the very bytes of another one whose head is known.
-
-        They say all that there is to know of its numbers, and parts of one shape differ in none of
-        them. To unpickle them takes fifty times as long.
-        """
-        if head.end > item.length:
-            return False
-        content = bytearray(len(head.content))
-        self._bytes.read(item.path, item.begin, memoryview(content), name)
-        return content == head.content
-
-    def _head(self, name: str, box: Box[Item]) -> _Head:
-        item, dtype = box.item, self.tensors[name].dtype
-        file = io.BufferedReader(_ItemBytes(self._bytes, item, name))
-        try:
-            record = _record_of(file)
-            # With numbers of another byte order torch would end the process here.
-            tensor = None if record.swapped else _without_numbers(file)
-        except CheckpointError:
-            raise
-        except Exception as error:  # a hostile pickle can end in any exception there is
-            raise refused(item.path, error, file, name) from error
-        if tensor is None or tensor.is_conj() or tensor.is_neg() or record.compressed:
-            raise unread_distributed(
-                item.path.parent,
-                self._home,
-                tensor=name,
-                expected="numbers as they are, the lowest byte first",
-                found="numbers that are compressed, conjugated, or of another byte order",
-            )
-        first = int(tensor.storage_offset())
-        last = first + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-        end = record.begin + (last + 1) * dtype.itemsize
-        if (
-            tuple(tensor.shape) != box.sizes
-            or dtype_of(tensor.dtype) != dtype
-            or tensor.layout != torch.strided
-            or end > min(record.begin + record.length, item.length)
-        ):
-            raise CheckpointError(
-                "A part of a tensor is not what the metadata of the checkpoint say.",
-                checkpoint=item.path,
-                tensor=name,
-                expected=f"{dtype} of shape {list(box.sizes)}",
-                found=f"{dtype_of(tensor.dtype)} of shape {list(tensor.shape)}, {tensor.layout},"
-                f" {record.length} bytes",
-                remedy=_AGAIN,
-            )
-        strides = None if tensor.is_contiguous() else tuple(tensor.stride())
-        file.seek(0)
-        content = file.read(record.begin)
-        return _Head(content, record.begin + first * dtype.itemsize, int(end), strides)
-
-
-@dataclass(frozen=True)
-class _Head:
-    """What an item says of the numbers of its tensor.
-
-    Attributes:
-        content: all bytes before them.
-        begin, end: where in the item the first one begins, and the last one ends.
-        strides: counted in numbers; None where they lie row by row.
-    """
-
-    content: bytes
-    begin: int
-    end: int
-    strides: tuple[int, ...] | None
-
-
-@dataclass(frozen=True)
-class _Record:
-    """Where in an item the numbers of its tensor lie.
-
-    Attributes:
-        swapped: their highest byte comes first.
-    """
-
-    begin: int
-    length: int
-    compressed: bool
-    swapped: bool
-
-
-def _record_of(file: BinaryIO) -> _Record:
-    with zipfile.ZipFile(file) as archive:
-        entries = {e.filename.partition("/")[2]: e for e in archive.infolist()}
-        numbers, order = entries["data/0"], entries.get("byteorder")
-        swapped = order is not None and archive.read(order) != b"little"
-    # The header before the numbers is not as long as what the directory has of it.
-    file.seek(numbers.header_offset)
-    name, extra = _LOCAL_HEADER.unpack(file.read(_LOCAL_HEADER.size))
-    begin = numbers.header_offset + _LOCAL_HEADER.size + name + extra
-    compressed = numbers.compress_type != zipfile.ZIP_STORED
-    return _Record(begin, numbers.file_size, compressed, swapped)
-
-
-def _without_numbers(file: BinaryIO) -> Tensor:
-    """The tensor that ``torch.save`` has put into an item, on the device meta."""
-    file.seek(0)
-    tensor = torch.load(file, map_location="meta", weights_only=True)
-    if not is_plain(tensor):
-        raise TypeError(f"{type(tensor).__name__} in the place of a tensor")
-    return tensor
-
-
-class _ItemBytes(io.RawIOBase):
-    """The bytes of one item as a file of their own."""
-
-    def __init__(self, files: SeenFiles, item: Item, tensor: str) -> None:
-        self._files = files
-        self._item = item
-        self._tensor = tensor
-        self._at = 0
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        base = {io.SEEK_SET: 0, io.SEEK_CUR: self._at, io.SEEK_END: self._item.length}[whence]
-        self._at = max(0, base + offset)
-        return self._at
-
-    def tell(self) -> int:
-        return self._at
-
-    def readinto(self, out: Any) -> int:
-        count = max(0, min(len(out), self._item.length - self._at))
-        place = self._item.begin + self._at
-        self._files.read(self._item.path, place, memoryview(out)[:count], self._tensor)
-        self._at += count
-        return count
 
 
 def _document(metadata: DistributedMetadata) -> tuple[dict[str, Any], dict[tuple[str, ...], str]]:

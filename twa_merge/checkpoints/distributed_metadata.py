@@ -6,12 +6,11 @@ import math
 import pickle
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import torch
-from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint import filesystem
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -26,6 +25,7 @@ from ..errors import CheckpointError
 from ..tensors import dtype_of
 from .base import TensorInfo, reading, require_file
 from .chunks import Box, are_apart
+from .distributed_items import Item
 from .folders import METADATA
 from .foreign import conversion, unread_distributed
 from .shards import require_plain_name
@@ -45,26 +45,19 @@ _RECORDS = {
         filesystem._StorageInfo,
     )
 } | {("torch.distributed._shard.sharded_tensor.metadata", "TensorProperties"): TensorProperties}
-_ENCODINGS = {
-    (metadata.__name__, "_MEM_FORMAT_ENCODING"),
+# What nobody needs of it: memory formats, which numbers in files do not have, and the path that it
+# was saved at.
+_UNUSED = {
+    (TensorProperties.__module__, "_MEM_FORMAT_ENCODING"),
     ("torch.distributed._shard.sharded_tensor.metadata", "MEM_FORMAT_ENCODING"),
-}
-_PATHS = {
-    (module, f"{kind}Path")
-    for module in ("pathlib", "pathlib._local")
-    for kind in ("Posix", "Windows", "PurePosix", "PureWindows")
+    *(
+        (module, f"{kind}Path")
+        for module in ("pathlib", "pathlib._local")
+        for kind in ("Posix", "Windows", "PurePosix", "PureWindows")
+    ),
 }
 _DTYPES = {name: value for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
 _LAYOUTS = {str(value): value for value in vars(torch).values() if isinstance(value, torch.layout)}
-
-
-@dataclass(frozen=True)
-class Item:
-    """What ``torch.save`` has put into a file, among other items: bytes [begin, begin + length)."""
-
-    path: Path
-    begin: int
-    length: int
 
 
 class DistributedMetadata:
@@ -113,7 +106,9 @@ class DistributedMetadata:
             CheckpointError: nowhere, outside of the folder, or in a form that is not read here.
         """
         with damage(self.path, name):
-            place = self._places[name, corner]
+            place = self._places.get((name, corner))
+            if place is None:
+                raise LookupError(f"no place for the part at {corner}")
             path, begin, length = place.relative_path, place.offset, place.length
             if not (_is_size(begin) and _is_size(length)):
                 raise ValueError(f"bytes {begin!r}, {length!r} of a file")
@@ -130,7 +125,9 @@ class DistributedMetadata:
         Raises:
             CheckpointError: they are not, or as ``item``.
         """
-        info = self.tensors[name]
+        info, layout = self.tensors[name], self._saved[name].properties.layout
+        if layout != torch.strided:
+            raise self._unread(name, "dense tensors", layout)
         with damage(self.path, name):
             # A set: replicas of one part are one.
             chunks = {(tuple(c.offsets), tuple(c.sizes)) for c in self._saved[name].chunks}
@@ -162,8 +159,6 @@ class DistributedMetadata:
             bounded = math.prod(max(1, n) for n in shape) * dtype.itemsize < 2**63
             if not (bounded and all(map(_is_size, shape))):
                 raise ValueError(f"a tensor of shape {shape}")
-            if saved.properties.layout != torch.strided:
-                raise self._unread(name, "dense tensors", saved.properties.layout)
             return TensorInfo(shape, dtype_of(dtype))
 
     def _unread(self, tensor: str, expected: str, found: object) -> CheckpointError:
@@ -203,8 +198,8 @@ def _unpickled(path: Path, home: Path) -> Metadata:
 class _Unpickler(pickle.Unpickler):
     """Makes records of torch's metadata classes, sizes and dtypes, and nothing else.
 
-    Records are of subclasses that are made for one file: a pickle can set attributes of classes
-    as well as of their instances.
+    Records are of subclasses that are made for one file, and nothing is an object that others use
+    as well and that has attributes: a pickle can set those of whatever it gets hold of.
     """
 
     def __init__(self, file: BinaryIO, path: Path, home: Path) -> None:
@@ -222,18 +217,17 @@ class _Unpickler(pickle.Unpickler):
     def _allowed(self, asked: tuple[str, str]) -> type | torch.dtype | Callable[..., Any]:
         module, name = asked
         if asked in _RECORDS:
-            return type(name, (_RECORDS[asked],), {})
+            kind = _RECORDS[asked]
+            own = {"__setstate__": _set_properties} if kind is TensorProperties else {}
+            return type(name, (kind,), own)
         if module == "torch" and name in _DTYPES:
             return _DTYPES[name]
         if asked == ("torch", "Size"):
             return torch.Size
         if asked == ("torch.serialization", "_get_layout"):
             return lambda text: _LAYOUTS[text]
-        if asked in _ENCODINGS:
-            return lambda value: metadata._MEM_FORMAT_ENCODING(value)
-        if asked in _PATHS:
-            # Where it was saved: of no use to anybody else.
-            return lambda *parts: None
+        if asked in _UNUSED:
+            return lambda *_: None
         raise CheckpointError(
             "The metadata of a distributed checkpoint asks for more than torch saves in it, which"
             " could run code, and was refused.",
@@ -243,6 +237,10 @@ class _Unpickler(pickle.Unpickler):
             remedy="do not trust it if it is not your own; otherwise "
             + conversion(self._path.parent, self._home),
         )
+
+
+def _set_properties(properties: TensorProperties, state: tuple[Any, ...]) -> None:
+    properties.dtype, properties.layout = state[:2]
 
 
 def _is_size(value: Any) -> bool:

@@ -92,8 +92,8 @@ def whole_model(folder: Path) -> Weights | None:
     files = [p for p in entries(folder) if p.is_file()]
     names = {p.name for p in files}
     found = _named(folder, names)
-    inner = distributed_in(folder)
-    if not found and len(inner) == 1:
+    inner = [] if found else distributed_in(folder)
+    if len(inner) == 1:
         return _usual(bare_weights(files)) or Weights((), inner[0] / METADATA)
     if not found and is_step_folder(folder):
         return bare_or_usual(files)
