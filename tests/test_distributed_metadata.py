@@ -237,6 +237,26 @@ def test_parts_that_do_not_make_up_the_tensor(folder: Path, chunks: list[Any]) -
 def test_replicas_of_a_part_count_once(folder: Path) -> None:
     edit(folder, chunked(((0, 0), (4, 3)), ((0, 0), (4, 3)), ((4, 0), (0, 3))))
     assert one(folder).rows("a.weight", 1, 2).tolist() == [[3, 4, 5]]
+    assert len(DistributedMetadata(folder, folder).boxes("model.a.weight")) == 1
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        ((1, 0), (4, 3)),
+        ((0, 0), (3, 4)),
+        ((0, 0), (12, 1)),
+        ((0,), (12,)),
+        ((0, 0, 0), (4, 3, 1)),
+        ((-1, 0), (4, 3)),
+        ((0, 0), (-4, -3)),
+    ],
+)
+def test_parts_that_are_not_inside_the_tensor(folder: Path, part: Any) -> None:
+    edit(folder, chunked(part))
+    error = refused(folder)
+    assert "a part of shape" in error.details["found"]
+    assert error.details["tensor"] == "model.a.weight"
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,8 @@ T = TypeVar("T")
 Shape = tuple[int, ...]
 
 
-@dataclass(frozen=True)
+# With slots: a checkpoint of many processes has tens of thousands of parts.
+@dataclass(frozen=True, slots=True)
 class Box(Generic[T]):
     """The part of a tensor that begins at ``corner`` and has the shape ``sizes``.
 
@@ -29,7 +30,7 @@ class Box(Generic[T]):
         return math.prod(self.sizes)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Part(Generic[T]):
     """What one box has of a run of numbers.
 

@@ -25,7 +25,7 @@ _AGAIN = "save or copy the checkpoint again, or leave it out"
 _LOCAL_HEADER = struct.Struct("<26xHH")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Item:
     """What ``torch.save`` has put into a file, among other items: bytes [begin, begin + length)."""
 

@@ -78,6 +78,7 @@ class DistributedMetadata:
     def __init__(self, folder: Path, home: Path) -> None:
         self.path = folder / METADATA
         self._home = home
+        self._files: dict[str, Path] = {}
         with damage(self.path):
             document = _unpickled(self.path, home)
             entries = document.state_dict_metadata
@@ -112,7 +113,8 @@ class DistributedMetadata:
             path, begin, length = place.relative_path, place.offset, place.length
             if not (_is_size(begin) and _is_size(length)):
                 raise ValueError(f"bytes {begin!r}, {length!r} of a file")
-            file = self.path.with_name(require_plain_name(path, self.path, name))
+            plain = require_plain_name(path, self.path, name)
+            file = self._files.setdefault(plain, self.path.with_name(plain))
             if place.transform_descriptors:
                 raise self._unread(
                     name, "items as torch.save writes them", place.transform_descriptors
