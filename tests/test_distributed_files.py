@@ -530,6 +530,14 @@ def test_files_that_change_while_they_are_read(tmp_path: Path) -> None:
             checkpoint.rows(name, 0, 50)
         assert caught.value.details["tensor"] == name
         assert caught.value.details["checkpoint"] == str(file)
+    # Another file of the same size, while the one before is still open.
+    checkpoint = one(folder)
+    checkpoint.rows("w", 0, 1)
+    shutil.copy(file, tmp_path / "new")
+    (tmp_path / "new").rename(file)
+    assert checkpoint.rows("w", 0, 50).sum() == 150
+    with pytest.raises(CheckpointError, match="changed"):
+        checkpoint.rows("turned", 0, 50)
     checkpoint = one(folder)
     checkpoint.rows("w", 0, 1)
     os.truncate(file, 1000)
