@@ -508,6 +508,12 @@ def test_items_that_torch_reads_and_this_does_not(tmp_path: Path, content: bytes
     assert "dcp_to_torch" in error.details["what to do"]
 
 
+def test_an_item_that_is_the_end_of_a_larger_storage(tmp_path: Path) -> None:
+    folder = save(tmp_path / "x", {"like it": torch.ones(4), "w": torch.ones(4)})
+    replace_item(folder, "w", saved(torch.arange(8.0)[4:]))
+    same(one(folder), {"like it": torch.ones(4), "w": torch.arange(4.0, 8.0)})
+
+
 def test_quantised_weights_beside_their_configuration(tmp_path: Path) -> None:
     """The configuration of a checkpoint of accelerate's lies a folder above its files."""
     home = tmp_path / "checkpoint-1"
