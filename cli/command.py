@@ -86,4 +86,6 @@ def execute(
 
 def given(**values: Any) -> Mapping[str, Any]:
     """Only what the user has really chosen."""
-    return {name: value for name, value in values.items() if value not in (None, False)}
+    return {
+        name: value for name, value in values.items() if value is not None and value is not False
+    }

@@ -11,6 +11,9 @@ import sys
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from twa_merge.errors import ConfigError
+from twa_merge.ranks import own_rank
+
 if TYPE_CHECKING:
     from rich.console import Console
 
@@ -19,7 +22,10 @@ _CI_WIDTH = 110
 
 def is_rank_zero() -> bool:
     """Whether this process may speak: torchrun's first one, or the only one."""
-    return os.environ.get("RANK", "0") == "0"
+    try:
+        return own_rank() == 0
+    except ConfigError:
+        return True
 
 
 def make_console(*, stderr: bool = False) -> Console:

@@ -256,14 +256,22 @@ def launch_options(function: Function) -> Function:
 
     def start(launch: Launch, **values: Any) -> Any:
         inside = os.environ.get("LOCAL_WORLD_SIZE")
-        if inside is not None:
-            if launch.nproc not in (1, int(inside)):
-                raise ConfigError(
-                    "--nproc is given inside of torchrun.",
-                    expected=f"no --nproc: torchrun has started {inside} processes",
-                    found=launch.nproc,
-                )
-        elif launch.nproc > 1:
+        if inside is not None and launch.nproc not in (1, int(inside)):
+            raise ConfigError(
+                "--nproc is given inside of torchrun.",
+                expected=f"no --nproc: torchrun has started {inside} processes",
+                found=launch.nproc,
+            )
+        if launch.max_restarts and launch.nproc == 1:
+            raise ConfigError(
+                "--max-restarts is for processes that --nproc starts.",
+                expected="--nproc with two processes or more",
+                found=f"--max-restarts {launch.max_restarts}",
+                remedy="torchrun has a --max-restarts of its own"
+                if inside
+                else "leave it out; the same command again continues",
+            )
+        if inside is None and launch.nproc > 1:
             from .launch import relaunch
 
             session = click.get_current_context().find_object(Session)

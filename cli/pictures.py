@@ -14,7 +14,7 @@ _SHADES = " ░▒▓█"
 _ASCII_SHADES = " .:*#"
 _EIGHTHS = " ▏▎▍▌▋▊▉"
 _POSITIVE, _NEGATIVE = "blue", "red"
-_LABEL_WIDTH = 28
+_LABEL_WIDTHS = (28, 36)
 # A longer name is folded into several lines of this width, rather than lose the figures beside it.
 _LEAST_NAME = 16
 _WIDEST = 100
@@ -72,7 +72,7 @@ def bars(
     """One line a value: label, number, bar; negative ones to the left of a common axis."""
     low, high = min(0.0, *values), max(0.0, *values)
     span = (high - low) or 1.0
-    names = [_short(label, ascii_only) for label in labels]
+    names = _shortened(labels, ascii_only)
     label_width = max(len(name) for name in names)
     figures = [f"{v:+.{digits}f}" if low < 0 else f"{v:.{digits}f}" for v in values]
     figure_width = max(len(f) for f in figures)
@@ -99,7 +99,7 @@ def signed_map(
     A minus stands before the shade of negative values, so that the map needs no colour.
     """
     shades = _ASCII_SHADES if ascii_only else _SHADES
-    names = [_short(label, ascii_only) for label in labels]
+    names = _shortened(labels, ascii_only)
     label_width = max(len(name) for name in names)
     columns, step = _every(len(rows[0]), (width - label_width - 4) // 2)
     top = max((abs(v) for row in rows for v in row), default=0.0) or 1.0
@@ -121,7 +121,7 @@ def distance_map(
 ) -> list[Text]:
     """A square of shaded blocks, empty at zero distance, full at the largest."""
     shades = _ASCII_SHADES if ascii_only else _SHADES
-    names = [_short(label, ascii_only) for label in labels]
+    names = _shortened(labels, ascii_only)
     label_width = max(len(name) for name in names)
     shown, step = _every(len(rows), (width - label_width - 4) // 2)
     top = max((v for row in rows for v in row), default=0.0) or 1.0
@@ -160,7 +160,19 @@ def _leftward(length: float, width: int, ascii_only: bool) -> str:
     return f"{'▐' * (halves % 2) + '█' * (halves // 2):>{width}}"
 
 
-def _short(label: str, ascii_only: bool) -> str:
-    """The end of a long label: that is where names differ."""
+def _shortened(labels: Sequence[str], ascii_only: bool) -> list[str]:
+    """The ends of long labels, where most differ, or with as much more as tells them apart."""
+    for width in _LABEL_WIDTHS:
+        for head in (0, width // 3, width // 2, width * 2 // 3):
+            names = [_cut(label, head, width, ascii_only) for label in labels]
+            if len(set(names)) == len(set(labels)):
+                return names
+    return [_cut(label, 0, _LABEL_WIDTHS[0], ascii_only) for label in labels]
+
+
+def _cut(label: str, head: int, width: int, ascii_only: bool) -> str:
+    """A label of ``width`` characters at most: ``head`` of them, dots, and its end."""
+    if len(label) <= width:
+        return label
     dots = "..." if ascii_only else "…"
-    return label if len(label) <= _LABEL_WIDTH else dots + label[len(dots) - _LABEL_WIDTH :]
+    return label[:head] + dots + label[head + len(dots) - width :]

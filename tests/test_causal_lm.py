@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from torch.utils.data import default_collate
 
 from twa_merge import evaluate
+from twa_merge.building import parameters_on_meta
 from twa_merge.errors import TaskError
-from twa_merge.model import parameters_on_meta
 from twa_merge.sharding import layers_of
 from twa_merge.tasks import causal_lm
 from twa_merge.tasks.causal_lm import CausalLM, token_losses

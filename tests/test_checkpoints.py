@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import shutil
+import subprocess
 import time
 import zlib
 from collections.abc import Sequence
@@ -18,6 +19,7 @@ from safetensors.torch import save_file
 from twa_merge.checkpoints import open_checkpoints
 from twa_merge.config import Selection
 from twa_merge.errors import CheckpointError
+from twa_merge.progress import Event, Noted
 from twa_merge.tensors import tensor_rows
 
 STATE = {"w": torch.arange(6.0).reshape(3, 2), "b": torch.zeros(3)}
@@ -153,6 +155,26 @@ def test_copies_without_a_number_count_once(tmp_path: Path) -> None:
     # Whoever names a copy wants it.
     given = sorted(pickles.iterdir())
     assert len(found(*given, root=pickles)) == len(given)
+
+
+def test_a_final_model_that_is_no_checkpoint_again_is_told(tmp_path: Path) -> None:
+    """It may be trained further than any of them, and whoever merges the run would miss it."""
+    told: list[Event] = []
+    for step in (7, 9, 12):
+        put(tmp_path / f"checkpoint-{step}" / "model.safetensors")
+        touch(tmp_path, f"checkpoint-{step}/config.json")
+    touch(tmp_path, "config.json")
+    shutil.copy(tmp_path / "checkpoint-9/model.safetensors", tmp_path)
+    last = Selection(last=2)
+    assert len(open_checkpoints([tmp_path], last, told.append)) == 2
+    assert not told
+    put(tmp_path / "model.safetensors")
+    assert len(open_checkpoints([tmp_path], last, told.append)) == 2
+    (note,) = told
+    assert isinstance(note, Noted)
+    remedy = note.text.partition("the folder last: ")[2]
+    listed = subprocess.run(["bash", "-c", f"echo {remedy}"], capture_output=True, text=True)
+    assert [step for _, step in found(*listed.stdout.split())] == [7, 9, 12, None]
 
 
 def test_the_best_is_not_taken_for_the_newest(tmp_path: Path) -> None:
@@ -350,3 +372,27 @@ def test_an_empty_path_is_not_the_current_folder(
     monkeypatch.chdir(tmp_path)
     with pytest.raises(CheckpointError, match="empty"):
         open_checkpoints(paths)
+
+
+def test_step_zero_is_a_step(tmp_path: Path) -> None:
+    for name, step in (("mid", 500), ("init", 0), ("end", 1000)):
+        put(tmp_path / name / "model.safetensors")
+        state = json.dumps({"global_step": step})
+        touch(tmp_path, f"{name}/trainer_state.json", text=state)
+    assert found(tmp_path) == [("init", 0), ("mid", 500), ("end", 1000)]
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_is_not_waited_for(tmp_path: Path) -> None:
+    for step in (1, 2):
+        put(tmp_path / f"checkpoint-{step}" / "model.safetensors")
+        os.mkfifo(tmp_path / f"checkpoint-{step}" / "trainer_state.json")
+    assert [step for _, step in found(tmp_path)] == [1, 2]
+
+
+def test_json_without_an_end_is_no_configuration(tmp_path: Path) -> None:
+    put(tmp_path / "model.safetensors")
+    weights = {"w": torch.zeros(3, 2, dtype=torch.int8)}
+    save_file(weights, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text("[" * 100_000)
+    assert len(open_checkpoints([tmp_path])) == 1

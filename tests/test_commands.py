@@ -139,3 +139,36 @@ def test_kill_9_and_the_same_command_again(trained: Path, tmp_path: Path) -> Non
     )
     assert one["chosen"] == other["chosen"]
     assert one["coefficients"] == other["coefficients"]
+
+
+@pytest.mark.parametrize(
+    ("variables", "code"),
+    [
+        ({"RANK": "1"}, 0),
+        ({"RANK": "1", "WORLD_SIZE": "1"}, 0),
+        ({"WORLD_SIZE": ""}, 2),
+        ({"WORLD_SIZE": "two"}, 2),
+        ({"WORLD_SIZE": "2", "RANK": "2"}, 2),
+        ({"WORLD_SIZE": "2", "RANK": "0"}, 2),
+    ],
+)
+def test_what_an_environment_says_of_other_processes(
+    trained: Path, tmp_path: Path, variables: dict[str, str], code: int
+) -> None:
+    """Left behind by a launcher, or half of what one sets."""
+    done = subprocess.run(
+        command("average", trained / "run", "-o", tmp_path / "mean"),
+        env=launches.environment(**variables), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert done.returncode == code, done.stderr
+    assert (tmp_path / "mean").exists() == (code == 0)
+    assert ("WORLD_SIZE" in done.stderr) == (code == 2)
+    assert "traceback" not in done.stderr.lower()
+    assert code == 2 or "Written to" in done.stdout
+
+
+def test_restarts_without_processes_to_restart_are_refused(tmp_path: Path, capsys) -> None:
+    train(tmp_path / "run")
+    arguments = ["average", tmp_path / "run", "-o", tmp_path / "m", "--max-restarts", 2]
+    assert boundary.run(cli, [str(argument) for argument in arguments]) == 2
+    assert "--nproc" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from runs import LinearTask, save_run
 
-from twa_merge import average, evaluate, inspect
+from twa_merge import average, evaluate, inspect, merge
 from twa_merge.config import (
     DataConfig,
     EngineConfig,
@@ -56,6 +56,9 @@ def test_values_of_a_wrong_type_are_refused(
 def test_numbers_of_every_library_are_numbers() -> None:
     assert DataConfig(batch_size=np.int64(4), guard_fraction=np.float32(0.5)).batch_size == 4
     assert FitConfig(ridge=1, tolerance=0).ridge == 1
+    # They are written down as JSON, and seed generators that take Python's own alone.
+    assert type(DataConfig(seed=np.int64(3)).seed) is int
+    assert type(FitConfig(ridge=np.float32(0.5)).ridge) is float
 
 
 @pytest.mark.parametrize("weights", [[0.25, 0.75], (0.25, 0.75), np.array([0.25, 0.75])])
@@ -79,6 +82,7 @@ def test_what_is_no_path_is_refused(tmp_path: Path, given: object) -> None:
         lambda: inspect(given),  # type: ignore[arg-type]
         lambda: average(given, tmp_path / "m"),  # type: ignore[arg-type]
         lambda: evaluate(given, LinearTask()),  # type: ignore[arg-type]
+        lambda: merge(given, LinearTask(), tmp_path / "m"),  # type: ignore[arg-type]
     ):
         with pytest.raises(ConfigError, match="paths"):
             command()
@@ -93,3 +97,10 @@ def test_one_path_is_one_model(tmp_path: Path) -> None:
     save_run(tmp_path / "run", LinearTask().states(2))
     document = evaluate(str(tmp_path / "run"), LinearTask())
     assert len(document["models"]) == 2
+
+
+def test_paths_may_come_one_by_one(tmp_path: Path) -> None:
+    paths = save_run(tmp_path / "run", LinearTask().states(3))
+    quick = GuardConfig(candidates="uniform")
+    document = merge(iter(paths), LinearTask(), tmp_path / "m", guard=quick)  # type: ignore[arg-type]
+    assert len(document["checkpoints"]) == 3

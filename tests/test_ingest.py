@@ -56,7 +56,7 @@ def opened(folder, n=5, dtype=torch.bfloat16):
 def test_sums_and_slices_are_those_of_plain_float64(tmp_path, dtype):
     states, checkpoints, layout = opened(tmp_path, dtype=dtype)
     store, events = Kept(), []
-    grams = ingest(checkpoints, layout, World(), store=store, check=True, progress=events.append)
+    grams = ingest(checkpoints, layout, World(), store=store, progress=events.append)
     centre_square, cross = 0.0, torch.zeros(5, dtype=torch.float64)
     for k, name in enumerate(grams.names):
         weights = torch.stack([s[name].double().reshape(-1) for s in states])
@@ -81,7 +81,7 @@ def test_the_sums_do_not_depend_on_threads(tmp_path, threads):
     results = []
     for count in (1, 2, 3):
         threads(count)
-        results.append(ingest(checkpoints, layout, World(), store=Kept(), check=True))
+        results.append(ingest(checkpoints, layout, World(), store=Kept()))
         assert torch.get_num_threads() == count
     for other in results[1:]:
         for what in ("exact", "stored", "centre", "cross"):

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from twa_merge import evaluate, merge
+from twa_merge.building import parameters_on_meta
 from twa_merge.checkpoints import open_checkpoints
 from twa_merge.config import EngineConfig, FitConfig, GuardConfig
 from twa_merge.distributed import World
@@ -236,3 +237,19 @@ def test_a_lazy_model_is_refused_in_words(tmp_path):
         merge([tmp_path / "run"], task, tmp_path / "m")
     assert "LazyLinear" in caught.value.details["what to do"]
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_parameter_that_two_modules_share_is_one_on_the_meta_device():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.one, self.other = nn.Linear(3, 3), nn.Linear(3, 3)
+            weight = nn.Parameter(torch.zeros(3, 3))
+            self.one.weight = weight
+            self.other.weight = weight
+
+    with parameters_on_meta():
+        model = Tied()
+    assert model.one.weight is model.other.weight
+    assert model.one.weight.is_meta
+    assert model.one.bias is not model.other.bias

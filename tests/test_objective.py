@@ -15,8 +15,8 @@ from torch import nn
 from torch.utils.data import default_collate
 from transformers import BatchEncoding
 
-from twa_merge import merge
-from twa_merge.batches import Batches
+from twa_merge import evaluate, merge
+from twa_merge.batches import Batches, nbytes
 from twa_merge.candidates import window
 from twa_merge.checkpoints import open_checkpoints
 from twa_merge.config import DataConfig, FitConfig, GuardConfig, StoreConfig
@@ -654,3 +654,65 @@ def test_a_learning_rate_that_is_too_high_is_said_and_ends_in_another_candidate(
     notes = [event.text for event in said if isinstance(event, Noted)]
     assert any("twa diverged after" in note and "--lr" in note for note in notes)
     assert all(math.isfinite(row["guard_loss"]) for row in document["candidates"])
+
+
+class Metrics(LinearTask):
+    """Gives what ``names`` says, batch by batch."""
+
+    def __init__(self, *names):
+        super().__init__()
+        self.names, self.batches = names, 0
+
+    def metrics(self, model, batch):
+        name = self.names[min(self.batches, len(self.names) - 1)]
+        self.batches += 1
+        return {} if name is None else {name: torch.ones(len(batch[0]))}
+
+
+@pytest.mark.parametrize("names", [("a", None), (None, "a"), ("a", "b"), ("",), (3,)])
+def test_metrics_have_one_name_in_all_batches(tmp_path, names):
+    """Those that a batch lacks would count as 0, and an empty name as the loss."""
+    task = Metrics(*names)
+    save_run(tmp_path / "run", task.states(3))
+    with pytest.raises(TaskError, match="metric"):
+        evaluate([tmp_path / "run"], task)
+
+
+class Counting(LinearTask):
+    """With a counter, and a mask that a network of halves has saved as such."""
+
+    def build_model(self):
+        model = super().build_model()
+        model.register_buffer("mask", torch.tensor([True, False, True]))
+        model.register_buffer("count", torch.tensor(0))
+        return model
+
+    def loss(self, model, batch):
+        assert int(model.count) == 7
+        assert model.mask.tolist() == [False, True, True]
+        return super().loss(model, batch)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_whole_numbers_that_were_saved_as_floats_are_the_newest_ones(tmp_path):
+    """As ``{k: v.half() for k, v in model.state_dict().items()}`` leaves them."""
+    task = Counting()
+    states = [
+        {**state, "count": torch.tensor(float(k)).half(), "mask": torch.tensor([0.0, 1, 1]).half()}
+        for k, state in zip((3, 5, 7), task.states(3), strict=True)
+    ]
+    save_run(tmp_path / "run", states)
+    quick = GuardConfig(candidates="quick")
+    merge([tmp_path / "run"], task, tmp_path / "m", guard=quick)
+    evaluated = evaluate([tmp_path / "run" / "checkpoint-300"], task)
+    assert math.isfinite(evaluated["models"][0]["loss"])
+
+
+def test_batches_are_kept_up_to_a_size_that_is_known():
+    class Held:
+        def __init__(self):
+            self.points = np.zeros((1000, 100))
+
+    array = np.zeros((1000, 100))
+    for batch in (array, [array], {"a": array}, Held(), torch.zeros(1000, 200)):
+        assert 800_000 <= nbytes(batch) < 801_000

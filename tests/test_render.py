@@ -525,6 +525,15 @@ def test_bars_of_zeros_do_not_fail() -> None:
     assert [line.plain.strip() for line in pictures.bars(["a"], [0.0], width=40, ascii_only=False)]
 
 
+@pytest.mark.parametrize("ascii_only", [True, False])
+def test_long_names_of_blocks_stay_apart(ascii_only: bool) -> None:
+    ends = ["attention.output.dense.weight", "attention.self.query.weight"]
+    names = [f"encoder.layer.{k}.{end}" for k in range(12) for end in ends]
+    lines = pictures.signed_map(names, [[1.0]] * 24, width=60, ascii_only=ascii_only)
+    assert len({line.plain for line in lines[:-1]}) == 24
+    assert all(len(line.plain.split()[0]) <= 36 for line in lines[:-1])
+
+
 def test_a_map_wider_than_the_terminal_shows_every_kth_and_the_newest() -> None:
     rows = [[0.0] * 99 + [1.0]]
     lines = pictures.signed_map(["row"], rows, width=60, ascii_only=True)
@@ -648,8 +657,13 @@ def test_the_console_takes_text_literally(capsys: pytest.CaptureFixture[str]) ->
 def test_only_rank_zero_speaks(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
     for rank in "01":
         monkeypatch.setenv("RANK", rank)
         consoles.make_console().print(f"from {rank}")
         consoles.write_json({"rank": rank})
     assert capsys.readouterr().out == 'from 0\n{\n  "rank": "0"\n}\n'
+    # Left behind in a shell: this process is alone.
+    monkeypatch.delenv("WORLD_SIZE")
+    consoles.make_console().print("alone")
+    assert capsys.readouterr().out == "alone\n"

@@ -6,6 +6,7 @@ import gc
 import json
 import os
 import struct
+import threading
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -17,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from twa_merge.checkpoints import Checkpoint, open_checkpoints, open_files
-from twa_merge.checkpoints.open_files import OpenFiles
+from twa_merge.checkpoints.open_files import OpenFile, OpenFiles
 from twa_merge.errors import CheckpointError
 from twa_merge.tensors import dtype_of, tensor_rows
 
@@ -324,3 +325,27 @@ def test_64_checkpoints_of_three_shards_read_from_many_threads(
     assert rows[0].tolist() == [[1, 1], [1, 1]]  # rows outlive their reader
     expected = load_file(tmp_path / "checkpoint-7" / "model-00002-of-00003.safetensors")
     assert torch.equal(tensor_rows(checkpoints[7], "layer.2"), expected["layer.2"])
+
+
+def test_a_collection_in_the_middle_of_it_does_not_wait_for_itself(tmp_path: Path) -> None:
+    """The garbage collector may let go of a reader in a thread that is about to close another."""
+    files = OpenFiles()
+    path = tmp_path / "x"
+    path.write_bytes(b"x")
+
+    class Owner:
+        pass
+
+    def collected_with_the_lock() -> None:
+        owner = Owner()
+        files.register(owner)
+        files.keep(owner, path, OpenFile.at(path))
+        with files._lock:
+            del owner
+
+    thread = threading.Thread(target=collected_with_the_lock, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    assert files.get(object(), path) is None
+    assert not files._files

@@ -94,3 +94,14 @@ def test_paired_differences():
     assert abs(mean - 4 / 3) < 1e-12
     assert abs(error - (1 / 3) ** 0.5 / 3**0.5) < 1e-12
     assert paired(a, a) == (0.0, 0.0)
+
+
+def test_differences_of_losses_that_are_not_finite():
+    a = torch.tensor([1.0, math.inf, math.nan, 2.0]).double()
+    b = torch.tensor([0.0, math.inf, math.inf, 1.5]).double()
+    assert paired(a, b)[0] == 0.75, "what both lack tells nothing"
+    b[1] = 3.0
+    assert paired(a, b)[0] == math.inf
+    assert paired(b, a)[0] == -math.inf
+    b[3] = math.nan
+    assert math.isnan(paired(a, b)[0])

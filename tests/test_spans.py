@@ -629,3 +629,18 @@ def test_2_processes_give_the_coefficients_of_one(tmp_path):
         for key in c:
             torch.testing.assert_close(c[key], d[key], rtol=1e-5, atol=1e-5)
     assert one["coefficients"]["random"]["scale"] == two["coefficients"]["random"]["scale"]
+
+
+@pytest.mark.parametrize(
+    "blocks", [5, "x", {"members": 3}, {"members": ["w"]}, {"members": {"x": 5}}, [1]]
+)
+def test_a_report_with_other_things_for_blocks_is_refused(tmp_path, blocks):
+    save_run(tmp_path / "run", LinearTask().states(2))
+    report = tmp_path / "twa_merge.json"
+    coefficients = {"blocks": {"x": [0.5, 0.5]}}
+    report.write_text(json.dumps({"coefficients": coefficients, "blocks": blocks}))
+    with pytest.raises(ConfigError, match="report"):
+        average([tmp_path / "run"], tmp_path / "out", weights=f"@{report}")
+    report.write_text("[" * 100_000)
+    with pytest.raises(ConfigError, match="cannot be read"):
+        average([tmp_path / "run"], tmp_path / "out", weights=f"@{report}")

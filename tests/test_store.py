@@ -20,8 +20,9 @@ from twa_merge.distributed import World
 from twa_merge.errors import CheckpointError
 from twa_merge.layout import global_block, make_layout, tensor_blocks
 from twa_merge.progress import Noted
-from twa_merge.store import fused, make_store, native
+from twa_merge.store import fused, kernels, make_store, native
 from twa_merge.store.fused import Fused, combine_tiles, grouped, in_order, project_tiles
+from twa_merge.store.kernels import Kernels
 from twa_merge.store.native import Native
 from twa_merge.store.quantize import GROUP_BYTES, pack, planes, unpack
 from twa_merge.store.tiles import Tiles, allocate, footprint, tile_width
@@ -672,3 +673,40 @@ def test_auto_keeps_small_runs_in_memory_and_exact(tmp_path):
     numbers = sum(w.shape[1] for w in run.weights.values())
     assert store.nbytes == numbers * (4 * N + 4)
     assert notes == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_eager_sums_go_through_the_tiles_piece_by_piece(monkeypatch, dtype):
+    """On a GPU too, where products of all numbers at once would be as large as the offsets."""
+    seen = []
+
+    def keep(tiles):
+        for part, numbers in unpacked(tiles):
+            seen.append(numbers.numel())
+            yield part, numbers
+
+    monkeypatch.setattr(kernels, "_EAGER_CPU", 1000)
+    eager = Kernels(dtype, torch.device("cpu"), compiled=False, progress=print)
+    eager._wide = torch.float32  # as on a GPU
+    unpacked = eager._unpacked
+    monkeypatch.setattr(eager, "_unpacked", keep)
+    tiles, numbers = tiles_of(dtype, 3, 7, 128)
+    g, c, beta = random_vectors(7, 3, 128)
+    x = numbers.double()
+    close(eager.project(tiles, g, 1), torch.einsum("unt,ut->n", x, g.double()), 1e-5)
+    out = torch.empty_like(c)
+    eager.combine(tiles, c, beta, torch.tensor([0.5]), out)
+    expected = 0.5 * c.double() + torch.einsum("unt,n->ut", x, beta.double())
+    close(out.double(), expected, 1e-5)
+    assert max(seen) <= 1000
+
+
+def test_a_compiler_that_cannot_even_be_loaded_is_done_without(offsets, monkeypatch):
+    def broken(dtype):
+        raise ImportError("no such library")
+
+    monkeypatch.setattr(kernels, "Native", broken)
+    notes = []
+    store = offsets.store(compiled=True, progress=notes.append)
+    assert store.project(offsets.gradients()).isfinite().all()
+    assert ["no such library" in note.text for note in notes] == [True]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -354,10 +354,36 @@ def test_a_module_that_cannot_import_another(
 
 def test_options_that_a_task_does_not_take(tmp_path: Path) -> None:
     path = write(tmp_path, "t.py", BODY + "task = Mine")
-    assert load(path, max_length=None, trust_remote_code=False, label_smoothing=0.0)
+    assert load(path, max_length=None, trust_remote_code=False)
     with pytest.raises(TaskError, match="does not take --max-length, --model"):
         load(path, model="x", max_length=3)
+    with pytest.raises(TaskError, match="does not take --max-length"):
+        load(path, max_length=0)
     with pytest.raises(TaskError, match=r"does not take --depth[\s\S]*--max-length"):
         load("causal-lm", "data.txt", depth=3)
     with pytest.raises(TaskError, match="causal-lm needs data"):
         load("causal-lm")
+
+
+@pytest.mark.parametrize(
+    ("method", "gives", "said"),
+    [
+        ("groups", lambda *_: 5, "groups do not fit"),
+        ("split", lambda *_: [[1], [2], [3]], "two parts"),
+        ("split", lambda *_: None, "two parts"),
+        ("groups", lambda *_: [7] * 20, "all of one group"),
+        ("dataset", lambda *_: Unmeasured(), "how long"),
+    ],
+)
+def test_what_a_task_gives_is_looked_at(method: str, gives: Callable[..., Any], said: str) -> None:
+    kind = type("Given", (LinearTask,), {method: gives})
+    with pytest.raises(TaskError, match=said):
+        split(kind(examples=20), 0.25, 0)
+
+
+class Unmeasured:
+    def __len__(self) -> int:
+        raise RuntimeError("not counted yet")
+
+    def __getitem__(self, i: int) -> int:
+        return i

@@ -14,7 +14,7 @@ from . import report
 from .agreement import require_same_choices, require_same_files, require_shared_place
 from .checkpoints import Checkpoint, open_checkpoints
 from .clock import Clock
-from .config import OutputConfig, Selection, as_dict, as_paths
+from .config import OutputConfig, Paths, Selection, as_dict, as_paths
 from .dtypes import Float64
 from .errors import ConfigError
 from .fixed_weights import parse_weights
@@ -35,8 +35,6 @@ from .writer import check_output, write_merge
 if TYPE_CHECKING:
     # Fixed coefficients are not to wait for torch.
     from .random_directions import RandomDirections
-
-Paths = Sequence[str | PathLike[str]]
 
 
 def average(
@@ -153,7 +151,7 @@ def _coefficients(
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(
             "The report cannot be read.",
             checkpoint=path,

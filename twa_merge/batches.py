@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -106,7 +107,7 @@ class Batches:
         batch = self._cache.get(key)
         if batch is None:
             batch = self._make(positions)
-            size = _nbytes(batch)
+            size = nbytes(batch)
             if self._cached_bytes + size <= _CACHE_BYTES:
                 self._cache[key] = batch
                 self._cached_bytes += size
@@ -119,11 +120,13 @@ class Batches:
             return self._collate([self._dataset[self.order[p]] for p in positions])
 
 
-def _nbytes(batch: Any) -> int:
-    if isinstance(batch, Tensor):
-        return batch.nbytes
+def nbytes(batch: Any) -> int:
+    """Of tensors, arrays, and what holds them in the open."""
     if isinstance(batch, Mapping):
-        return sum(_nbytes(v) for v in batch.values())
+        return sum(nbytes(v) for v in batch.values())
     if isinstance(batch, (list, tuple)):
-        return sum(_nbytes(v) for v in batch)
-    return 64
+        return sum(nbytes(v) for v in batch)
+    if isinstance(found := getattr(batch, "nbytes", None), int):
+        return found
+    held = getattr(batch, "__dict__", {})
+    return sys.getsizeof(batch) + sum(nbytes(v) for v in held.values())

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .batches import Batches
-from .objective import Engine
+from .objective import Engine, modes_kept
 
 
 def has_batch_norm(module: nn.Module) -> bool:
@@ -25,9 +25,8 @@ def reestimate(engine: Engine, batches: Batches, chosen: Sequence[int]) -> None:
     stay in evaluation mode.
     """
     norms = _norms(engine.live.module)
-    saved = [(m, m.momentum, m.training) for m in norms]
     rounds = 0
-    try:
+    with modes_kept(norms):
         for m in norms:
             m.reset_running_stats()
             m.training = True
@@ -38,9 +37,6 @@ def reestimate(engine: Engine, batches: Batches, chosen: Sequence[int]) -> None:
                 m.momentum = 1.0 / rounds if counts else 0.0
             with batches.use(positions, batch) as own:
                 engine.losses_of(own, len(positions))
-    finally:
-        for m, momentum, training in saved:
-            m.momentum, m.training = momentum, training
     _average_over_ranks(engine, norms, rounds)
 
 

@@ -28,14 +28,14 @@ class Candidate:
     Attributes:
         name: as in the report.
         alphas: coefficients, (B, n), or (1, n) for all blocks alike; float64.
-        rank: simplicity, 0 the simplest: ties go to the smaller.
-        cost: what finding it took, in evaluations of the whole fit split.
+        complexity: 0 for the simplest: ties go to the smaller.
+        cost: what finding it took, in evaluations of loss and gradient over the whole fit split.
         blend_of: name → weight of the candidates that it is a mean of.
     """
 
     name: str
     alphas: Tensor
-    rank: int
+    complexity: int
     cost: float = 0.0
     blend_of: Mapping[str, float] = field(default_factory=dict)
 

@@ -114,6 +114,16 @@ def task_and_splits(
     options: dict[str, object],
     choices: Choices,
 ) -> tuple[Task, Splits]:
+    """The task, loaded if it is named, and its data in parts.
+
+    Args:
+        newest: checkpoint, whose folder a built-in task may read.
+        options: keyword arguments of a built-in task.
+
+    Raises:
+        ConfigError: a task object is given what only tasks by name take.
+        TaskError: there is no such task, its code raises, or its data cannot be split.
+    """
     seed, fraction = choices.data.seed, choices.data.guard_fraction
     if not isinstance(task, str):
         if data is not None or test_data is not None:

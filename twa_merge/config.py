@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 import numbers
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from os import PathLike
 from typing import Any
 
 from .errors import ConfigError
+
+Paths = Sequence[str | PathLike[str]]
 
 BLOCKS = ("auto", "global", "layers", "tensors")
 OPTIMIZERS = ("lbfgs", "sgd", "adamw")
@@ -47,7 +49,10 @@ _TYPES: dict[str, tuple[type, str]] = {
 
 
 def _require_types(config: Any) -> None:
-    """Checks that every value is of its field's type: they come from Python code as well."""
+    """Checks that every value is of its field's type: they come from Python code as well.
+
+    Numbers of other libraries, such as numpy's, become Python's own, which can be written as JSON.
+    """
     for each in dataclasses.fields(config):
         value, names = getattr(config, each.name), str(each.type).split(" | ")
         # True is a whole number to Python.
@@ -59,6 +64,9 @@ def _require_types(config: Any) -> None:
                 expected=" or ".join(_TYPES[name][1] for name in names),
                 found=repr(value),
             )
+        if isinstance(value, numbers.Real) and type(value) not in (bool, int, float):
+            own = int(value) if isinstance(value, numbers.Integral) else float(value)
+            object.__setattr__(config, each.name, own)
 
 
 def _one_of(option: str, value: object, allowed: tuple[str, ...]) -> None:
@@ -140,7 +148,7 @@ class FitConfig:
         optimizer: ``lbfgs`` needs no learning rate; ``sgd`` and ``adamw`` are the paper's training.
         ridge: weight of ‖z‖²/2, in units of the loss per standard deviation squared; None chooses
             it on data that the fit did not see, in the order of magnitude that losses differ by.
-        max_evaluations: of loss and gradient over the whole fit split, each stage.
+        max_evaluations: of loss and gradient, for each stage and each size of a growing sample.
         tolerance: relative decrease of the loss under which the fit has converged.
         start: ``auto``, ``mean``, ``last`` or a training step.
         span: ``affine`` (around the mean, Σ α = 1) or the paper's uncentred ``linear`` span.

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import ConfigError
-from .ranks import world_size
+from .ranks import local_rank, own_rank, world_size
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -86,7 +86,7 @@ class World:
     def led(self, function: Callable[..., T], work: Callable[[Callable[..., T]], R]) -> R:
         """Rank zero's ``work(function)``, on every rank; all ranks make its calls of ``function``.
 
-        For work whose way hangs on the last bits of its numbers: on unlike processors every rank
+        For work whose way depends on the last bits of its numbers: on unlike processors every rank
         would go a way of its own.
 
         Args:
@@ -150,10 +150,8 @@ def start(device: str = "auto", timeout_minutes: float = TIMEOUT_MINUTES) -> Wor
     Raises:
         ConfigError: the device does not exist, or the processes do not find one another.
     """
-    size = world_size()
-    rank = int(os.environ.get("RANK", "0"))
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
-    where = _device(device, local_rank)
+    size, rank = world_size(), own_rank()
+    where = _device(device, local_rank())
     if size > 1 and where.type == "cpu":
         _give_memory_back()
     if size > 1 and not dist.is_initialized():
@@ -164,7 +162,7 @@ def start(device: str = "auto", timeout_minutes: float = TIMEOUT_MINUTES) -> Wor
                     timeout=datetime.timedelta(minutes=timeout_minutes),
                     device_id=where if where.type == "cuda" else None,
                 )
-        except dist.DistError as error:
+        except (dist.DistError, ValueError) as error:
             address = ":".join(os.environ.get(f"MASTER_{k}", "?") for k in ("ADDR", "PORT"))
             raise ConfigError(
                 "The processes of this run do not find one another.",
@@ -249,7 +247,7 @@ def _give_memory_back() -> None:
         ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, _RETURNED_FROM)
 
 
-def _device(name: str, local_rank: int) -> torch.device:
+def _device(name: str, local: int) -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
@@ -269,12 +267,12 @@ def _device(name: str, local_rank: int) -> torch.device:
                 expected="--device cuda: each takes one of its own",
                 found=f"--device {name}",
             )
-        index = device.index if device.index is not None else local_rank
+        index = device.index if device.index is not None else local
         if index >= torch.cuda.device_count():
             raise ConfigError(
                 "There are fewer GPUs than processes on this node.",
                 expected=f"at most {torch.cuda.device_count()} processes a node",
-                found=f"local rank {local_rank}",
+                found=f"local rank {local}",
             )
         device = torch.device("cuda", index)
         torch.cuda.set_device(device)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import hashlib
 from collections.abc import Hashable, Mapping, Sequence
-from os import PathLike
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from .agreement import require_same_choices, require_same_files
 from .batches import Batches
 from .checkpoints import Checkpoint, is_run, open_checkpoints, sidecars
 from .checkpoints.base import reading
-from .config import DataConfig, EngineConfig, Selection, StoreConfig, as_dict, as_paths
+from .config import DataConfig, EngineConfig, Paths, Selection, StoreConfig, as_dict, as_paths
 from .distributed import World, start
 from .ingest import ingest
 from .layout import global_block, make_layout
@@ -29,8 +28,6 @@ from .sampling import bootstrap_interval
 from .store import make_store
 from .task import Task, check_task, dataset_of, groups_of, require_examples
 from .tasks import BUILT_IN, load_task
-
-Paths = Sequence[str | PathLike[str]]
 
 
 def evaluate(
@@ -76,6 +73,7 @@ def evaluate(
         named, dataset, groups = loaded[reads]
         examples = len(dataset)  # type: ignore[arg-type]
         rows.append(_row(checkpoint, named, dataset, groups, data_config, engine, world, progress))
+        checkpoint.close()
         # Hooks and modules refer to one another, and the next model may need the memory.
         gc.collect()
         progress(Advanced())

@@ -21,6 +21,7 @@ from .verdict import Verdict
 
 
 def fit_document(run: Run, fitted: Sequence[Fitted], verdict: Verdict) -> dict[str, Any]:
+    """The document of a trained merge, but for its sources and timings. A collective."""
     whole, seed = fitted[0], run.choices.data.seed
     winner = verdict.winner.candidate
     subspace = whole.chart.subspaces[0]
@@ -82,8 +83,7 @@ def _orthogonality_error(run: Run, subspace: Subspace) -> float:
     grams = run.grams
     if run.directions_gram is not None:
         return orthogonality_error(subspace, pad(run.directions_gram, (run.n, 0, run.n, 0)))
-    gram = (grams.exact if grams.stored is None else grams.stored).sum(0)
-    return orthogonality_error(subspace, gram, grams.centre, grams.cross)
+    return orthogonality_error(subspace, grams.stored.sum(0), grams.centre, grams.cross)
 
 
 def _candidate_row(item: Scored, n: int, blocks: Blocks, seed: int) -> dict[str, Any]:

@@ -20,22 +20,19 @@ def geometry(
     """Distances, cosines and spectrum, all from the Gram matrix of the offsets."""
     world = start("cpu")
     require_same_files(checkpoints, world)
-    grams = ingest(checkpoints, layout, world, check=True, progress=progress)
+    grams = ingest(checkpoints, layout, world, progress=progress)
     gram = grams.exact.sum(0)
     squares = gram.diagonal()
     distances = (squares[:, None] + squares[None] - 2 * gram).clamp(min=0).sqrt()
     norms = squares.clamp(min=0).sqrt()
     cosines = gram / (norms[:, None] * norms[None]).clamp(min=1e-300)
     subspace = make_subspace(gram)
-    centre = float(grams.centre.sum())
     return {
         "distances": distances.tolist(),
         "cosines": cosines.tolist(),
         "distance_to_mean": norms.tolist(),
-        "norms": (squares + centre + 2 * grams.cross).clamp(min=0).sqrt().tolist(),
+        "norms": grams.norms.tolist(),
         "spectrum": subspace.explained,
         "rank": subspace.rank,
-        "orthogonality_error": orthogonality_error(
-            subspace, (gram if grams.stored is None else grams.stored.sum(0))
-        ),
+        "orthogonality_error": orthogonality_error(subspace, grams.stored.sum(0)),
     }

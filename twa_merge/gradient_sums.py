@@ -1,6 +1,6 @@
 """Gradients of many batches, added up in float64 on a CPU, to be rounded once.
 
-In float32 a sum hangs on its order, and so on how many processes add to it. That difference, 1e-8
+In float32 a sum depends on its order, and so on how many processes add to it. That difference, 1e-8
 of a gradient, grows to 1e-3 of a coefficient in fits of networks with kinks (ReLUs), whose
 activations change sides in one of two such fits. In float64 it is below what float32 tells apart.
 """

@@ -127,7 +127,7 @@ def pick(scored: Sequence[Scored], select: str) -> Scored:
     def key(item: Scored) -> tuple[bool, float, int]:
         mean = _mean_cost(item, select)
         finite = bool(item.guard.isfinite().all()) and math.isfinite(mean)
-        return not finite, mean, item.candidate.rank
+        return not finite, mean, item.candidate.complexity
 
     return min(scored, key=key)
 

@@ -255,7 +255,14 @@ def _tables(document: Document) -> str:
     if others:
         parts.append(_folded("Other candidates", _table(["candidate", "guard loss"], others)))
     checkpoints = [
-        (False, [folder_name(c["path"]), str(c.get("step") or ""), str(c.get("format", ""))])
+        (
+            False,
+            [
+                folder_name(c["path"]),
+                "" if c.get("step") is None else str(c["step"]),
+                str(c.get("format", "")),
+            ],
+        )
         for c in document["checkpoints"]
     ]
     parts.append(_folded("Checkpoints", _table(["checkpoint", "step", "format"], checkpoints)))

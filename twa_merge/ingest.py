@@ -7,7 +7,7 @@ import queue
 from collections import deque
 from collections.abc import Collection, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,6 +22,7 @@ from .store.base import Store
 from .stream import RowSlice, blame, row_slices
 from .subspace import GramAccumulator, add_up
 from .tensors import as_tensor
+from .threads import one_thread_each
 
 # Numbers of all checkpoints worked on at a time by one thread.
 _PIECE = 1 << 18
@@ -37,14 +38,14 @@ class Grams:
     Attributes:
         names: tensors in the subspace, T of them.
         exact: (T, n, n) float64, of the offsets in float64.
-        stored: the same of offsets rounded to float32, where it was asked for.
+        stored: the same of offsets rounded to float32.
         centre: ‖c‖², (1,) float64.
         cross: ⟨c, Δ_i⟩, (n,) float64.
     """
 
     names: Sequence[str]
     exact: Tensor
-    stored: Tensor | None
+    stored: Tensor
     centre: Tensor
     cross: Tensor
 
@@ -73,7 +74,6 @@ def ingest(
     store: Store | None = None,
     shared: Mapping[str, bool] | None = None,
     still: Collection[str] = (),
-    check: bool = False,
     progress: Progress = silent,
 ) -> Grams:
     """Streams this rank's rows of all averaged tensors once.
@@ -84,7 +84,6 @@ def ingest(
             counted once.
         still: tensors that are stored alone, in no Gram matrix, such as buffers, which no gradient
             moves. One that counts steps would be longer than all weights.
-        check: add up the Gram matrix of the rounded offsets as well.
 
     Raises:
         CheckpointError: a number is not finite.
@@ -102,9 +101,8 @@ def ingest(
     for name in wanted:
         share = None if shared.get(name) and store is not None else world.share
         slices += row_slices(layout, [name], share=share)
-    pass_ = _Pass(checkpoints, layout, store, check)
-    exact = GramAccumulator(len(names), n)
-    stored = GramAccumulator(len(names), n) if check else None
+    pass_ = _Pass(checkpoints, layout, store)
+    exact, stored = GramAccumulator(len(names), n), GramAccumulator(len(names), n)
     squares = torch.zeros(1, dtype=torch.float64)
     cross = torch.zeros(n, dtype=torch.float64)
     total = sum(_numel(layout, cut) for cut in slices)
@@ -116,13 +114,12 @@ def ingest(
                 exact.gram[group] += sums.exact
                 squares += sums.squares
                 cross += sums.cross
-                if stored is not None:
-                    stored.gram[group] += sums.stored
+                stored.gram[group] += sums.stored
             progress(Advanced(_numel(layout, cut) * n))
     return Grams(
         names,
         world.sum(exact.gram),
-        world.sum(stored.gram) if stored is not None else None,
+        world.sum(stored.gram),
         world.sum(squares),
         world.sum(cross),
     )
@@ -151,10 +148,8 @@ class _Pass:
         checkpoints: Sequence[Checkpoint],
         layout: Layout,
         store: Store | None,
-        check: bool,
     ) -> None:
-        self._checkpoints, self._layout = checkpoints, layout
-        self._store, self._check = store, check
+        self._checkpoints, self._layout, self._store = checkpoints, layout, store
 
     def run(self, slices: Sequence[RowSlice]) -> Generator[tuple[RowSlice, _Sums], None, None]:
         """The slices with their sums, in the order given, however many threads there are."""
@@ -210,8 +205,7 @@ class _Pass:
                 squares += square
                 exact.add(0, offsets)
                 cross += offsets @ centre
-                if self._check:
-                    stored.add(0, buffer.rounded(offsets))
+                stored.add(0, buffer.rounded(offsets))
         return _Sums(exact.gram[0], stored.gram[0], squares, cross)
 
 
@@ -277,17 +271,6 @@ class _Buffer:
         """The offsets rounded to float32, in place."""
         single = self._single[: offsets.numel()].view(offsets.shape)
         return offsets.copy_(single.copy_(offsets))
-
-
-@contextmanager
-def one_thread_each() -> Iterator[None]:
-    """Operations inside, and in threads that start inside, keep to the thread that calls them."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _numel(layout: Layout, cut: RowSlice) -> int:

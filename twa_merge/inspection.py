@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from os import PathLike
 from typing import Any
 
 from . import report
 from .checkpoints import open_checkpoints
 from .checkpoints.base import Checkpoint
-from .config import EngineConfig, Selection, StoreConfig, as_paths
+from .config import EngineConfig, Paths, Selection, StoreConfig, as_paths
 from .errors import CheckpointError, ConfigError
 from .layout import Layout, make_layout
 from .progress import Progress, silent
 from .svg import can_draw
-
-Paths = Sequence[str | PathLike[str]]
 
 
 def inspect(

@@ -23,7 +23,14 @@ def renamed_by(task: Task, module: nn.Module, layout: Layout) -> Mapping[str, st
     if rename is None:
         return renamings(module, list(layout.entries)) if _of_transformers(module) else {}
     with user_code("name its model's tensors"):
-        return rename(module, list(layout.entries))
+        names = rename(module, list(layout.entries))
+    if not isinstance(names, Mapping):
+        raise TaskError(
+            "The task's model_names() gives no names.",
+            expected="a dictionary from names in the checkpoints to names in the model",
+            found=type(names).__name__,
+        )
+    return names
 
 
 def _of_transformers(module: nn.Module) -> bool:
@@ -116,6 +123,14 @@ def _require_one(
 
 
 def require_cover(module: nn.Module, names: Mapping[str, str], layout: Layout) -> None:
+    """Checks that the checkpoints can be loaded into the module, and trained in it.
+
+    Args:
+        names: checkpoint tensor → name in the module.
+
+    Raises:
+        TaskError: a tensor is complex or of another shape, or a parameter is lazy or missing.
+    """
     for name in names:
         if layout[name].info.dtype.is_complex:
             raise TaskError(

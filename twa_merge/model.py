@@ -6,23 +6,25 @@ that is all of them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from .building import build_module, make_buffers, widen
 from .checkpoints.base import Checkpoint
 from .distributed import World, is_sharded, local_rows
 from .dtypes import Dtype
 from .errors import TaskError
 from .gradient_sums import GradientSums
-from .layout import Layout, require_tensors_alone
+from .layout import Entry, Layout, require_tensors_alone
 from .matching import extra_states, match_names, renamed_by, require_cover
 from .sharding import Sharded, checkpoint_activations, shard
 from .task import Task
 from .tensors import tensor_rows, torch_dtype
+from .threads import one_thread_each
 from .user_code import user_code
 
 T = TypeVar("T")
@@ -35,6 +37,10 @@ class LiveModel:
         module: in evaluation mode, float parameters in float32.
         names: checkpoint tensor → name in the module; tensors the module lacks are left out.
         states_as_built: extra states that the module would take and the checkpoints lack.
+        unlike: tensors saved as floats that the module keeps as whole numbers or booleans, such as
+            counters of a state dict that was halved as a whole: it has the newest checkpoint's.
+        small_batches: one thread works through each, however many there are. What torch adds up
+            within a batch then depends on their number no more.
     """
 
     def __init__(
@@ -47,9 +53,12 @@ class LiveModel:
         whole: Sharded | None = None,
         gathered_once: bool = False,
         states_as_built: Sequence[str] = (),
+        unlike: Collection[str] = (),
     ) -> None:
         self.module = module
         self.states_as_built = tuple(states_as_built)
+        self.unlike = frozenset(unlike)
+        self.small_batches = False
         self._frozen: list[nn.Parameter] = []
         self._sums = sums
         self._whole = whole
@@ -65,7 +74,11 @@ class LiveModel:
         Args:
             kind: on several processes, every use of one kind has to come to the same layers.
         """
-        return use(self.module) if self._whole is None else self._whole(use, kind)
+        with self._threads():
+            return use(self.module) if self._whole is None else self._whole(use, kind)
+
+    def _threads(self) -> AbstractContextManager[None]:
+        return one_thread_each() if self.small_batches else nullcontext()
 
     @property
     def layer_numel(self) -> tuple[int, int] | None:
@@ -125,7 +138,7 @@ class LiveModel:
             TaskError: gradients of two widths meet where the model is gathered once.
         """
         try:
-            with self._sums.adding():
+            with self._threads(), self._sums.adding():
                 loss.backward()  # type: ignore[no-untyped-call]
         except AssertionError as error:
             if not (self._gathered_once and "uniform gradient dtype" in str(error)):
@@ -229,21 +242,24 @@ def build(
     """
     meta = world.size > 1
     once = meta and gather == "model"  # one process has all rows
-    module = _build_module(task, meta)
+    module = build_module(task, meta=meta)
     if meta:
-        _make_buffers(module, layout)
+        make_buffers(module, layout)
     own_states = extra_states(module)
     names = match_names(module, layout, renamed_by(task, module, layout))
     states = {name: own for name, own in names.items() if own in own_states}
     require_tensors_alone(layout, states)
     names = {name: own for name, own in names.items() if name not in states}
     require_cover(module, names, layout)
-    _widen(module, {own for name, own in names.items() if layout[name].averaged})
+    unlike = {name: own for name, own in names.items() if _is_unlike(module, own, layout[name])}
+    names = {name: own for name, own in names.items() if name not in unlike}
+    widen(module, {own for name, own in names.items() if layout[name].averaged})
     if activation_checkpointing:
         checkpoint_activations(module, task)
     whole = None
     if meta or precision == "bf16":
         copied = {own for name, own in names.items() if not layout[name].averaged}
+        copied.update(unlike.values())
         whole = shard(module, task, world, precision, reshard=not once, copied=copied)
     module._apply(
         lambda t: torch.empty_like(t, device=world.device) if t.is_meta else t.to(world.device)
@@ -257,14 +273,27 @@ def build(
         whole=whole,
         gathered_once=once,
         states_as_built=[own for own in own_states if own not in states.values()],
+        unlike=unlike,
     )
     with torch.no_grad():
         for name, target in live.copied().items():
             target.copy_(tensor_rows(newest, name))
+        for name, own in unlike.items():
+            _tensor_of(module, own).copy_(tensor_rows(newest, name))
     for name, own in states.items():
         with user_code(f"take the extra state {name}"):
             own_states[own].set_extra_state(tensor_rows(newest, name))
     return live
+
+
+def _is_unlike(module: nn.Module, own: str, entry: Entry) -> bool:
+    return entry.averaged and not _tensor_of(module, own).is_floating_point()
+
+
+def _tensor_of(module: nn.Module, own: str) -> Tensor:
+    """A parameter or buffer by its name."""
+    path, _, name = own.rpartition(".")
+    return getattr(module.get_submodule(path), name).detach()
 
 
 def _gradient_sums(module: nn.Module, whole: Sharded | None, world: World) -> GradientSums:
@@ -273,92 +302,3 @@ def _gradient_sums(module: nn.Module, whole: Sharded | None, world: World) -> Gr
     sharded = [p for p in parameters if world.size > 1 and is_sharded(p)]
     own = [p for p in parameters if not (world.size > 1 and is_sharded(p))]
     return GradientSums(world, own, sharded, whole.sums_over_ranks if whole is not None else ())
-
-
-def _build_module(task: Task, meta: bool) -> nn.Module:
-    expected = "build_model() returns a torch.nn.Module"
-    with user_code("build its model", expected=expected):
-        module = _on_meta(task.build_model) if meta else task.build_model()
-    if not isinstance(module, nn.Module):
-        raise TaskError(
-            "The task did not build a model.",
-            expected=expected,
-            found=type(module).__name__,
-        )
-    return module
-
-
-def _on_meta(build_model: Callable[[], nn.Module]) -> nn.Module:
-    """The module with its parameters on the meta device.
-
-    A constructor that looks at the numbers of its parameters cannot be run there. Such a model is
-    made whole first, and its numbers are dropped at once.
-    """
-    try:
-        with parameters_on_meta():
-            return build_model()
-    except (RuntimeError, NotImplementedError) as error:
-        if "meta" not in str(error):
-            raise
-    module = build_model()
-    known: dict[nn.Parameter, nn.Parameter] = {}
-    for part in module.modules():
-        for name, own in part._parameters.items():
-            if own is not None:
-                part._parameters[name] = known.setdefault(own, _without_numbers(own))
-    return module
-
-
-def _make_buffers(module: nn.Module, layout: Layout) -> None:
-    """Makes buffers that a constructor computes from parameters, which the meta device has not.
-
-    So it is with orthogonal parametrizations. They are loaded like all others.
-    """
-    for path, part in module.named_modules():
-        for name, buffer in part._buffers.items():
-            entry = layout.entries.get(f"{path}.{name}" if path else name)
-            if buffer is None and entry is not None:
-                shape, dtype = entry.info.shape, torch_dtype(entry.info.dtype)
-                part._buffers[name] = torch.zeros(shape, dtype=dtype)
-
-
-def _widen(module: nn.Module, averaged: Container[str]) -> None:
-    """Float parameters, and the buffers that are averaged, in float32; all of them contiguous."""
-    for own, parameter in module.named_parameters(remove_duplicate=False):
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.float()
-            # One that was frozen in training moves with the coefficients where checkpoints differ.
-            parameter.requires_grad_(parameter.requires_grad or own in averaged)
-    for own, buffer in module.named_buffers(remove_duplicate=False):
-        # Narrow ones are of a model that was narrowed as a whole: its parameters are wide now.
-        narrow = buffer.element_size() < 4
-        if buffer.is_floating_point() and (own in averaged or narrow):
-            buffer.data = buffer.data.float()
-    for tensor in (*module.parameters(), *module.buffers()):
-        # The store and FSDP2 take numbers in order, not channels last.
-        tensor.data = tensor.data.contiguous()
-
-
-@contextmanager
-def parameters_on_meta() -> Iterator[None]:
-    """Modules made inside hold their parameters on the meta device, their buffers for real.
-
-    Buffers that are computed when a module is made and never saved (rotary frequencies) would be
-    lost on the meta device.
-    """
-    register = nn.Module.register_parameter
-
-    def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
-        register(self, name, param)
-        if param is not None and not param.is_meta:
-            self._parameters[name] = _without_numbers(param)
-
-    nn.Module.register_parameter = register_on_meta  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
-
-
-def _without_numbers(parameter: nn.Parameter) -> nn.Parameter:
-    return nn.Parameter(parameter.detach().to("meta"), requires_grad=parameter.requires_grad)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from .batches import Batches
 from .distributed import World
-from .errors import TaskError
+from .errors import TaskError, listing
 from .layout import Blocks
 from .model import LiveModel
 from .store.base import Store, split_alphas
@@ -47,8 +47,27 @@ def _checked_metrics(metrics: Any, size: int) -> Mapping[str, Tensor]:
             found=type(metrics).__name__,
         )
     for name, values in metrics.items():
+        if not isinstance(name, str) or not name:
+            raise TaskError(
+                "A metric of the task has no name.",
+                expected="a dictionary whose keys are texts that are not empty",
+                found=repr(name),
+            )
         _require_per_example(f"metric {name}", values, size)
     return metrics
+
+
+def _require_same_metrics(found: Sequence[Collection[str]]) -> None:
+    """Checks the names of the columns of several batches, or ranks."""
+    for names in found:
+        if set(names) != set(found[0]):
+            some, other = ({*names} - {*found[0]}, {*found[0]} - {*names})
+            raise TaskError(
+                "Not every batch has the same metrics.",
+                expected="every metric from every batch: one number for each of its examples",
+                found=f"{listing(sorted(some | other))} for some batches alone",
+                remedy="give every example a value of every metric",
+            )
 
 
 def _require_gradient(losses: Tensor) -> None:
@@ -122,9 +141,10 @@ class Engine:
                 losses = self._add_gradients(batches, positions, batch, share)
                 if counts:
                     total += losses.double().sum().cpu()
-        products = self.store.project(self.live.gradients())
+        gradients = self.live.gradients()
+        products = self.store.project(gradients)
         if uncentred:
-            products = products + self._along_centre(alphas, products)[:, None]
+            products = products + self._along_centre(alphas, gradients, products)[:, None]
         packed = self.world.sum(torch.cat([total.reshape(1), products.reshape(-1)]))
         return float(packed[0]) / len(chosen), packed[1:].reshape(products.shape)
 
@@ -143,7 +163,9 @@ class Engine:
         return self._add_gradients(batches, positions, batch, share)
 
     @torch.no_grad()
-    def _along_centre(self, alphas: Tensor, products: Tensor) -> Tensor:
+    def _along_centre(
+        self, alphas: Tensor, gradients: Mapping[str, Tensor], products: Tensor
+    ) -> Tensor:
         """⟨c, ∇_w⟩ by block, (B,) float64, over this rank's rows only.
 
         From the live weights and ⟨w, ∇_w⟩ = Σα·⟨c, ∇_w⟩ + β·s, so that no store has to give its
@@ -151,13 +173,14 @@ class Engine:
 
         Args:
             alphas: that the weights are set to, (1, n) or (B, n).
+            gradients: this rank's rows.
             products: s over this rank's rows, (B, n).
         """
         if float(alphas.sum(1).abs().min()) < _LEAST_SUM:
             alphas = torch.full_like(alphas, 1.0 / alphas.shape[1])
             self.set_weights(alphas)
         beta, total = split_alphas(alphas)
-        gradients, weights = self.live.gradients(), self.live.targets()
+        weights = self.live.targets()
         found = torch.zeros(len(products), dtype=torch.float64, device=self.world.device)
         for name, gradient in gradients.items():
             found[self.blocks.index[name]] += _inner(weights[name], gradient)
@@ -182,17 +205,21 @@ class Engine:
             Losses (len(chosen),) float64 and metrics of the same shape, the same on every rank.
         """
         place = {p: i for i, p in enumerate(chosen)}
-        columns: dict[str, Tensor] = {"": torch.zeros(len(chosen), dtype=torch.float64)}
+        columns: dict[str, Tensor] = {}
         # A fold of few examples may hold out a single one, which has no statistics.
         alone = len(chosen) == 1
         with batch_statistics(self.live.module) if by_batch and not alone else nullcontext():
             for positions, batch, counts in batches.rounds(chosen):
                 found = self._columns(batches, positions, batch, with_metrics)
                 where = torch.tensor([place[p] for p in positions])
+                if not columns:
+                    columns = {k: torch.zeros(len(chosen), dtype=torch.float64) for k in found}
+                _require_same_metrics([columns, found])
                 for name, values in found.items():
-                    column = columns.setdefault(name, torch.zeros(len(chosen), dtype=torch.float64))
                     if counts:
-                        column[where] = values.detach().double().reshape(-1).cpu()
+                        columns[name][where] = values.detach().double().reshape(-1).cpu()
+        if with_metrics:
+            _require_same_metrics(self.world.gather(list(columns)))
         names = sorted(columns)
         summed = self.world.sum(torch.stack([columns[k] for k in names]))
         result = dict(zip(names, summed, strict=True))
@@ -206,7 +233,14 @@ class Engine:
         together = getattr(self.task, "loss_and_metrics", None)
         if with_metrics and together is not None:
             with batches.use(positions, batch) as own, user_code("compute its loss"):
-                losses, metrics = self.live.run(lambda model: together(model, own), "both")
+                both = self.live.run(lambda model: together(model, own), "both")
+            if not isinstance(both, (tuple, list)) or len(both) != 2:
+                raise TaskError(
+                    "The task's loss_and_metrics() does not give both.",
+                    expected="(losses, {name: values}), each a tensor of shape (batch,)",
+                    found=type(both).__name__,
+                )
+            losses, metrics = both
             _require_per_example("loss", losses, size)
             return {"": losses, **_checked_metrics(metrics, size)}
         with batches.use(positions, batch) as own:
@@ -232,10 +266,17 @@ def _inner(one: Tensor, other: Tensor) -> Tensor:
 def batch_statistics(module: nn.Module) -> Iterator[None]:
     """Batch norm normalises by the batch and leaves its running statistics as they are."""
     norms = [m for m in module.modules() if isinstance(m, _BatchNorm) and m.track_running_stats]
-    saved = [(m, m.momentum, m.training) for m in norms]
-    try:
+    with modes_kept(norms):
         for m in norms:
             m.momentum, m.training = 0.0, True
+        yield
+
+
+@contextmanager
+def modes_kept(norms: Sequence[_BatchNorm]) -> Iterator[None]:
+    """Whether batch norm normalises by the batch, and its momentum, are what they were, after."""
+    saved = [(m, m.momentum, m.training) for m in norms]
+    try:
         yield
     finally:
         for m, momentum, training in saved:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import json
 import os
 import shutil
 import socket
@@ -14,6 +13,7 @@ from pathlib import Path
 
 from .checkpoints.base import Checkpoint
 from .errors import OutputError, listing
+from .json_files import read_json
 from .leftovers import (
     DELETED,
     DOCUMENT,
@@ -235,8 +235,8 @@ def _require_replaceable(output: Path, target: Path, overwrite: bool) -> None:
 def _require_nothing_else(output: Path, target: Path) -> None:
     """Raises OutputError where an earlier merge has got company that would be lost with it."""
     try:
-        own = {DOCUMENT, *json.loads((target / DOCUMENT).read_bytes())["files"]}
-    except (ValueError, KeyError, TypeError):
+        own = {DOCUMENT, *read_json(target / DOCUMENT)["files"]}
+    except (KeyError, TypeError):
         own = {DOCUMENT}
     there = (path for path in target.rglob("*") if path.is_symlink() or not path.is_dir())
     others = sorted({path.relative_to(target).as_posix() for path in there} - own)

@@ -13,6 +13,7 @@ from .checkpoints.base import Checkpoint, TensorInfo, reading
 from .checkpoints.folders import is_model_file, require_own
 from .dtypes import BY_CODE, Dtype
 from .errors import OutputError
+from .json_files import read_json
 from .safetensors_writer import SavedTensor, aligned, header
 
 # Hugging Face's names for a model's files.
@@ -156,7 +157,9 @@ def _index(
     path, document = found
     if not converted:
         return path.name, path.read_bytes()
-    document["metadata"] = {**(document.get("metadata") or {}), "total_size": size}
+    described = document.get("metadata")
+    known = described if isinstance(described, dict) else {}
+    document["metadata"] = {**known, "total_size": size}
     return path.name, _as_json(document)
 
 
@@ -165,11 +168,11 @@ def _find_index(first: Checkpoint, names: set[str]) -> tuple[Path, dict[str, Any
     if not first.path.is_dir():
         return None
     for path in sorted(first.path.glob("*.safetensors.index.json")):
+        document = read_json(path)
         try:
-            document = json.loads(path.read_bytes())
             if set(document["weight_map"].values()) == names:
                 return path, document
-        except (ValueError, KeyError, AttributeError, TypeError):
+        except (KeyError, AttributeError, TypeError):
             continue
     return None
 

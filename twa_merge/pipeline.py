@@ -12,7 +12,7 @@ from typing import Any
 from . import report
 from .agreement import require_shared_place
 from .candidates import SINGLES
-from .checkpoints import open_checkpoints
+from .checkpoints import Checkpoint, open_checkpoints
 from .checkpoints.watchful import watched
 from .choices import (
     Choices,
@@ -28,8 +28,10 @@ from .config import (
     FitConfig,
     GuardConfig,
     OutputConfig,
+    Paths,
     Selection,
     StoreConfig,
+    as_paths,
 )
 from .distributed import start
 from .diverged import without_diverged
@@ -48,6 +50,7 @@ from .output_folder import record, state_folder
 from .progress import Noted, Progress, silent
 from .resume import EvaluationLog
 from .run import Run, fingerprint, require_agreement, set_up, several
+from .small_batches import settle_threads
 from .stages import train_stages
 from .svg import can_draw
 from .task import Task
@@ -55,8 +58,6 @@ from .tensors import tensor_rows
 from .verdict import Verdict, judge, require_metric
 from .wording import spoken, too_few
 from .writer import check_output, write_merge
-
-Paths = Sequence[str | PathLike[str]]
 
 
 def merge(
@@ -102,6 +103,7 @@ def merge(
         engine or EngineConfig(),
         out or OutputConfig(),
     )
+    checkpoints = as_paths(checkpoints, "checkpoints")
     clock, target = Clock(), Path(output)
     with clock.part("open"):
         require_compatible(choices.fit, choices.guard.candidates)
@@ -134,6 +136,7 @@ def merge(
         progress(Noted(f"Continuing: {log.resumed} evaluations are known from {log.folder}."))
     run = set_up(found, layout, chosen_task, splits, world, choices, log, clock, progress)
     require_metric(run)
+    settle_threads(run)
     check_losses(run)
     with clock.part("fit"):
         fitted = train_stages(run)
@@ -146,26 +149,36 @@ def merge(
         raise _no_improvement(run, verdict)
     with clock.part("report"):
         documents = _documents(run, document, fitted, verdict)
-    alphas = verdict.winner.candidate.alphas.numpy()
-    if run.directions and alphas.shape[1] > run.n:
-        sources, alphas = run.directions.among(sources, alphas)
     with clock.part("write"):
-        write_merge(
-            sources,
-            layout,
-            run.blocks,
-            alphas,
-            target,
-            dtype=run.jury.dtype,
-            overrides=_statistics(run, verdict.winner),
-            documents=documents,
-            overwrite=choices.out.overwrite,
-            world=world,
-            progress=progress,
-        )
+        _write(run, verdict, sources, target, documents)
     log.remove()
     document["timings"] = clock.rounded()
     return document
+
+
+def _write(
+    run: Run,
+    verdict: Verdict,
+    sources: Sequence[Checkpoint],
+    target: Path,
+    documents: Mapping[str, str],
+) -> None:
+    alphas = verdict.winner.candidate.alphas.numpy()
+    if run.directions and alphas.shape[1] > run.n:
+        sources, alphas = run.directions.among(sources, alphas)
+    write_merge(
+        sources,
+        run.layout,
+        run.blocks,
+        alphas,
+        target,
+        dtype=run.jury.dtype,
+        overrides=_statistics(run, verdict.winner),
+        documents=documents,
+        overwrite=run.choices.out.overwrite,
+        world=run.world,
+        progress=run.progress,
+    )
 
 
 def _judge(run: Run, fitted: Sequence[Fitted]) -> Verdict:

@@ -169,7 +169,7 @@ def landscape(found: Mapping[str, Any], labels: Sequence[str]) -> str:
 
     def paint(figure: Any) -> None:
         axes = figure.subplots()
-        _contours(figure, axes, found)
+        _contours(axes, found)
         points = found["points"]
         axes.plot(*_columns(points), "-", color=INK, linewidth=0.7, alpha=0.5)
         axes.plot(*_columns(points), "o", color=INK, markersize=4, label="checkpoints")
@@ -187,7 +187,7 @@ def landscape(found: Mapping[str, Any], labels: Sequence[str]) -> str:
     return draw("landscape", 5.0, paint)
 
 
-def _contours(figure: Any, axes: Any, found: Mapping[str, Any]) -> None:
+def _contours(axes: Any, found: Mapping[str, Any]) -> None:
     values = [[v if is_finite(v) else math.nan for v in row] for row in found["loss"]]
     known = sorted(v for row in values for v in row if not math.isnan(v))
     if len(known) < 4 or known[0] == known[-1]:

@@ -37,8 +37,8 @@ if TYPE_CHECKING:
 
 # Signs of all directions together that are made at a time.
 _PIECE_CPU, _PIECE_GPU = 1 << 20, 1 << 26
-
-Share = Callable[[int], tuple[int, int]]
+# Up to here float32 counts by ones.
+_EXACT = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class RandomDirections:
             Where the piece is, counted from ``start``, and the signs (R, m) float32.
         """
         most = _PIECE_CPU if device.type == "cpu" else _PIECE_GPU
-        step = max(1, most // self.count // WORD) * WORD
+        step = max(1, min(most // self.count, _EXACT) // WORD) * WORD
         for a in range(start // WORD * WORD, stop, step):
             low, high = max(a, start), min(a + step, stop)
             signs = self.signs(source, range(self.count), low, high, device)
@@ -228,7 +228,7 @@ class DirectionReader:
         pass
 
 
-def span(info: TensorInfo, share: Share) -> tuple[int, int]:
+def span(info: TensorInfo, share: Callable[[int], tuple[int, int]]) -> tuple[int, int]:
     """Flat numbers [start, stop) of this rank's rows."""
     start, stop = share(info.rows)
     return start * info.row_numel, stop * info.row_numel

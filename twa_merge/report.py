@@ -127,6 +127,9 @@ def coefficients_from_report(
         found = document["coefficients"]
         values = found.get("blocks") or {"global": found["global"]}
         rows = np.array([list(row) for row in values.values()], dtype=np.float64)
+        described = document.get("blocks") or {}
+        members = {k: [str(name) for name in v] for k, v in described.get("members", {}).items()}
+        kind = str(described.get("kind", "tensors"))
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise ConfigError(
             "The file is no report of twa-merge.",
@@ -134,6 +137,23 @@ def coefficients_from_report(
             expected="a twa_merge.json with coefficients",
             remedy="name the twa_merge.json of an earlier merge",
         ) from error
+    _require_rows(version, rows, n, path)
+    if "blocks" not in found:
+        return global_block(layout), rows
+    blocks = blocks_from_members(kind, members, layout)
+    if set(blocks.names) != set(values):
+        raise ConfigError(
+            "The report's coefficients are of other blocks than it describes.",
+            checkpoint=path,
+            expected=listing(blocks.names),
+            found=listing(values),
+            remedy="use the file as it was written, or make the merge again",
+        )
+    return blocks, rows[[list(values).index(name) for name in blocks.names]]
+
+
+def _require_rows(version: Any, rows: Float64, n: int, path: Path) -> None:
+    """Checks that a report of this version has finite coefficients (B, n)."""
     if version != FORMAT:
         raise ConfigError(
             "The report's format is not known.",
@@ -158,18 +178,3 @@ def coefficients_from_report(
             found=listing(str(x) for x in rows[~np.isfinite(rows)]),
             remedy="use the file as it was written, or make the merge again",
         )
-    if "blocks" in found:
-        described = document.get("blocks", {})
-        blocks = blocks_from_members(
-            described.get("kind", "tensors"), described.get("members", {}), layout
-        )
-        if set(blocks.names) != set(values):
-            raise ConfigError(
-                "The report's coefficients are of other blocks than it describes.",
-                checkpoint=path,
-                expected=listing(blocks.names),
-                found=listing(values),
-                remedy="use the file as it was written, or make the merge again",
-            )
-        return blocks, rows[[list(values).index(name) for name in blocks.names]]
-    return global_block(layout), rows

@@ -77,14 +77,22 @@ class RidgePath:
 
     def add(self, ridge: float, z: Tensor, losses: Tensor) -> None:
         self.ends.setdefault(ridge, []).append(z)
-        self.losses.setdefault(ridge, []).append(losses.nan_to_num(math.inf))
+        self.losses.setdefault(ridge, []).append(losses.nan_to_num(math.inf, posinf=math.inf))
 
     def complete(self) -> dict[float, Tensor]:
         """Ridges that took part in every fold → (examples,) losses."""
         return {r: torch.cat(parts) for r, parts in self.losses.items() if len(parts) == self.folds}
 
     def scores(self) -> dict[float, float]:
-        return {r: float(losses.mean()) for r, losses in self.complete().items()}
+        """Ridge → mean loss on unseen examples, of those that any ridge has a finite loss of."""
+        found = self.complete()
+        if not found:
+            return {}
+        known = torch.stack(list(found.values())).isfinite().any(0)
+        return {
+            r: float(losses[known].mean()) if known.any() else math.inf
+            for r, losses in found.items()
+        }
 
     def best(self) -> float:
         """The ridge of least loss; inf where nothing beats the base."""
@@ -146,8 +154,8 @@ def folds_of(groups: Tensor, losses: Tensor) -> list[list[int]]:
 
     Whole groups go to one fold where their members are much alike, or a fit would know of each
     unseen example what the others of its group tell. Where they are not, as sequences of one text,
-    it costs more to do without whole groups than is feigned (bench/quality). None for fewer
-    examples than folds.
+    it costs more to do without whole groups than is feigned (bench/quality). No folds for fewer
+    examples.
 
     Args:
         groups: label of each example, (N,) int64.

@@ -15,6 +15,7 @@ from .checkpoints.base import Checkpoint
 from .choices import Choices
 from .clock import Clock
 from .config import (
+    DataConfig,
     FitConfig,
     as_dict,
     parse_subspace,
@@ -86,7 +87,8 @@ def set_up(
 ) -> Run:
     """Builds the model and reads the checkpoints: Gram matrices and store in a single pass."""
     n = len(checkpoints)
-    gather = gathering(layout, n, this_machine(world), choices.store, choices.engine)
+    machine = this_machine(world)
+    gather = gathering(layout, n, machine, choices.store, choices.engine)
     with clock.part("build"):
         live = build(
             task,
@@ -108,13 +110,13 @@ def set_up(
         choices.store,
         shared=shared,
         work=Work(whole_model=gather == "model", layer_numel=live.layer_numel),
+        machine=machine,
         progress=progress,
     )
     with clock.part("ingest"):
         grams = ingest(
             checkpoints, layout, world, store=store, shared=shared,
-            still=_still(live, layout),
-            check=True, progress=progress,
+            still=_still(live, layout), progress=progress,
         )  # fmt: skip
     far_apart = far_apart_in_float32(checkpoints, grams.norms, progress)
     exact = exact_store(store, checkpoints, layout, world, shared=shared, far_apart=far_apart)
@@ -131,10 +133,7 @@ def set_up(
 
     engine = engine_of(store)
     judging = engine if exact is store else engine_of(exact)
-    seed, size = choices.data.seed, choices.data.batch_size
-    fit = Batches(splits.fit, task, size, seed, world, splits.fit_groups)
-    guard = Batches(splits.guard, task, size, seed, world, splits.guard_groups)
-    test = Batches(splits.test, task, size, seed, world) if splits.test is not None else None
+    fit, guard, test = _batches(task, splits, world, choices.data)
     dtype = dtype_named(choices.out.dtype)
     jury = Jury(judging, fit, guard, test, n, dtype, choices.guard.select, choices.guard.batch_norm)
     steps = [c.step for c in checkpoints]
@@ -144,6 +143,18 @@ def set_up(
         engine, fitter, jury, directions, directions_gram,
         _layers(live, layout, blocks, choices.fit),
     )  # fmt: skip
+
+
+def _batches(
+    task: Task, splits: Splits, world: World, config: DataConfig
+) -> tuple[Batches, Batches, Batches | None]:
+    """Those of the fit split, the guard split and the test data."""
+    size, seed = config.batch_size, config.seed
+    return (
+        Batches(splits.fit, task, size, seed, world, splits.fit_groups),
+        Batches(splits.guard, task, size, seed, world, splits.guard_groups),
+        Batches(splits.test, task, size, seed, world) if splits.test is not None else None,
+    )
 
 
 def _still(live: LiveModel, layout: Layout) -> list[str]:
@@ -157,6 +168,7 @@ def _still(live: LiveModel, layout: Layout) -> list[str]:
 
 
 def several(checkpoints: list[Checkpoint]) -> list[Checkpoint]:
+    """The checkpoints, if there are two or more; CheckpointError otherwise."""
     if len(checkpoints) < 2:
         raise CheckpointError(
             "There is only one checkpoint, so there is nothing to average.",
@@ -220,7 +232,8 @@ def require_agreement(
 
 
 def note_strangers(live: LiveModel, layout: Layout, progress: Progress) -> None:
-    strangers = [name for name in layout.averaged if name not in live.names]
+    """Tells of what the checkpoints hold and the model lacks, and the other way round."""
+    strangers = [n for n in layout.averaged if n not in live.names and n not in live.unlike]
     if strangers:
         progress(
             Noted(

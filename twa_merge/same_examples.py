@@ -1,7 +1,7 @@
 """Whether all processes of a run, or a later run, read the same examples.
 
-Every process makes the dataset by itself. Where its order hangs on hashes, on a folder's listing or
-on a generator without a seed, what one process guards with another one fits.
+Every process makes the dataset by itself. Where its order depends on hashes, on a folder's listing
+or on a generator without a seed, what one process guards with another one fits.
 """
 
 from __future__ import annotations

@@ -58,14 +58,23 @@ def likeness(values: Tensor, groups: Tensor) -> float:
 def paired(losses: Tensor, others: Tensor, groups: Tensor | None = None) -> tuple[float, float]:
     """Mean of ``losses − others`` (N,) and its standard error; (0, 0) for equal ones.
 
-    A single difference has an infinite error; the mean is infinite where one is not finite.
+    A single difference has an infinite error. Examples of which neither loss is finite tell
+    nothing; where one side alone has losses that are not, the mean is infinite, of the sign that
+    says which, and NaN where both have some.
     """
+    known = losses.isfinite() | others.isfinite()
+    losses, others = losses[known], others[known]
+    groups = groups if groups is None else groups[known]
     if torch.equal(losses, others):
         return 0.0, 0.0
-    difference = losses - others
+    difference = _infinite(losses) - _infinite(others)
     if not bool(difference.isfinite().all()):
-        return math.inf, 0.0
+        return float(difference.sum()), 0.0
     return float(difference.mean()), float(standard_error(difference, groups))
+
+
+def _infinite(losses: Tensor) -> Tensor:
+    return losses.nan_to_num(math.inf, posinf=math.inf, neginf=-math.inf)
 
 
 def bootstrap_interval(

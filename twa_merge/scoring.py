@@ -27,7 +27,7 @@ _FEWEST_FOR_STATISTICS = 64
 
 @dataclass
 class Jury:
-    """Scores candidates on the guard split through the store, never by reading files again.
+    """Scores candidates on the guard split: by the store, or the files where it packs the offsets.
 
     Attributes:
         dtype: that averaged tensors are written in; None for the saved one of each.

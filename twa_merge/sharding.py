@@ -187,13 +187,7 @@ def shard(
         module.register_forward_pre_hook(_narrowed, with_kwargs=True)
     for norm in norms:
         fully_shard(norm, mesh=mesh, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
-    owners = _owners(module)
-    layers = [
-        layer
-        for layer in layers_of(module, task)
-        # FSDP2 wants what shares a parameter in one group: here, in the root's.
-        if layer not in norms and all(owners[p] == n for p, n in _owners(layer).items())
-    ]
+    layers = [layer for layer in _apart(module, task) if layer not in norms]
     whole = Sharded(module, world, precision == "bf16")
     sizes = [numbers(layer) for layer in layers]
     whole.layer_numel = max(sizes, default=0), numbers(module) - sum(sizes)
@@ -205,15 +199,35 @@ def shard(
         if part in alone and world.size > 1:
             whole.order.watch(part, name)
     for part in [*alone, whole]:
-        # Batches carry their own weights, so gradients add up over the ranks instead of averaging.
-        part.set_gradient_divide_factor(1.0)  # type: ignore[operator]
-        part.set_force_sum_reduction_for_comms(True)  # type: ignore[operator]
-        # Experts and heads that this rank's batch does without may be in use on another.
-        part.set_reduce_scatter_unused_params(True)  # type: ignore[operator]
+        _add_up(part)
         if world.device.type == "cpu":
             whole.sums_over_ranks.append(SumOverRanks())
             part.set_custom_reduce_scatter(whole.sums_over_ranks[-1])  # type: ignore[operator]
     return whole
+
+
+def _apart(module: nn.Module, task: Task) -> list[nn.Module]:
+    """The layers that share no parameter with the rest of the model.
+
+    FSDP2 wants what shares one in one group: here, in the root's.
+    """
+    owners = _owners(module)
+    return [
+        layer
+        for layer in layers_of(module, task)
+        if all(owners[p] == n for p, n in _owners(layer).items())
+    ]
+
+
+def _add_up(part: Any) -> None:
+    """Has gradients added up over the ranks instead of averaged: batches carry their own weights.
+
+    Of parts that no batch of this rank makes use of as well: experts and heads may be in use on
+    another.
+    """
+    part.set_gradient_divide_factor(1.0)
+    part.set_force_sum_reduction_for_comms(True)
+    part.set_reduce_scatter_unused_params(True)
 
 
 def checkpoint_activations(module: nn.Module, task: Task) -> None:

@@ -50,7 +50,7 @@ def row_slices(
 
 
 def stream(
-    checkpoints: Sequence[Checkpoint], slices: Sequence[RowSlice], *, ahead: int = 4
+    checkpoints: Sequence[Checkpoint], slices: Sequence[RowSlice], *, ahead: int
 ) -> Generator[tuple[RowSlice, list[Array]], None, None]:
     """Yields every slice with its rows from all checkpoints.
 

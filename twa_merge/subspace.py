@@ -190,7 +190,7 @@ def orthogonality_error(
 ) -> float:
     """max |P Pᵀ − I| of the basis for offsets whose Gram matrix is ``gram`` (n, n).
 
-    ``gram`` belongs to the offsets as they are stored, so that rounding in the store shows. With
+    ``gram`` belongs to the offsets rounded to float32, as the widest store has them. With
     ``centre`` and ``cross``, as in ``with_centre``, the basis is of the checkpoints, whose Gram
     matrix is G + ⟨c, Δ⟩1ᵀ + 1⟨c, Δ⟩ᵀ + ‖c‖²11ᵀ.
     """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import random
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -151,15 +151,24 @@ def split(task: Task, guard_fraction: float, seed: int, test: Task | None = None
         test_data = test.dataset() if test is not None else _call(task, "test_dataset")
     if test_data is not None:
         require_examples(test_data, "test data")
+    one_group = False
     if callable(getattr(task, "split", None)):
         with user_code("split its data"):
-            fit, guard = task.split(guard_fraction, seed)  # type: ignore[attr-defined]
-        for part in (fit, guard):
+            parts = task.split(guard_fraction, seed)  # type: ignore[attr-defined]
+        if not isinstance(parts, (tuple, list)) or len(parts) != 2:
+            raise TaskError(
+                "The task's split() does not give two parts.",
+                expected="(fit, guard): two datasets",
+                found=f"{len(parts)} parts" if isinstance(parts, (tuple, list)) else type(parts),
+            )
+        fit, guard = parts
+        for part in parts:
             _require_map_style(part, "split")
-        sides = (_numbered(_own_groups(part), len(part)) for part in (fit, guard))
+        sides = (_numbered(_own_groups(part), len(part)) for part in parts)
     else:
         data = dataset_of(task)
         labels = groups_of(task, data)
+        one_group = len(labels) > 1 and len(set(labels)) == 1
         fit_index, guard_index = split_groups(labels, guard_fraction, seed)
         sides = ([labels[i] for i in side] for side in (fit_index, guard_index))
         fit, guard = Subset(data, fit_index), Subset(data, guard_index)
@@ -167,8 +176,9 @@ def split(task: Task, guard_fraction: float, seed: int, test: Task | None = None
         raise TaskError(
             "There is too little data to be split.",
             expected="at least one example to fit and one to guard with",
-            found=f"{len(fit)} and {len(guard)}",  # type: ignore[arg-type]
-            remedy="give more data",
+            found=f"{len(fit)} and {len(guard)}"  # type: ignore[arg-type]
+            + (", all of one group" if one_group else ""),
+            remedy="give more data" + (", of two groups or more" if one_group else ""),
         )
     return Splits(fit, guard, test_data, *sides)
 
@@ -231,7 +241,8 @@ def _numbered(groups: Any, count: int) -> list[int] | None:
     if groups is None:
         return None
     # Tensors are hashed by identity: every example would be a group of its own.
-    labels = [g.tolist() if isinstance(g, Tensor) else g for g in groups]
+    several = isinstance(groups, Iterable)
+    labels = [g.tolist() if isinstance(g, Tensor) else g for g in (groups if several else [groups])]
     if len(labels) != count or not all(isinstance(label, Hashable) for label in labels):
         raise TaskError(
             "The task's groups do not fit its dataset.",
@@ -278,6 +289,8 @@ def _require_map_style(data: Any, what: str) -> None:
             found=type(data).__name__,
             remedy="return a list or a torch.utils.data.Dataset with __len__",
         )
+    with user_code(f"say how long its {what} is"):
+        len(data)
 
 
 def collate_of(task: Task) -> Callable[[list[Any]], Any]:

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import numpy as np
 import torch
 from torch import Tensor
 
-from .checkpoints.base import Checkpoint
 from .dtypes import DTYPES, Array, Dtype
+
+if TYPE_CHECKING:
+    # What holds them reads them with the help of this module.
+    from .checkpoints.base import Checkpoint
 
 
 def torch_dtype(dtype: Dtype) -> torch.dtype:

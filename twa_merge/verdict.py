@@ -64,11 +64,18 @@ def require_metric(run: Run) -> None:
 
 
 def judge(run: Run, fitted: Sequence[Fitted]) -> Verdict:
+    """All candidates of the run compared, and the winner among them. A collective.
+
+    Raises:
+        TaskError: no candidate has finite losses, or finite values of the chosen metric.
+    """
     families = parse_families(run.choices.guard.candidates)
     candidates = fixed(run.n, families)
+    spent = run.fitter.evaluations
     soups = Soups(run) if "greedy" in families and run.n > 2 else None
     if soups:
-        candidates.append(soups.without(()))
+        soup = soups.without(())
+        candidates.append(dataclasses.replace(soup, cost=run.fitter.evaluations - spent))
     whole, *by_block = fitted
     # One that was given up stands where it began.
     by_block = [stage for stage in by_block if math.isfinite(stage.result.loss)]
@@ -76,8 +83,8 @@ def judge(run: Run, fitted: Sequence[Fitted]) -> Verdict:
         candidates.append(Candidate(whole.name, whole.alphas, 7, whole.evaluations))
     for stage in by_block:
         cost = whole.evaluations + stage.evaluations
-        rank = 8 if stage.name == "twa-layers" else 9
-        candidates.append(Candidate(stage.name, stage.alphas, rank, cost))
+        complexity = 8 if stage.name == "twa-layers" else 9
+        candidates.append(Candidate(stage.name, stage.alphas, complexity, cost))
     run.progress(Started("Comparing candidates", len(candidates), "candidates"))
     scored = []
     for candidate in candidates:
@@ -111,7 +118,12 @@ def _cross_validate(run: Run, scored: Sequence[Scored], held_out: HeldOut) -> No
 
 
 def _mixture(
-    run: Run, name: str, rank: int, parts: Sequence[Scored], held_out: HeldOut, cost: float
+    run: Run,
+    name: str,
+    complexity: int,
+    parts: Sequence[Scored],
+    held_out: HeldOut,
+    cost: float,
 ) -> list[Scored]:
     """The mean of ``parts`` by likelihood; nothing where that is one of them."""
     select = run.choices.guard.select
@@ -123,7 +135,7 @@ def _mixture(
         return []
     candidates = [s.candidate for s in parts]
     alphas, shares = blended(weights, [c.alphas for c in candidates]), _shares(weights, candidates)
-    item = run.jury.score(Candidate(name, alphas, rank, cost, shares))
+    item = run.jury.score(Candidate(name, alphas, complexity, cost, shares))
     if held_out.parts:
         without = zip(*(held_out.alphas(c) for c in candidates), strict=True)
         held_out.add(name, [blended(weights, a) for a in without])
@@ -235,6 +247,6 @@ def _verdict(
     )
 
 
-def _renamed(item: Scored, name: str, rank: int) -> Scored:
-    candidate = Candidate(name, item.candidate.alphas, rank)
+def _renamed(item: Scored, name: str, complexity: int) -> Scored:
+    candidate = Candidate(name, item.candidate.alphas, complexity)
     return dataclasses.replace(item, candidate=candidate)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-
 import numpy as np
 
 from ..errors import CheckpointError
-from .base import Checkpoint, reading
+from ..json_files import read_json
+from .base import Checkpoint
 from .folders import folder_of
 
 # Numbers of a tensor, from its start and from its end, that tell it from another one.
@@ -47,15 +46,10 @@ def require_unquantised(checkpoint: Checkpoint) -> None:
         None,
     )
     config = folder_of(checkpoint) / "config.json"
-    if packed is None or not config.is_file():
+    if packed is None:
         return
-    with reading(config):
-        content = config.read_bytes()
-    try:
-        quantised = json.loads(content).get("quantization_config")
-    except (ValueError, AttributeError):
-        return
-    if quantised:
+    configuration = read_json(config)
+    if isinstance(configuration, dict) and configuration.get("quantization_config"):
         raise CheckpointError(
             "The weights are quantised, so that they cannot be averaged.",
             checkpoint=checkpoint.path,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
@@ -14,7 +15,7 @@ from ..errors import CheckpointError, listing
 from ..progress import Noted, Progress, silent
 from .base import Checkpoint, reading
 from .contents import require_unquantised, same_weights
-from .folders import Weights, is_model_file
+from .folders import Weights, is_model_file, whole_model
 from .found import KINDS, Found, expand
 from .safetensors_files import SafetensorsReader
 from .step_names import NamedStep, is_numbered, named_steps
@@ -47,9 +48,8 @@ def open_checkpoints(
       (folders with a ``twa_merge.json``), unless there is nothing else.
 
     A Trainer's output folder is both: it has the final model and ``checkpoint-*`` folders. Given
-    alone, with two or more of those, it means them and not the final model, which is the last of
-    them again (to have it nevertheless, name its file). Given among other paths it means the
-    final model.
+    alone, with two or more of those, it means them and not the final model, which is one of
+    them again, or else is told. Given among other paths it means the final model.
 
     So it is with the ``last.ckpt`` of Lightning: of the same step as another checkpoint of the run
     it is that one again. Any other checkpoint of a run folder without a number in its name
@@ -69,10 +69,12 @@ def open_checkpoints(
     Args:
         selection: which of them take part; see ``Selection``.
         progress: is told of names with several numbers, none of which is known to be the step, of
-            several checkpoints of one step, and of other weights in them that are left out.
+            several checkpoints of one step, and of weights that are left out: beside a model's in
+            what was saved, and a final model that is none of the checkpoints again.
 
     Returns:
-        At least one checkpoint, the newest last. The caller closes them.
+        At least one checkpoint, the newest last. Their files are closed when they are, or when
+        nobody holds them any more.
 
     Raises:
         CheckpointError: there are none, none is left by the selection, or one of those chosen is
@@ -99,6 +101,7 @@ def open_checkpoints(
         _note_doubt(chosen, progress, listed=listed)
         if not listed:
             _note_same_step(chosen, progress)
+            _note_model_of_run(given[0], found, progress)
         _note_left_out(opened, progress)
         return opened
     except BaseException:
@@ -180,8 +183,10 @@ def _with_steps(found: Sequence[Found]) -> list[Found]:
 
 def _with_step(found: Found, named: NamedStep) -> Found:
     folder = found.path if found.path.is_dir() else found.path.parent
-    if (found.path == folder or is_model_file(found.path)) and (written := trainer_step(folder)):
-        return replace(found, step=written)
+    if found.path == folder or is_model_file(found.path):
+        written = trainer_step(folder)
+        if written is not None:
+            return replace(found, step=written)
     found = replace(found, step=named.number, times=named.times, doubtful=named.doubtful)
     by_script = found.weights and (found.weights.is_pickle or found.weights.is_distributed)
     if not by_script or named.certain:
@@ -231,6 +236,39 @@ def _note_same_step(chosen: Sequence[Found], progress: Progress) -> None:
                 "run, name the files that are meant."
             )
         )
+
+
+def _note_model_of_run(run: Path, found: Sequence[Found], progress: Progress) -> None:
+    """Of a last model, of a step without a checkpoint, which some trainings leave there."""
+    weights = whole_model(run)
+    if not weights or any(f.path == run for f in found):
+        return
+    model = _opened(Found(run, weights)).opened
+    if not model:
+        return
+    if not _holds(found, model):
+        file = (weights.index or weights.files[0]).name
+        progress(
+            Noted(
+                f"{file} in the run's own folder holds other weights than its checkpoints, and is "
+                "left out. If it is the end of the training, list them in order, the folder last: "
+                f"$(ls -dv {shlex.quote(str(run))}/checkpoint-*) {shlex.quote(str(run))}"
+            )
+        )
+    model.close()
+
+
+def _holds(found: Sequence[Found], model: Checkpoint) -> bool:
+    for each in reversed(found):
+        other = each.opened or _opened(each).opened
+        if not other:
+            continue
+        same = same_weights(model, other)
+        if not each.opened:
+            other.close()
+        if same:
+            return True
+    return False
 
 
 def _note_left_out(opened: Sequence[Checkpoint], progress: Progress) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import weakref
-from collections import OrderedDict
+from collections import OrderedDict, deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -56,15 +56,17 @@ class OpenFiles:
         self.most = most
         self._files: OrderedDict[tuple[int, Path], OpenFile] = OrderedDict()
         self._lock = threading.Lock()
+        self._gone: deque[int] = deque()
 
     def register(self, owner: object) -> None:
         """Closes the owner's files once it is gone."""
-        weakref.finalize(owner, self._forget, id(owner)).atexit = False
+        weakref.finalize(owner, self._collected, id(owner)).atexit = False
 
     def get(self, owner: object, path: Path) -> OpenFile | None:
         """The owner's file at ``path``, if it is still open."""
         key = id(owner), path
         with self._lock:
+            self._forget()
             file = self._files.get(key)
             if file is not None:
                 self._files.move_to_end(key)
@@ -72,15 +74,29 @@ class OpenFiles:
 
     def keep(self, owner: object, path: Path, file: OpenFile) -> None:
         with self._lock:
+            self._forget()
             self._files[id(owner), path] = file
             if len(self._files) > self.most:
                 self._files.popitem(last=False)
 
     def close(self, owner: object) -> None:
-        self._forget(id(owner))
-
-    def _forget(self, owner: int) -> None:
         with self._lock:
+            self._gone.append(id(owner))
+            self._forget()
+
+    def _collected(self, owner: int) -> None:
+        """Collections happen anywhere, also in a thread that holds the lock: no waiting for it."""
+        self._gone.append(owner)
+        if self._lock.acquire(blocking=False):
+            try:
+                self._forget()
+            finally:
+                self._lock.release()
+
+    def _forget(self) -> None:
+        """Closes the files of owners that are gone. With the lock."""
+        while self._gone:
+            owner = self._gone.popleft()
             for key in [key for key in self._files if key[0] == owner]:
                 del self._files[key]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Protocol, TypeVar
 
 from ..config import Selection
 from ..errors import CheckpointError, listing
+from ..json_files import read_json
 from .times import Times
 
 _NUMBERED = 1
@@ -32,10 +32,7 @@ T = TypeVar("T", bound=HasStep)
 
 def trainer_step(folder: Path) -> int | None:
     """``global_step`` of the folder's ``trainer_state.json``; None without one that says it."""
-    try:
-        state = json.loads((folder / "trainer_state.json").read_bytes())
-    except (OSError, ValueError, RecursionError):
-        return None
+    state = read_json(folder / "trainer_state.json")
     step = state.get("global_step") if isinstance(state, dict) else None
     return step if type(step) is int and step >= 0 else None
 

@@ -40,6 +40,7 @@ def make_store(
     *,
     shared: Mapping[str, bool] | None = None,
     work: Work | None = None,
+    machine: Machine | None = None,
     compiled: bool | None = None,
     progress: Progress | None = None,
 ) -> Store:
@@ -50,13 +51,14 @@ def make_store(
     Args:
         shared: tensors of which every rank holds all rows.
         work: what the memory plan has to reckon with.
+        machine: as it was before anything that the plan knows of was there; None: as it is.
         compiled: take the fast kernels; None decides by how many numbers are held.
         progress: is told where the offsets go if they do not go where they would best.
     """
     whole, progress = shared or {}, progress or silent
     kind, dtype = config.kind, config.dtype
     if kind != "disk" and "auto" in (kind, dtype):
-        n, machine = len(checkpoints), this_machine(world)
+        n, machine = len(checkpoints), machine or this_machine(world)
         plan = memory_plan(layout, n, machine, config, work=work, shared=whole)
         kind, dtype = plan.kind, plan.dtype
         if plan.advice:

@@ -1,6 +1,6 @@
 """Project and combine on tiles of offsets, in every width.
 
-Sums are always taken in the same order. On a CPU they hardly hang on where the rows of the ranks
+Sums are always taken in the same order. On a CPU they hardly depend on where the rows of the ranks
 begin either: they are in float64, in the fast way over all but pieces of a row. On a GPU they are
 in float32 within a tile.
 
@@ -53,9 +53,8 @@ class Kernels:
         self.device = device
         self._progress = progress
         self._wide = torch.float64 if device.type == "cpu" else torch.float32
+        self._compiled = compiled
         self._fast: Native | Fused | None = None
-        if compiled:
-            self._fast = Native(dtype) if device.type == "cpu" else Fused(dtype, device)
 
     def project(self, tiles: Tiles, gradient: Tensor, row: int) -> Tensor:
         """⟨Δ_i, g⟩ over the tiles: gradient (u, T) float32 → (n,) float64 on the device.
@@ -85,14 +84,17 @@ class Kernels:
 
     def _try(self, call: Callable[[Native | Fused], _T], tiles: Tiles) -> _T | None:
         """What the fast way returns; None where the eager way has to be taken."""
-        if self._fast is None or not self._fast.takes(tiles):
+        if not self._compiled:
             return None
         try:
-            return call(self._fast)
+            if self._fast is None:
+                on_cpu = self.device.type == "cpu"
+                self._fast = Native(self.dtype) if on_cpu else Fused(self.dtype, self.device)
+            return call(self._fast) if self._fast.takes(tiles) else None
         except Exception as error:
             # Whatever stops a compiler, the eager way gives the same numbers; what stops both
             # (no memory left, say) is raised from there.
-            self._fast = None
+            self._compiled, self._fast = False, None
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             self._progress(
                 Noted(f"No compiler works here, so the slower eager kernels are used: {reason}")
@@ -131,12 +133,13 @@ class Kernels:
         Yields:
             Which tiles, and (k, n, T), or where they are packed (k · T / 128, n, 128).
         """
-        if tiles.data.dtype == self._wide:
-            yield slice(0, len(tiles)), tiles.data
-            return
         most = _EAGER_GPU if self.device.type == "cuda" else _EAGER_CPU
         n = tiles.data.shape[-2]
         step = min(len(tiles), max(1, most // (n * tiles.width)))
+        if tiles.data.dtype == self._wide:
+            for a in range(0, len(tiles), step):
+                yield slice(a, min(a + step, len(tiles))), tiles.data[a : a + step]
+            return
         size = step * n * tiles.width
         scratch = torch.empty(size, dtype=self._wide, device=self.device)
         for a in range(0, len(tiles), step):

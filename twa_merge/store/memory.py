@@ -17,6 +17,8 @@ from .kernels import Kernels, worth_compiling
 from .quantize import PLAIN
 from .tiles import Held, Part, Tiles, allocate
 
+# cudaHostRegisterPortable: for every device that this process uses.
+_PINNED_FOR_ALL = 1
 # Bytes of offsets on their way from host to device at a time; two such pieces are in flight.
 STAGED = 64 << 20
 
@@ -141,7 +143,7 @@ class MemoryStore:
         if not self._kernels:
             compiled = self._compiled
             if compiled is None:
-                # Of all ranks: sums are not to hang on how many there are.
+                # Of all ranks: sums are not to depend on how many there are.
                 whole = [e.info.numel for e in self._layout.entries.values() if e.averaged]
                 compiled = worth_compiling(self._n * sum(whole), self._device)
             for dtype in {held.dtype for held in self._held.values()}:
@@ -176,7 +178,11 @@ class MemoryStore:
         memory = torch.empty(shape, dtype=dtype, device=self._home)
         if self._pin and memory.nbytes:
             # Not pin_memory(): it rounds every allocation up to a power of two.
-            failed = torch.cuda.cudart().cudaHostRegister(memory.data_ptr(), memory.nbytes, 0)
+            # Slices are put by threads of their own, whose device is the first until told.
+            with torch.cuda.device(self._device):
+                failed = torch.cuda.cudart().cudaHostRegister(
+                    memory.data_ptr(), memory.nbytes, _PINNED_FOR_ALL
+                )
             self._pin = not int(failed)
             if self._pin:
                 self._pinned.append(memory.data_ptr())

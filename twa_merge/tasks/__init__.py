@@ -43,7 +43,9 @@ def load_task(
     Raises:
         TaskError: there is no such task, it does not take an option, or its code raises.
     """
-    given = {name: value for name, value in options.items() if value not in (None, False)}
+    given = {
+        name: value for name, value in options.items() if value is not None and value is not False
+    }
     if spec in BUILT_IN:
         return _built_in(spec, data, checkpoint, given)
     target, _, function = spec.rpartition(":") if ":" in spec else (spec, "", "")
