@@ -189,7 +189,7 @@ def show_inspection(document: Document, console: Console) -> None:
 
 
 def _show_entries(document: Document, console: Console) -> None:
-    """Where in pickles the weights were found, if that is not where everybody looks for them."""
+    """Where in files the weights were found, if that is not where everybody looks for them."""
     rows = document["checkpoints"]
     labels = checkpoint_labels(rows)
     where: dict[str, list[str]] = {}

@@ -309,9 +309,9 @@ def test_only_what_is_selected_is_opened(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "says"),
     [
-        (["checkpoint-1/pytorch_model_fsdp_0/__0_0.distcp"], "dcp_to_torch"),
+        (["checkpoint-1/pytorch_model_fsdp_0/__0_0.distcp"], "without its file .metadata"),
         (["model_index.json", "unet/diffusion_pytorch_model.safetensors"], "Diffusers"),
-        (["__0_0.distcp", ".metadata"], "dcp_to_torch"),
+        (["__0_0.distcp", ".metadata"], "metadata of a distributed checkpoint is damaged"),
         (["global_step1/bf16_zero_pp_rank_0_mp_rank_00_optim_states.pt"], "zero_to_fp32.py"),
         (["checkpoint-1/global_step1/zero_pp_rank_0_mp_rank_00_model_states.pt"], "zero_to_fp32"),
         (["consolidated.00.pth", "consolidated.01.pth"], "tensor-parallel"),

@@ -8,15 +8,17 @@ import shlex
 import shutil
 import subprocess
 import sys
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+import dcp_folders
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import save_file
 from torch.distributed.checkpoint._consolidate_hf_safetensors import consolidate_safetensors_files
-from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+from torch.distributed.checkpoint.metadata import Metadata
 
 from twa_merge.checkpoints import open_checkpoints
 from twa_merge.errors import CheckpointError
@@ -69,7 +71,13 @@ def save_shards(folder: Path, step: int = 0) -> list[Path]:
 
 
 def save_distributed(folder: Path, content: dict[str, Any]) -> None:
-    dcp.save(content, checkpoint_id=folder, no_dist=True)
+    """With something in its metadata that torch does not mind."""
+
+    def change(document: Metadata) -> None:
+        document.planner_data["more"] = Fraction(1)
+
+    dcp_folders.save(folder, content)
+    dcp_folders.edit(folder, change)
 
 
 def test_sharded_safetensors_are_no_checkpoints_each(tmp_path: Path) -> None:
@@ -207,8 +215,7 @@ def convert(command: str) -> Path:
     words = shlex.split(command.partition("python -m ")[2])
     assert words[:2] == ["torch.distributed.checkpoint.format_utils", "dcp_to_torch"]
     source, target = map(Path, words[2:])
-    dcp_to_torch_save(source, target)
-    return target
+    return dcp_folders.converted(source, target)
 
 
 @alone
@@ -226,7 +233,8 @@ def test_a_distributed_checkpoint_converted_as_advised(tmp_path: Path, part: str
     for home in homes:
         for paths in ([run], [home]):
             error = refused(*paths)
-            assert error.details["checkpoint"] == str(home / part)
+            assert error.details["checkpoint"] == str(home / part / ".metadata")
+            assert "fractions.Fraction" in error.details["found"]
         assert convert(error.details["what to do"]).parent == home
     expected = [("checkpoint-8", 8), ("checkpoint-16", 16)]
     assert found(run) == found(*homes) == expected
@@ -236,9 +244,9 @@ def test_a_distributed_checkpoint_converted_as_advised(tmp_path: Path, part: str
 def test_a_distributed_checkpoint_converted_to_a_file_beside_it(tmp_path: Path) -> None:
     for step in (8, 16):
         save_distributed(tmp_path / f"step-{step}", at(step))
-    dcp_to_torch_save(tmp_path / "step-8", tmp_path / "step-8.pt")
+    dcp_folders.converted(tmp_path / "step-8", tmp_path / "step-8.pt")
     assert str(tmp_path / "step-16") in advice(tmp_path)
-    dcp_to_torch_save(tmp_path / "step-16", tmp_path / "step-16.pt")
+    dcp_folders.converted(tmp_path / "step-16", tmp_path / "step-16.pt")
     expected = [("step-8.pt", 8), ("step-16.pt", 16)]
     assert found(tmp_path) == found(tmp_path / "step-8", tmp_path / "step-16") == expected
 
@@ -250,6 +258,19 @@ def test_a_distributed_checkpoint_of_any_name_converted_in_its_folder(tmp_path: 
         convert(advice(tmp_path / name))
     assert len(open_checkpoints([tmp_path / "a", tmp_path / "b"])) == 2
     assert len(open_checkpoints([tmp_path])) == 2
+
+
+@alone
+def test_a_distributed_checkpoint_that_was_converted_counts_once(tmp_path: Path) -> None:
+    """Also where there was no need to, as the checkpoint itself can be read."""
+    for step in (8, 16, 24):
+        dcp_folders.save(tmp_path / f"step-{step}", at(step))
+    dcp_folders.converted(tmp_path / "step-8", tmp_path / "step-8.pt")
+    dcp_folders.converted(tmp_path / "step-16", tmp_path / "step-16" / "weights.pt")
+    save(tmp_path / "step-24" / "meta.pt", {"global_step": 24})
+    assert found(tmp_path) == [("step-8.pt", 8), ("step-16", 16), ("step-24", 24)]
+    formats = [c.format for c in open_checkpoints([tmp_path])]
+    assert formats == ["pickle", "pickle", "distributed"]
 
 
 SPREAD = """

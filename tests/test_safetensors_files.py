@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from twa_merge.checkpoints import Checkpoint, open_checkpoints, safetensors_files
+from twa_merge.checkpoints import Checkpoint, open_checkpoints, open_files
 from twa_merge.checkpoints.open_files import OpenFile, OpenFiles
 from twa_merge.errors import CheckpointError
 from twa_merge.tensors import dtype_of, tensor_rows
@@ -269,7 +269,7 @@ def test_a_file_that_changes_before_it_is_read(tmp_path: Path) -> None:
 def test_files_that_are_replaced_or_cut_short_while_they_are_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(safetensors_files, "_FILES", OpenFiles(most=1))
+    monkeypatch.setattr(open_files, "FILES", OpenFiles(most=1))
     first, second = (tmp_path / f"{k}.safetensors" for k in (1, 2))
     for path in (first, second):
         save_file({"a": torch.ones(4, 3)}, path)
@@ -307,7 +307,7 @@ def test_files_are_closed_with_their_checkpoint(tmp_path: Path) -> None:
 def test_64_checkpoints_of_three_shards_read_from_many_threads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(safetensors_files, "_FILES", OpenFiles(most=5))
+    monkeypatch.setattr(open_files, "FILES", OpenFiles(most=5))
     for k in range(64):
         three_shards(tmp_path / f"checkpoint-{k}", value=10.0 * k)
     before = len(os.listdir("/proc/self/fd")) if Path("/proc/self/fd").is_dir() else None

@@ -66,8 +66,8 @@ class OutputPlan:
 def plan_output(checkpoints: Sequence[Checkpoint], dtype: Dtype | None) -> OutputPlan:
     """Files and names as in the first checkpoint, sidecars as in the newest.
 
-    Pickles become ``model.safetensors``, or shards of at most 5 GB; one bare file becomes
-    ``model.safetensors``, unless it has another of Hugging Face's names.
+    Pickles and distributed checkpoints become ``model.safetensors``, or shards of at most 5 GB; one
+    bare file becomes ``model.safetensors``, unless it has another of Hugging Face's names.
 
     Args:
         dtype: of averaged real tensors; each keeps its saved dtype without it.
@@ -111,7 +111,7 @@ def _new_files(first: Checkpoint, dtype: Dtype | None) -> tuple[PlannedFile, ...
     Tied tensors are written under all of their names: safetensors cannot share storage, and whoever
     loads them strictly expects every name.
     """
-    # Only pickles come here, and whoever reads those has waited for torch already.
+    # Only what torch has saved comes here, and whoever reads that has waited for torch already.
     from huggingface_hub import split_state_dict_into_shards_factory
 
     infos = {name: _saved(info, dtype) for name, info in first.tensors.items()}

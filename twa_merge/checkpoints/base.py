@@ -46,7 +46,7 @@ class WeightFile:
     """One file of weights inside a checkpoint: what the writer needs to write another like it.
 
     Attributes:
-        names: the tensors in it, by the names of ``Checkpoint.tensors``.
+        names: the tensors in it, or parts of them, by the names of ``Checkpoint.tensors``.
         raw_names: the same tensors in the same order, by their names in the file, which may carry
             the prefixes of wrappers (``module.``, ``_orig_mod.``).
         metadata: the header's ``__metadata__``; empty for formats without one.
@@ -90,14 +90,15 @@ class Checkpoint:
     Attributes:
         path: the folder or file, as the user would name it.
         step: training step, where one is known.
-        format: ``huggingface`` (a folder with safetensors), ``safetensors`` (bare files) or
-            ``pickle`` (whatever ``torch.save`` wrote, in a folder or bare); more may follow.
+        format: ``huggingface`` (a folder with safetensors), ``safetensors`` (bare files),
+            ``pickle`` (whatever ``torch.save`` wrote, in a folder or bare) or ``distributed``
+            (whatever ``torch.distributed.checkpoint`` wrote); more may follow.
         reader: reads it.
-        epoch: what a script has saved in a pickle under this name.
-        entry: where in a pickle the weights were found, if not under one of the usual names.
-        extra_states: what modules have saved in a pickle that is neither a tensor nor empty
+        epoch: what a script has saved under this name, beside the weights.
+        entry: where in what it saved the weights were found, if not under one of the usual names.
+        extra_states: what modules have saved that is neither a tensor nor empty
             (``torch.nn.Module.get_extra_state``), and is read no further: name → its type.
-        left_out: where in a pickle other weights were found.
+        left_out: where in what was saved other weights were found.
     """
 
     path: Path

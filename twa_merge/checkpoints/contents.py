@@ -7,6 +7,7 @@ import numpy as np
 from ..errors import CheckpointError
 from ..json_files import read_json
 from .base import Checkpoint
+from .folders import folder_of
 
 # Numbers of a tensor, from its start and from its end, that tell it from another one.
 _COMPARED = 512
@@ -44,7 +45,7 @@ def require_unquantised(checkpoint: Checkpoint) -> None:
         ),
         None,
     )
-    config = checkpoint.files[0].path.with_name("config.json")
+    config = folder_of(checkpoint) / "config.json"
     if packed is None:
         return
     configuration = read_json(config)

@@ -8,17 +8,22 @@ from collections.abc import Sequence
 from dataclasses import replace
 from os import PathLike
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..config import Selection
 from ..errors import CheckpointError, listing
 from ..progress import Noted, Progress, silent
 from .base import Checkpoint, reading
 from .contents import require_unquantised, same_weights
-from .folders import is_model_file, whole_model
+from .folders import Weights, is_model_file, whole_model
 from .found import KINDS, Found, expand
 from .safetensors_files import SafetensorsReader
 from .step_names import NamedStep, is_numbered, named_steps
 from .steps import in_order, select, trainer_step
+
+if TYPE_CHECKING:
+    from .distributed_files import DistributedReader
+    from .pickles import PickleReader
 
 _ALL = Selection()
 # Lightning's name for a copy of the newest checkpoint.
@@ -35,8 +40,9 @@ def open_checkpoints(
     Each path may be
 
     - a file: ``.safetensors``, ``.pt``, ``.pth``, ``.bin``, ``.ckpt`` or ``.pth.tar``;
-    - a folder that is one checkpoint: with Hugging Face's names for weights, or with one file (or
-      one set of shards) of weights in it;
+    - a folder that is one checkpoint: with Hugging Face's names for weights, with one file (or
+      one set of shards) of weights in it, or a distributed checkpoint of PyTorch's, the folders of
+      accelerate and the Trainer around it included;
     - a run folder: the checkpoints directly in it, folders and files. Where there are two or more
       folders with checkpoints, weights that lie beside them are left out. So are earlier merges
       (folders with a ``twa_merge.json``), unless there is nothing else.
@@ -51,10 +57,11 @@ def open_checkpoints(
 
     Where safetensors and pickles of one model lie together, safetensors are read. A path that
     comes twice counts once. A folder in a format that is not read stands for what it has been
-    converted to: weights in it, or a file of its name beside it.
+    converted to: weights in it, or a file of its name beside it. So does a distributed checkpoint.
 
     The training step is ``global_step`` of a ``trainer_state.json``, or what the name says, or for
-    pickles whose names say nothing for certain what a script has saved in them. Order: by step
+    pickles and distributed checkpoints whose names say nothing for certain what a script has saved
+    in them. Order: by step
     where all have one; by the times in their names where all have those; otherwise as listed;
     inside one run folder those without a step come last, but for the best, which is not said to be
     the newest.
@@ -63,7 +70,7 @@ def open_checkpoints(
         selection: which of them take part; see ``Selection``.
         progress: is told of names with several numbers, none of which is known to be the step, of
             several checkpoints of one step, and of weights that are left out: beside a model's in
-            pickles, and a final model that is none of the checkpoints again.
+            what was saved, and a final model that is none of the checkpoints again.
 
     Returns:
         At least one checkpoint, the newest last. Their files are closed when they are, or when
@@ -181,7 +188,8 @@ def _with_step(found: Found, named: NamedStep) -> Found:
         if written is not None:
             return replace(found, step=written)
     found = replace(found, step=named.number, times=named.times, doubtful=named.doubtful)
-    if not found.weights or not found.weights.is_pickle or named.certain:
+    by_script = found.weights and (found.weights.is_pickle or found.weights.is_distributed)
+    if not by_script or named.certain:
         return found
     try:
         opened = _open(replace(found, step=None))
@@ -268,8 +276,8 @@ def _note_left_out(opened: Sequence[Checkpoint], progress: Progress) -> None:
     if places:
         progress(
             Noted(
-                f"Pickles hold other weights beside the model's, under {listing(places)}: they are "
-                "left out, and the result will not have them."
+                f"Checkpoints hold other weights beside the model's, under {listing(places)}: they "
+                "are left out, and the result will not have them."
             )
         )
 
@@ -279,25 +287,35 @@ def _open(found: Found) -> Checkpoint:
         return found.opened
     if found.problem or not found.weights:
         raise found.problem or CheckpointError("There are no weights.", checkpoint=found.path)
-    files, index = found.weights.files, found.weights.index
-    if found.weights.is_pickle:
-        # Waits for torch, which safetensors have no need of.
-        from .pickles import PickleReader
-
-        pickle = PickleReader(files, index)
-        step = pickle.step if found.step is None else found.step
-        checkpoint = Checkpoint(
-            found.path,
-            step,
-            "pickle",
-            pickle,
-            pickle.epoch,
-            pickle.entry,
-            pickle.extra_states,
-            pickle.left_out,
-        )
+    weights = found.weights
+    if weights.is_pickle or weights.is_distributed:
+        checkpoint = _open_saved_by_torch(found, weights)
     else:
         kind = "huggingface" if found.path.is_dir() else "safetensors"
-        checkpoint = Checkpoint(found.path, found.step, kind, SafetensorsReader(files, index))
+        reader = SafetensorsReader(weights.files, weights.index)
+        checkpoint = Checkpoint(found.path, found.step, kind, reader)
     require_unquantised(checkpoint)
     return checkpoint
+
+
+def _open_saved_by_torch(found: Found, weights: Weights) -> Checkpoint:
+    # These wait for torch, which safetensors have no need of.
+    reader: PickleReader | DistributedReader
+    if weights.is_distributed and weights.index:
+        from .distributed_files import DistributedReader
+
+        reader = DistributedReader(weights.index.parent, found.path)
+    else:
+        from .pickles import PickleReader
+
+        reader = PickleReader(weights.files, weights.index)
+    return Checkpoint(
+        found.path,
+        reader.step if found.step is None else found.step,
+        "distributed" if weights.is_distributed else "pickle",
+        reader,
+        reader.epoch,
+        reader.entry,
+        reader.extra_states,
+        reader.left_out,
+    )

@@ -16,6 +16,10 @@ from .steps import natural
 
 SAFETENSORS = ".safetensors"
 PICKLES = (".pt", ".pth", ".bin", ".ckpt", ".pth.tar")
+# Of torch.distributed.checkpoint: says what is where in its .distcp files.
+METADATA = ".metadata"
+# What accelerate calls the folder of a distributed checkpoint inside of a checkpoint's.
+_INNER = re.compile(r"pytorch_model_fsdp_\d+")
 _INDEX = re.compile(r"(?P<stem>.+)(?P<kind>\.safetensors|\.bin)\.index\.json")
 
 # What Hugging Face's libraries call a model's weights; the first that is there is the model.
@@ -46,15 +50,23 @@ _NOT_ENTERED = re.compile(r"\..*|__pycache__|runs|wandb|mlruns|logs?|lightning_l
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of one checkpoint: an index file, or one file, or shards without an index."""
+    """The weights of one checkpoint: an index file, or one file, or shards without an index.
+
+    The index of a distributed checkpoint is its ``.metadata``.
+    """
 
     files: tuple[Path, ...]
     index: Path | None = None
 
     @property
+    def is_distributed(self) -> bool:
+        return self.index is not None and self.index.name == METADATA
+
+    @property
     def is_pickle(self) -> bool:
         name = (self.index or self.files[0]).name
-        return not name.removesuffix(".index.json").endswith(SAFETENSORS)
+        safetensors = name.removesuffix(".index.json").endswith(SAFETENSORS)
+        return not (safetensors or self.is_distributed)
 
 
 def entries(folder: Path) -> list[Path]:
@@ -74,10 +86,15 @@ def whole_model(folder: Path) -> Weights | None:
     """The folder's weights if it is one checkpoint by the names in it, as Hugging Face's are.
 
     Safetensors come before pickles, and the single file before the index, as transformers has it.
+    Files of either that have one of the usual names come before a distributed checkpoint: it is
+    what they were converted from.
     """
     files = [p for p in entries(folder) if p.is_file()]
     names = {p.name for p in files}
     found = _named(folder, names)
+    inner = [] if found else distributed_in(folder)
+    if len(inner) == 1:
+        return _usual(bare_weights(files)) or Weights((), inner[0] / METADATA)
     if not found and is_step_folder(folder):
         return bare_or_usual(files)
     if not found or not any(config in names for config in _HF_CONFIGS):
@@ -108,8 +125,36 @@ def bare_weights(files: Sequence[Path]) -> list[Weights]:
 def bare_or_usual(files: Sequence[Path]) -> Weights | None:
     """The only weights among the files, or those with the name that weights usually have."""
     groups = bare_weights(files)
+    return groups[0] if len(groups) == 1 else _usual(groups)
+
+
+def distributed_in(folder: Path) -> list[Path]:
+    """The folder itself if it is a distributed checkpoint, or else those in it that it consists of.
+
+    These are folders inside a checkpoint's own, as accelerate and others have them: one for each
+    model, and others for the state of optimizers, which are left out.
+    """
+    if (folder / METADATA).is_file():
+        return [folder]
+    own = is_step_folder(folder)
+    return [
+        p
+        for p in entries(folder)
+        if (own or _INNER.fullmatch(p.name))
+        and not (is_training_state(p) or is_step_folder(p))
+        and (p / METADATA).is_file()
+    ]
+
+
+def checkpoint_of(folder: Path) -> Path:
+    """The checkpoint that a folder of accelerate's is the model of; any other is one itself."""
+    inside = _INNER.fullmatch(folder.name) and distributed_in(folder.parent) == [folder]
+    return folder.parent if inside else folder
+
+
+def _usual(groups: Sequence[Weights]) -> Weights | None:
     usual = [g for g in groups if g.files[0].stem.lower() in _USUAL_NAMES]
-    for choice in (groups, usual, [g for g in usual if not g.is_pickle]):
+    for choice in (usual, [g for g in usual if not g.is_pickle]):
         if len(choice) == 1:
             return choice[0]
     return None
@@ -137,7 +182,7 @@ def sidecars(checkpoint: Checkpoint) -> dict[str, Path]:
         Name relative to the folder → file, sorted; none for a bare file, unless it is called as
         Hugging Face's are and lies beside their configuration.
     """
-    root = _folder_of(checkpoint)
+    root = folder_of(checkpoint)
     of_a_model = any(is_model_file(f.path) for f in checkpoint.files)
     configured = any((root / config).is_file() for config in _HF_CONFIGS)
     if checkpoint.path != root and not (of_a_model and configured):
@@ -161,7 +206,7 @@ def require_own(file: Path, checkpoint: Checkpoint) -> None:
         CheckpointError: it is a link to somewhere else, or no regular file.
     """
     with reading(file):
-        folder, target = _folder_of(checkpoint).resolve(), file.resolve()
+        folder, target = folder_of(checkpoint).resolve(), file.resolve()
         own = any(
             target.is_relative_to(place) and not _is_hidden(target.relative_to(place))
             for place in (folder, folder.parent, *_hub_blobs(folder))
@@ -181,7 +226,7 @@ def require_own(file: Path, checkpoint: Checkpoint) -> None:
     )
 
 
-def _folder_of(checkpoint: Checkpoint) -> Path:
+def folder_of(checkpoint: Checkpoint) -> Path:
     return checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError, listing
-from .folders import entries
+from .folders import METADATA, entries
 
 _WHOLE_MODEL = (
     "save the whole model in one file, with torch.save(get_model_state_dict(model, options="
@@ -24,8 +24,7 @@ class _Format:
 
     Attributes:
         names: of files that tell a folder of this format.
-        remedy: how to convert it; ``source`` is the folder of these files, ``home`` the checkpoint,
-            and for a command line ``shell_source`` and ``shell_weights``, a file in ``home``.
+        remedy: how to convert it; ``source`` is the folder of these files, ``home`` the checkpoint.
         alone: names of files that are the whole model unless there are others.
         others: names of those, beside the file, or beside its folder (``../``).
     """
@@ -45,6 +44,13 @@ _SHARDED_SAFETENSORS = _Format(
     " dict.fromkeys(names_of_all_tensors, 1)) from"
     " torch.distributed.checkpoint._consolidate_hf_safetensors",
 )
+_DISTRIBUTED = "PyTorch distributed checkpoint (FSDP, DCP)"
+_WITHOUT_METADATA = _Format(
+    re.compile(r".*\.distcp"),
+    f"{_DISTRIBUTED} without its file {METADATA}",
+    "copy the folder again, hidden files too, or leave it out if its save was interrupted; where"
+    " each process has saved for itself (use_collectives=False), save it without that",
+)
 _BY_ITS_TOOLS = (
     "convert every checkpoint to the Hugging Face format first, with the tools of the framework"
     " that trained it"
@@ -53,12 +59,7 @@ _OTHER_RANKS = re.compile(r"mp_rank_\d*[1-9]\d*_model_states\.pt")
 _OTHER_PARTS = re.compile(r"consolidated\.\d*[1-9]\d*\.pth")
 _FORMATS = (
     _SHARDED_SAFETENSORS,
-    _Format(
-        re.compile(r".*\.distcp"),
-        "PyTorch distributed checkpoint (FSDP, DCP)",
-        "convert every checkpoint first, this one with: python -m"
-        " torch.distributed.checkpoint.format_utils dcp_to_torch {shell_source} {shell_weights}",
-    ),
+    _WITHOUT_METADATA,
     _Format(
         re.compile(r"(bf16_|fp16_)?zero_pp_rank_\d+.*"),
         "DeepSpeed ZeRO checkpoint",
@@ -108,8 +109,9 @@ def foreign_format(folder: Path, home: Path | None = None) -> CheckpointError | 
     Args:
         home: the folder that the user would call the checkpoint, if not this one.
     """
+    forms = [f for f in _FORMATS if not (f is _WITHOUT_METADATA and (folder / METADATA).is_file())]
     for entry in entries(folder):
-        for form in _FORMATS:
+        for form in forms:
             if form.names.fullmatch(entry.name):
                 return _not_read(form, folder, home or folder, entry.name)
     return None
@@ -130,6 +132,46 @@ def foreign_file(file: Path) -> CheckpointError | None:
 def sharded_safetensors(file: Path) -> CheckpointError:
     """The error to raise for a safetensors file that holds some rows of each tensor."""
     return _not_read(_SHARDED_SAFETENSORS, file.parent, file.parent, file.name)
+
+
+def unread_distributed(
+    folder: Path, home: Path, *, expected: object, found: object, tensor: str | None = None
+) -> CheckpointError:
+    """The error to raise for a distributed checkpoint that torch can read, and this project not.
+
+    Args:
+        folder: of its files.
+        home: the checkpoint, as the user would call it.
+    """
+    return CheckpointError(
+        f"A {_DISTRIBUTED} cannot be read directly.",
+        checkpoint=folder,
+        tensor=tensor,
+        expected=expected,
+        found=found,
+        remedy=conversion(folder, home),
+    )
+
+
+def flat_parameters(file: Path, tensor: str) -> CheckpointError:
+    """The error to raise where FSDP 1 has saved its own tensors in the place of the model's."""
+    return CheckpointError(
+        "A distributed checkpoint holds the flat parameters of FSDP 1, which no model has.",
+        checkpoint=file,
+        tensor=tensor,
+        expected="the model's own tensors",
+        found="StateDictType.LOCAL_STATE_DICT",
+        remedy="save with StateDictType.SHARDED_STATE_DICT, or with get_model_state_dict(model)",
+    )
+
+
+def conversion(folder: Path, home: Path) -> str:
+    """What to do with a distributed checkpoint, to have it as one pickle."""
+    source, weights = (shlex.quote(str(path)) for path in (folder, home / "weights.pt"))
+    return (
+        "convert every checkpoint first, this one with: python -m"
+        f" torch.distributed.checkpoint.format_utils dcp_to_torch {source} {weights}"
+    )
 
 
 def parts_of_one_model(files: Sequence[Path]) -> list[list[Path]]:
@@ -177,10 +219,5 @@ def _not_read(form: _Format, source: Path, home: Path, found: str) -> Checkpoint
         checkpoint=source,
         expected="safetensors, or a pickle of all weights",
         found=found,
-        remedy=form.remedy.format(
-            source=str(source),
-            home=str(home),
-            shell_source=shlex.quote(str(source)),
-            shell_weights=shlex.quote(str(home / "weights.pt")),
-        ),
+        remedy=form.remedy.format(source=str(source), home=str(home)),
     )

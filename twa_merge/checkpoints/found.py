@@ -12,11 +12,14 @@ from ..errors import CheckpointError, listing
 from ..leftovers import DOCUMENT, set_aside, to_restore
 from .base import Checkpoint, reading
 from .folders import (
+    METADATA,
     PICKLES,
     SAFETENSORS,
     Weights,
     bare_or_usual,
     bare_weights,
+    checkpoint_of,
+    distributed_in,
     entries,
     is_training_state,
     weights_in,
@@ -27,7 +30,10 @@ from .shards import group_shards
 from .step_names import is_step_folder
 from .times import Times
 
-KINDS = f"Hugging Face folders, {SAFETENSORS} files, or torch.save files ({', '.join(PICKLES)})"
+KINDS = (
+    f"Hugging Face folders, {SAFETENSORS} files, torch.save files ({', '.join(PICKLES)}),"
+    " or folders of torch.distributed.checkpoint"
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +84,10 @@ def _without_parts(found: Sequence[Found]) -> list[Found]:
 
 
 def _file(path: Path, group: tuple[Path, ...]) -> Found:
+    if path.suffix == ".distcp" or path.name == METADATA:
+        folder = path.parent
+        if (folder / METADATA).is_file():
+            return Found(checkpoint_of(folder), Weights((), folder / METADATA))
     if problem := foreign_file(path):
         return Found(path, problem=problem)
     if path.name.endswith((f"{SAFETENSORS}.index.json", ".bin.index.json")):
@@ -102,8 +112,8 @@ def _in_folder(folder: Path, *, alone: bool) -> list[Found]:
     if whole:
         steps = [c for c in children if is_step_folder(c.path)]
         readable = [c for c in steps if not c.problem]
-        return steps if alone and len(readable) > 1 else [Found(folder, whole)]
-    problem = foreign_format(folder)
+        return steps if alone and len(readable) > 1 else [_whole(folder, whole)]
+    problem = foreign_format(folder) or _several_models(folder)
     if not problem and is_step_folder(folder) and all(c.problem for c in children):
         problem = _foreign(folder)
     if problem:
@@ -118,13 +128,36 @@ def _in_folder(folder: Path, *, alone: bool) -> list[Found]:
 
 def _child(folder: Path) -> Found | None:
     """A folder inside a run, if it is a checkpoint or should be one by its name."""
+    if is_training_state(folder) and distributed_in(folder) == [folder]:
+        return None
     if weights := weights_in(folder):
-        return Found(folder, weights)
-    if problem := _foreign(folder):
+        return _whole(folder, weights)
+    if problem := _foreign(folder) or _several_models(folder):
         return _converted(folder) or Found(folder, problem=problem)
     if not is_step_folder(folder):
         return None
     return Found(folder, problem=_unclear(folder))
+
+
+def _whole(folder: Path, weights: Weights) -> Found:
+    """The folder as one checkpoint; a distributed one stands for what it has been converted to."""
+    if not weights.is_distributed:
+        return Found(folder, weights)
+    return _beside(folder) or Found(checkpoint_of(folder), weights)
+
+
+def _several_models(folder: Path) -> CheckpointError | None:
+    inner = distributed_in(folder)
+    if len(inner) < 2:
+        return None
+    return CheckpointError(
+        "A folder holds several distributed checkpoints, and it is not clear which one is the"
+        " model.",
+        checkpoint=folder,
+        expected="one",
+        found=listing(p.name for p in inner),
+        remedy="list the folders of one of them",
+    )
 
 
 def _foreign(folder: Path) -> CheckpointError | None:
@@ -138,6 +171,10 @@ def _converted(folder: Path) -> Found | None:
     """What a folder in a foreign format has been converted to, in it or beside it by its name."""
     if weights := bare_or_usual([p for p in entries(folder) if p.is_file()]):
         return Found(folder, weights)
+    return _beside(folder)
+
+
+def _beside(folder: Path) -> Found | None:
     beside = (folder.parent / f"{folder.name}{suffix}" for suffix in (SAFETENSORS, *PICKLES))
     file = next((p for p in beside if p.is_file()), None)
     return Found(file, Weights((file,))) if file else None

@@ -6,8 +6,11 @@ import os
 import threading
 import weakref
 from collections import OrderedDict, deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+
+from ..errors import CheckpointError
+from .base import reading, unreadable
 
 # Systems allow a process 256 to 1024 open files unless told otherwise.
 _MOST = 128
@@ -96,6 +99,72 @@ class OpenFiles:
             owner = self._gone.popleft()
             for key in [key for key in self._files if key[0] == owner]:
                 del self._files[key]
+
+
+FILES = OpenFiles()
+Identity = tuple[int, ...]
+
+
+class SeenFiles:
+    """The files of one checkpoint, read as long as they are the ones that were seen first.
+
+    They are opened when something is read of them.
+
+    Args:
+        seen: file → what ``identity`` told of it when its header was read.
+    """
+
+    def __init__(self, seen: Mapping[Path, Identity]) -> None:
+        self._seen = seen
+        FILES.register(self)
+
+    def read(self, path: Path, position: int, out: memoryview, tensor: str) -> None:
+        """Fills ``out`` with the bytes from ``position`` on.
+
+        Raises:
+            CheckpointError: the file has changed, or cannot be read.
+        """
+        # Called tens of thousands of times a second: hence no context manager.
+        try:
+            file = FILES.get(self, path) or self._open(path, tensor)
+            complete = not out or file.read(position, out)
+        except OSError as error:
+            raise unreadable(path, error) from error
+        if not complete:
+            raise _changed(path, tensor, "a file that ends before")
+
+    def close(self) -> None:
+        FILES.close(self)
+
+    def require_same(self, path: Path, tensor: str) -> None:
+        """Raises CheckpointError where another file is there now."""
+        with reading(path):
+            self._require_same(path, path.stat(), tensor)
+
+    def _open(self, path: Path, tensor: str) -> OpenFile:
+        file = OpenFile.at(path)
+        self._require_same(path, os.fstat(file.descriptor), tensor)
+        FILES.keep(self, path, file)
+        return file
+
+    def _require_same(self, path: Path, found: os.stat_result, tensor: str) -> None:
+        if identity(found) != self._seen[path]:
+            raise _changed(path, tensor, "a file that was written later")
+
+
+def identity(found: os.stat_result) -> Identity:
+    """What tells a file from one that was written later."""
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _changed(path: Path, tensor: str, found: object) -> CheckpointError:
+    return CheckpointError(
+        "A file has changed since its header was read.",
+        checkpoint=path,
+        tensor=tensor,
+        found=found,
+        remedy="wait until the training run has finished saving, then start again",
+    )
 
 
 def _read_at(descriptor: int, out: memoryview, position: int) -> int:

@@ -8,8 +8,9 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -24,10 +25,12 @@ from .state_dicts import (
     SPREAD,
     STEP_KEYS,
     WEIGHTS_ALONE,
+    StateDict,
     aliases_of,
     count_of,
     is_plain,
     named_tensors,
+    require_dense,
     state_dict_of,
 )
 
@@ -59,7 +62,7 @@ class PickleReader:
         if not index:
             require_all_shards(paths)
         loaded = {path: load(path) for path in paths}
-        states = {path: state_dict_of(document, path) for path, document in loaded.items()}
+        states = {path: _dense(state_dict_of(doc, path), path) for path, doc in loaded.items()}
         require_consistent(index, weight_map, {path: s.tensors for path, s in states.items()})
         short = resolve_names(n for s in states.values() for n in (*s.tensors, *s.extra_states))
         self._tensors = {short[n]: t for s in states.values() for n, t in s.tensors.items()}
@@ -96,8 +99,17 @@ class PickleReader:
         self._tensors = {}
 
 
-def load(path: Path) -> Any:
+def _dense(state: StateDict, path: Path) -> StateDict:
+    for name, tensor in state.tensors.items():
+        require_dense(path, name, tensor)
+    return replace(state, tensors={name: t.detach() for name, t in state.tensors.items()})
+
+
+def load(path: Path, part: BinaryIO | None = None) -> Any:
     """Whatever torch.save put into the file, tensors on the CPU and mapped where possible.
+
+    Args:
+        part: what to read, where that is one of several things that were saved in the file.
 
     Raises:
         CheckpointError: the file is damaged, or asks for more than tensors and plain containers.
@@ -107,14 +119,16 @@ def load(path: Path) -> Any:
         with reading(path), warnings.catch_warnings():
             # The unpickler's own warnings would reach the user without the name of the file.
             warnings.simplefilter("ignore")
-            entries = _entries(path)
+            entries = [] if part else _entries(path)
             mapped = bool(entries) and all(e.compress_type == zipfile.ZIP_STORED for e in entries)
             with torch.serialization.safe_globals(_HARMLESS):
-                document = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
+                document = torch.load(
+                    part or path, map_location="cpu", weights_only=True, mmap=mapped
+                )
     except CheckpointError:
         raise
     except Exception as error:  # a hostile pickle can end in any exception there is
-        raise _refused(path, error) from error
+        raise refused(path, error, part) from error
     if mapped and isinstance(document, Mapping):
         _require_records(path, document, entries)
     return document
@@ -164,16 +178,20 @@ def _require_records(
         records[nbytes] -= 1
 
 
-def _refused(path: Path, error: Exception) -> CheckpointError:
-    refused = _refused_globals(path, str(error))
-    if any(name.startswith(SPREAD) for name in refused):
-        return spread_tensors(path, listing(refused))
-    if refused:
+def refused(
+    path: Path, error: Exception, part: BinaryIO | None = None, tensor: str | None = None
+) -> CheckpointError:
+    """The error to raise for what torch.load has raised, having refused to run code or failed."""
+    wanted = _refused_globals(part or path, str(error))
+    if any(name.startswith(SPREAD) for name in wanted):
+        return spread_tensors(path, listing(wanted), tensor)
+    if wanted:
         return CheckpointError(
             "A pickle asks for more than tensors, which could run code, and was refused.",
             checkpoint=path,
+            tensor=tensor,
             expected="tensors, numbers, texts and containers of them",
-            found=listing(refused),
+            found=listing(wanted),
             remedy=WEIGHTS_ALONE,
         )
     said = re.search(r"WeightsUnpickler error:\s*(.+)", str(error))
@@ -181,12 +199,13 @@ def _refused(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(
         "A file is damaged, or torch.save did not write it.",
         checkpoint=path,
+        tensor=tensor,
         found=f"{type(error).__name__}: {text[:200]}",
         remedy="save or download this file again, or leave it out",
     )
 
 
-def _refused_globals(path: Path, message: str) -> list[str]:
+def _refused_globals(source: Path | BinaryIO, message: str) -> list[str]:
     """What the pickle wanted to import: all of it where that can be told, else the first."""
     first = re.findall(
         r"(?:GLOBAL|unrecognized function|imported to load) (.+?)(?: was not|[ .]*$| whose)",
@@ -197,7 +216,7 @@ def _refused_globals(path: Path, message: str) -> list[str]:
         return []
     try:
         with torch.serialization.safe_globals(_HARMLESS):
-            every = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+            every = torch.serialization.get_unsafe_globals_in_checkpoint(source)
     except Exception:  # not a zip archive, or damaged beyond what was read so far
         every = []
     return sorted({first[0], *every})

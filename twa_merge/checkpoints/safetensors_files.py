@@ -13,16 +13,15 @@ from typing import Any, TypeGuard
 
 from ..dtypes import BY_CODE, Array
 from ..errors import CheckpointError
-from .base import TensorInfo, WeightFile, reading, require_file, unreadable
+from .base import TensorInfo, WeightFile, reading, require_file
 from .foreign import sharded_safetensors
 from .names import resolve_names
-from .open_files import OpenFile, OpenFiles
+from .open_files import Identity, SeenFiles, identity
 from .shards import read_index, require_all_shards, require_consistent
 
 # The format's own limit.
 _MAX_HEADER = 100_000_000
 _SHARDING = "DCP_SHARDING_INFO"
-_FILES = OpenFiles()
 _AGAIN = "save or download this file again, or leave the checkpoint out"
 
 
@@ -38,7 +37,7 @@ class Header:
     tensors: Mapping[str, TensorInfo]
     metadata: Mapping[str, str]
     begins: Mapping[str, int]
-    seen: tuple[int, ...]
+    seen: Identity
 
 
 class SafetensorsReader:
@@ -65,7 +64,6 @@ class SafetensorsReader:
             for path, h in headers.items()
             for name, begin in h.begins.items()
         }
-        self._seen = {path: h.seen for path, h in headers.items()}
         self.tensors: Mapping[str, TensorInfo] = {
             short[name]: info for h in headers.values() for name, info in h.tensors.items()
         }
@@ -74,29 +72,14 @@ class SafetensorsReader:
             for path, h in headers.items()
         )
         self.aliases: Mapping[str, str] = {}
-        _FILES.register(self)
+        self._files = SeenFiles({path: h.seen for path, h in headers.items()})
 
     def read(self, name: str, first: int, out: Array) -> None:
-        # Called tens of thousands of times a second: hence no context manager.
         path, begin = self._place[name]
-        position = begin + first * out.itemsize
-        try:
-            file = _FILES.get(self, path) or self._open(path, name)
-            complete = not out.size or file.read(position, out.view("u1").data)
-        except OSError as error:
-            raise unreadable(path, error) from error
-        if not complete:
-            raise _changed(path, name, "a file that ends before")
+        self._files.read(path, begin + first * out.itemsize, out.view("u1").data, name)
 
     def close(self) -> None:
-        _FILES.close(self)
-
-    def _open(self, path: Path, name: str) -> OpenFile:
-        file = OpenFile.at(path)
-        if _identity(os.fstat(file.descriptor)) != self._seen[path]:
-            raise _changed(path, name, "a file that was written later")
-        _FILES.keep(self, path, file)
-        return file
+        self._files.close()
 
 
 def read_header(path: Path) -> Header:
@@ -107,7 +90,7 @@ def read_header(path: Path) -> Header:
     """
     size = require_file(path)
     with reading(path), path.open("rb") as file:
-        seen = _identity(os.fstat(file.fileno()))
+        seen = identity(os.fstat(file.fileno()))
         first = file.read(8)
         length = struct.unpack("<Q", first)[0] if len(first) == 8 else 0
         if not 2 <= length <= min(size - 8, _MAX_HEADER):
@@ -149,10 +132,6 @@ def _require_whole(path: Path, metadata: Mapping[str, str]) -> None:
         whole = False
     if not whole:
         raise sharded_safetensors(path)
-
-
-def _identity(found: os.stat_result) -> tuple[int, ...]:
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
 def _parse(path: Path, text: bytes) -> dict[str, Any]:
@@ -244,14 +223,4 @@ def _damaged(
         expected=expected,
         found=text if len(text) <= 200 else f"{text[:200]}…",
         remedy=_AGAIN,
-    )
-
-
-def _changed(path: Path, tensor: str, found: object) -> CheckpointError:
-    return CheckpointError(
-        "A file has changed since its header was read.",
-        checkpoint=path,
-        tensor=tensor,
-        found=found,
-        remedy="wait until the training run has finished saving, then start again",
     )

@@ -83,17 +83,8 @@ def read_index(index: Path) -> dict[str, Path]:
         )
     files: dict[object, Path] = {}
     for tensor, name in weight_map.items():
-        if not isinstance(name, str) or not _is_plain_name(name):
-            raise CheckpointError(
-                "An index file names a file outside its own folder.",
-                checkpoint=index,
-                tensor=tensor,
-                expected="the name of a file in the same folder",
-                found=repr(name),
-                remedy="do not trust this checkpoint, or correct its index",
-            )
-        files.setdefault(name, index.parent / name)
-    _require_present(index, list(files.values()))
+        files.setdefault(name, index.parent / require_plain_name(name, index, tensor))
+    require_present(index, list(files.values()))
     return {tensor: files[name] for tensor, name in weight_map.items()}
 
 
@@ -138,15 +129,31 @@ def require_consistent(
             )
 
 
-def _is_plain_name(name: str) -> bool:
-    return (
-        name not in ("", ".", "..")
+def require_plain_name(name: object, index: Path, tensor: str) -> str:
+    """The name of a file that ``index`` says a tensor lies in.
+
+    Raises:
+        CheckpointError: it would lead out of the index's folder.
+    """
+    if (
+        isinstance(name, str)
+        and name not in ("", ".", "..")
         and name.isprintable()
         and not any(mark in name for mark in "/\\:")
+    ):
+        return name
+    raise CheckpointError(
+        "An index file names a file outside its own folder.",
+        checkpoint=index,
+        tensor=tensor,
+        expected="the name of a file in the same folder",
+        found=repr(name)[:200],
+        remedy="do not trust this checkpoint, or correct its index",
     )
 
 
-def _require_present(index: Path, files: Sequence[Path]) -> None:
+def require_present(index: Path, files: Sequence[Path]) -> None:
+    """Raises CheckpointError where a file is missing that ``index`` names."""
     with reading(index):
         missing = [file.name for file in files if not file.exists()]
     if missing:

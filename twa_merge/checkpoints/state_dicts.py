@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,8 +76,8 @@ class StateDict:
         return ".".join(self.keys) if self.keys and _rank(self) else None
 
 
-def state_dict_of(document: Any, path: Path) -> StateDict:
-    """The model's weights in what a pickle holds.
+def state_dict_of(document: Any, path: Path, remedy: str = WEIGHTS_ALONE) -> StateDict:
+    """The model's weights in what a pickle holds, whether their numbers are there or elsewhere.
 
     The mapping from names to tensors with the most tensors, up to three levels deep. Known
     containers come first (``model``, ``state_dict``, ``module``, ``model_state_dict`` …): where
@@ -86,9 +86,11 @@ def state_dict_of(document: Any, path: Path) -> StateDict:
     there is nothing else, the states of optimizers never. Entries that are no tensors are left
     out, but for the names of what modules have saved as their extra state.
 
+    Args:
+        remedy: how the weights can be saved alone.
+
     Raises:
-        CheckpointError: there is no such mapping, several that could be meant, or a tensor that
-            is not dense on the CPU.
+        CheckpointError: there is no such mapping, or several that could be meant.
     """
     if not isinstance(document, Mapping):
         raise CheckpointError(
@@ -96,7 +98,7 @@ def state_dict_of(document: Any, path: Path) -> StateDict:
             checkpoint=path,
             expected="a state dict, alone or in a dict",
             found=type(document).__name__,
-            remedy=WEIGHTS_ALONE,
+            remedy=remedy,
         )
     found = sorted(named_tensors(document), key=_preference)
     if not found:
@@ -105,7 +107,7 @@ def state_dict_of(document: Any, path: Path) -> StateDict:
             checkpoint=path,
             expected="a state dict, alone or in a dict",
             found=f"a dict of {listing(str(key) for key in document)}",
-            remedy=WEIGHTS_ALONE,
+            remedy=remedy,
         )
     chosen = found[0]
     rivals = [s for s in found[1:] if _rank(s) == _rank(chosen) == 1 and _is_network(s)]
@@ -115,16 +117,9 @@ def state_dict_of(document: Any, path: Path) -> StateDict:
             checkpoint=path,
             expected="one state dict",
             found=listing(s.place for s in [chosen, *rivals]),
-            remedy=WEIGHTS_ALONE,
+            remedy=remedy,
         )
-    for name, tensor in chosen.tensors.items():
-        _require_dense(path, name, tensor)
-    return StateDict(
-        chosen.keys,
-        {k: t.detach() for k, t in chosen.tensors.items()},
-        chosen.extra_states,
-        tuple(s.place for s in found[1:] if _is_network(s)),
-    )
+    return replace(chosen, left_out=tuple(s.place for s in found[1:] if _is_network(s)))
 
 
 def named_tensors(document: Mapping[Any, Any]) -> list[StateDict]:
@@ -202,7 +197,8 @@ def is_plain(tensor: Tensor) -> bool:
     return type(tensor) in (Tensor, torch.nn.Parameter)
 
 
-def _require_dense(path: Path, name: str, tensor: Tensor) -> None:
+def require_dense(path: Path, name: str, tensor: Tensor) -> None:
+    """Raises CheckpointError where a tensor is not a dense one on the CPU."""
     kind = type(tensor)
     if kind.__module__.startswith(SPREAD):
         raise spread_tensors(path, kind.__name__, name)
