@@ -396,3 +396,16 @@ def test_json_without_an_end_is_no_configuration(tmp_path: Path) -> None:
     save_file(weights, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text("[" * 100_000)
     assert len(open_checkpoints([tmp_path])) == 1
+
+
+def test_a_folder_that_may_not_be_entered_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The administrator may enter all, so that the tests are told of it by the system's answer."""
+    for step in (1, 2):
+        put(tmp_path / f"checkpoint-{step}" / "model.safetensors")
+    closed = tmp_path / "checkpoint-2"
+    monkeypatch.setattr(os, "access", lambda path, mode, **_: Path(path) != closed)
+    said = message(tmp_path)
+    assert str(closed) in said
+    assert "permission" in said.lower()

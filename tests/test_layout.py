@@ -176,9 +176,8 @@ def test_slices_cover_every_number_once(tmp_path, numel, size):
             step = -(-rows // size)
             return min(rank * step, rows), min((rank + 1) * step, rows)
 
-        for cut, rows in stream(
-            checkpoints, row_slices(layout, layout.averaged, share=share, numel=numel)
-        ):
+        slices = row_slices(layout, layout.averaged, share=share, numel=numel)
+        for cut, rows in stream(checkpoints, slices, ahead=4):
             per = layout[cut.name].info.row_numel
             for i, row in enumerate(rows):
                 seen[cut.name][i, cut.start * per : cut.stop * per] += torch.from_numpy(row)
@@ -204,6 +203,6 @@ def test_leaving_the_stream_early_leaves_no_thread(tmp_path):
 
     checkpoints = opened(tmp_path, states_of(2))
     layout = make_layout(checkpoints)
-    for _ in stream(checkpoints, row_slices(layout, layout.averaged, numel=5)):
+    for _ in stream(checkpoints, row_slices(layout, layout.averaged, numel=5), ahead=4):
         break
     assert not [t for t in threading.enumerate() if t.name.startswith("twa-merge")]

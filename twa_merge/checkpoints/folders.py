@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 from collections.abc import Sequence
@@ -76,6 +77,9 @@ def entries(folder: Path) -> list[Path]:
         CheckpointError: it cannot be read.
     """
     with reading(folder):
+        if not os.access(folder, os.X_OK):
+            # Its names can be read, but nothing that they stand for.
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(folder))
         return sorted(
             (p for p in folder.iterdir() if not p.name.startswith(".")),
             key=lambda p: (natural(p.name), p.name),
@@ -134,7 +138,7 @@ def distributed_in(folder: Path) -> list[Path]:
     These are folders inside a checkpoint's own, as accelerate and others have them: one for each
     model, and others for the state of optimizers, which are left out.
     """
-    if (folder / METADATA).is_file():
+    if _has_metadata(folder):
         return [folder]
     own = is_step_folder(folder)
     return [
@@ -142,8 +146,13 @@ def distributed_in(folder: Path) -> list[Path]:
         for p in entries(folder)
         if (own or _INNER.fullmatch(p.name))
         and not (is_training_state(p) or is_step_folder(p))
-        and (p / METADATA).is_file()
+        and _has_metadata(p)
     ]
+
+
+def _has_metadata(folder: Path) -> bool:
+    with reading(folder):
+        return (folder / METADATA).is_file()
 
 
 def checkpoint_of(folder: Path) -> Path:
