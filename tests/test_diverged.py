@@ -35,8 +35,10 @@ def kept(folder: Path, sizes: list[float]) -> tuple[list[int], list[str]]:
         ([1, 1, 1e9, 1e9, 1e9], [1, 2, 3, 4, 5]),  # most are like that
         ([0, 1, 1], [1, 2, 3]),
         ([0, 0, 1], [1, 2, 3]),  # many times nothing is no size
-        ([1, torch.nan, 1], [1, 2, 3]),  # refused where it is read, by name
-        ([1, torch.inf, 1], [1, 2, 3]),
+        ([1, torch.nan, 1], [1, 3]),
+        ([1, torch.inf, 1], [1, 3]),
+        ([1, torch.nan, torch.nan, 2, torch.nan], [1, 4]),
+        ([1, torch.nan], [1, 2]),  # refused where it is read, by name
     ],
 )
 def test_what_is_far_larger_than_most_is_left_out(tmp_path, sizes, left):
@@ -53,3 +55,12 @@ def test_a_part_that_diverged_is_enough(tmp_path):
     save_run(tmp_path, states)
     found = open_checkpoints([tmp_path])
     assert len(without_diverged(found, make_layout(found), lambda event: None)) == 2
+
+
+def test_infinities_of_a_mask_are_no_divergence(tmp_path):
+    states = [s | {"mask": torch.tensor([0.0, -torch.inf])} for s in states_of(4)]
+    states[2]["a.weight"][0, 0] = torch.nan
+    save_run(tmp_path, states)
+    found = open_checkpoints([tmp_path])
+    left = without_diverged(found, make_layout(found), lambda event: None)
+    assert [c.step for c in left] == [100, 200, 400]

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Container, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import TaskError
@@ -16,7 +17,7 @@ from .tensors import torch_dtype
 from .user_code import user_code
 
 
-def build_module(task: Task, *, meta: bool) -> nn.Module:
+def build_module(task: Task, layout: Layout, *, meta: bool) -> nn.Module:
     """What the task builds, its parameters on the meta device if ``meta``.
 
     Raises:
@@ -24,7 +25,7 @@ def build_module(task: Task, *, meta: bool) -> nn.Module:
     """
     expected = "build_model() returns a torch.nn.Module"
     with user_code("build its model", expected=expected):
-        module = _on_meta(task.build_model) if meta else task.build_model()
+        module = _on_meta(task.build_model, layout) if meta else task.build_model()
     if not isinstance(module, nn.Module):
         raise TaskError(
             "The task did not build a model.",
@@ -34,25 +35,44 @@ def build_module(task: Task, *, meta: bool) -> nn.Module:
     return module
 
 
-def _on_meta(build_model: Callable[[], nn.Module]) -> nn.Module:
+def _on_meta(build_model: Callable[[], nn.Module], layout: Layout) -> nn.Module:
     """The module with its parameters on the meta device.
 
-    A constructor that looks at the numbers of its parameters cannot be run there. Such a model is
-    made whole first, and its numbers are dropped at once.
+    A constructor that looks at the numbers of its parameters cannot be run there, or makes of them
+    what is lost. Such a model is made whole first, and its numbers are dropped at once.
     """
-    try:
+    # Whatever stops it there, if it is a mistake it stops the whole model too.
+    with suppress(Exception), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
         with parameters_on_meta():
-            return build_model()
-    except (RuntimeError, NotImplementedError) as error:
-        if "meta" not in str(error):
-            raise
+            module = build_model()
+        if isinstance(module, nn.Module) and not _lost(module, layout):
+            return module
     module = build_model()
+    if not isinstance(module, nn.Module):
+        return module
     known: dict[nn.Parameter, nn.Parameter] = {}
     for part in module.modules():
         for name, own in part._parameters.items():
             if own is not None:
                 part._parameters[name] = known.setdefault(own, _without_numbers(own))
     return module
+
+
+def _lost(module: nn.Module, layout: Layout) -> bool:
+    """Whether a module on the meta device has made something of its parameters, to keep it there.
+
+    What the checkpoints hold is loaded from them.
+    """
+    for path, part in module.named_modules():
+        for name, buffer in part.named_buffers(recurse=False):
+            unsaved = name in part._non_persistent_buffers_set
+            known = not unsaved and (f"{path}.{name}" if path else name) in layout.entries
+            if buffer.is_meta and not known:
+                return True
+        if any(isinstance(value, Tensor) and value.is_meta for value in vars(part).values()):
+            return True
+    return False
 
 
 def make_buffers(module: nn.Module, layout: Layout) -> None:
@@ -81,8 +101,12 @@ def widen(module: nn.Module, averaged: Container[str]) -> None:
         if buffer.is_floating_point() and (own in averaged or narrow):
             buffer.data = buffer.data.float()
     for tensor in (*module.parameters(), *module.buffers()):
-        # The store and FSDP2 take numbers in order, not channels last.
-        tensor.data = tensor.data.contiguous()
+        # The store and FSDP2 take numbers in order, not channels last, and make new tensors of
+        # them: convolutions go another way where the strides of a dimension of one differ.
+        if tensor.stride() != torch.empty(tensor.shape, device="meta").stride():
+            tensor.data = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(
+                tensor.data
+            )
 
 
 @contextmanager

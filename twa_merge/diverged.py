@@ -27,26 +27,29 @@ _TENSORS, _NUMBERS = 64, 4096
 def without_diverged(
     checkpoints: list[Checkpoint], layout: Layout, progress: Progress
 ) -> list[Checkpoint]:
-    """All checkpoints but those whose weights are far larger than those of most; says so.
+    """All checkpoints but those whose weights are far larger than those of most, or NaN; says so.
 
     Nothing is left out where fewer than two would be left.
     """
     norms = [_norm(checkpoint, layout) for checkpoint in checkpoints]
-    usual = sorted(norms)[(len(norms) - 1) // 2]
-    large = [math.isfinite(norm) and norm > _FAR_LARGER * usual > 0.0 for norm in norms]
-    kept = [c for c, odd in zip(checkpoints, large, strict=True) if not odd]
+    finite = sorted(norm for norm in norms if math.isfinite(norm))
+    # Where all are infinite, so are their masks.
+    usual = finite[(len(finite) - 1) // 2] if finite else math.inf
+    broken = [math.isnan(norm) or norm == math.inf > usual for norm in norms]
+    large = [math.inf > norm > _FAR_LARGER * usual > 0.0 for norm in norms]
+    kept = [c for c, *odd in zip(checkpoints, broken, large, strict=True) if not any(odd)]
     if len(kept) < 2 or len(kept) == len(checkpoints):
         return checkpoints
-    left_out = [c for c, odd in zip(checkpoints, large, strict=True) if odd]
-    progress(
-        Noted(
-            f"Left out: {listing(str(c.path) for c in left_out)}. The weights are more than "
-            f"{_FAR_LARGER:.0f} times as large as those of most checkpoints, so that the training "
-            "had diverged."
-        )
-    )
-    for checkpoint in left_out:
-        checkpoint.close()
+    for odd, what in (
+        (broken, "The weights are not finite"),
+        (large, f"The weights are more than {_FAR_LARGER:.0f} times as large as most others'"),
+    ):
+        left_out = [c for c, is_odd in zip(checkpoints, odd, strict=True) if is_odd]
+        if left_out:
+            paths = listing(str(c.path) for c in left_out)
+            progress(Noted(f"Left out: {paths}. {what}, so that the training had diverged."))
+        for checkpoint in left_out:
+            checkpoint.close()
     return kept
 
 

@@ -28,6 +28,10 @@ _PATH_EVALUATIONS = 6
 _PATH_TOLERANCE = 3e-4
 _RIDGE_SAMPLE = 256
 _START_EXAMPLES = 256
+# All checkpoints are evaluated on these. A greedy soup takes as many evaluations again; on more
+# examples it would cost more than the fit. Three quarters of them are the 128 that are left without
+# a fold.
+_SINGLES_EXAMPLES = 171
 # The fit begins with this many examples and takes twice as many as long as that moves it.
 _FIRST_SAMPLE = 256
 _ALL_FROM = 1.75
@@ -84,12 +88,32 @@ class Fitter:
     sample: int | None = None
     evaluations: float = 0.0
     _number: int = 0
+    _singles: Tensor | None = None
 
-    def start(self, n: int) -> Tensor:
+    def single_losses(self, n: int) -> Tensor:
+        """Losses of the n checkpoints by themselves on examples of the fit split, (n, M) float64.
+
+        Evaluated once.
+        """
+        if self._singles is None:
+            sample = range(min(self.limit, _SINGLES_EXAMPLES))
+            self.progress(Started("Looking at the checkpoints", n, "checkpoints"))
+            losses = []
+            for i in range(n):
+                losses.append(self.losses(single(n, i)[None], sample))
+                self.progress(Advanced())
+            self._singles = torch.stack(losses)
+        return self._singles
+
+    def start(self, n: int, *, singles: bool = False) -> Tensor:
         """Coefficients (1, n) that the fit starts at, the centre of its ridge.
 
         ``auto``: the best of the windows of the last 1, 2, 4, …, n checkpoints on a sample of the
         fit split. Far from the mean the loss is not convex: early checkpoints can ruin the mean.
+        Where a training has got worse they all may be ruined: then it is the best checkpoint.
+
+        Args:
+            singles: look at all checkpoints, too.
         """
         word = self.config.start
         if word == "mean":
@@ -103,10 +127,20 @@ class Fitter:
         self.progress(Started("Looking for a start", len(sizes), "windows"))
         losses = []
         for k in sizes:
-            losses.append(self.score(window(n, k)[None], sample))
+            losses.append(self.losses(window(n, k)[None], sample))
             self.progress(Advanced())
-        best = min(range(len(sizes)), key=lambda i: (losses[i], i))
-        return window(n, sizes[best])[None]
+        best = min(range(len(sizes)), key=lambda i: (finite_mean(losses[i]), i))
+        ahead = self._ahead_of(losses[best], n) if singles else None
+        return (window(n, sizes[best]) if ahead is None else single(n, ahead))[None]
+
+    def _ahead_of(self, losses: Tensor, n: int) -> int | None:
+        """The best checkpoint, if it is ahead of these losses by two standard errors."""
+        found = self.single_losses(n)
+        best = min(range(n), key=lambda i: finite_mean(found[i]))
+        count = found.shape[1]
+        groups = self.batches.groups(range(count))
+        gain, error = paired(losses[:count], found[best], groups)
+        return best if gain > 2.0 * error else None
 
     def losses(self, alphas: Tensor, *parts: Sequence[int]) -> Tensor:
         """Loss (no gradient) of each chosen example of the fit split, (M,) float64.

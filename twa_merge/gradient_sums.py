@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from .distributed import World, local_rows
+from .errors import TaskError
 
 # Numbers added at a time: their float64 copy stays in a core's cache.
 _PIECE = 1 << 18
@@ -25,15 +26,23 @@ class SumOverRanks:
     """FSDP2's reduce-scatter of one group of parameters, for all passes of an evaluation.
 
     Each rank sends every other one its rows as they are, as many bytes as in a ring, and adds up
-    those of its own in rank order. FSDP2 gets zeros until the last pass, and then the sum.
+    those of its own in rank order. FSDP2 gets zeros until the last pass, and then the sum. A layer
+    that a pass makes use of several times is reduced several times: the sum of all is in what was
+    given first, whose parts FSDP2 keeps as gradients, and it adds zeros.
+
+    Attributes:
+        last: this is the last pass with the weights as they are.
+        adding: gradients count; those that a loss takes for itself do not.
     """
 
     def __init__(self) -> None:
         self.last = True
-        self._sum: Tensor | None = None
+        self.adding = False
+        self.clear()
 
     def clear(self) -> None:
-        self._sum = None
+        self._sum: Tensor | None = None
+        self._given: Tensor | None = None
 
     def allocate(
         self, size: tuple[int, ...], *, dtype: torch.dtype, device: torch.device
@@ -48,6 +57,12 @@ class SumOverRanks:
         op: Any,
         async_op: bool = False,
     ) -> None:
+        if not self.adding:
+            raise TaskError(
+                "The loss takes gradients itself, which layers that are gathered in turn do not "
+                "bear.",
+                remedy="an empty list for the task's no_split_modules, or one process",
+            )
         received = torch.empty_like(input_tensor)
         dist.all_to_all_single(received, input_tensor, group=group)
         total = self._sum
@@ -55,11 +70,13 @@ class SumOverRanks:
             total = torch.zeros_like(output_tensor, dtype=torch.float64)
         for rows in received.view(dist.get_world_size(group), -1):
             _add_up(total, rows)
-        if self.last:
-            output_tensor.copy_(total)
-        else:
-            output_tensor.zero_()
-        self._sum = None if self.last else total
+        self._sum = total
+        if self.last and self._given is None:
+            self._given = output_tensor.copy_(total)
+            return
+        output_tensor.zero_()
+        if self._given is not None:
+            self._given.copy_(total)
 
 
 class GradientSums:
@@ -107,17 +124,24 @@ class GradientSums:
     @contextmanager
     def adding(self) -> Iterator[None]:
         """Gradients count inside; those that a loss takes for itself are its own."""
-        self._adding = True
+        self._set_adding(True)
         try:
             yield
         finally:
-            self._adding = False
+            self._set_adding(False)
+
+    def _set_adding(self, adding: bool) -> None:
+        self._adding = adding
+        for part in self._over_ranks:
+            part.adding = adding
 
     def join(self) -> None:
         """Sums up what is not sharded over the ranks: rank zero has the sums, the others zeros.
 
-        Each rank's part rounded by itself would not come to the same.
+        Each rank's part rounded by itself would not come to the same. After the last pass.
         """
+        for part in self._over_ranks:
+            part.clear()
         if self._world.size == 1 or not self._sums:
             return
         sums = list(self._sums.values())

@@ -8,14 +8,10 @@ from collections.abc import Collection, Sequence
 import torch
 from torch import Tensor
 
-from .candidates import Candidate, greedy, single
+from .candidates import Candidate, greedy
 from .fit import Fitted
 from .guard import Scored
 from .run import Run
-
-# A greedy soup takes 2n evaluations; on more examples it would cost more than the fit. Three
-# quarters of these are the 128 that are left without a fold.
-_GREEDY_EXAMPLES = 171
 
 
 class Soups:
@@ -23,10 +19,8 @@ class Soups:
 
     def __init__(self, run: Run) -> None:
         self._fitter = run.fitter
-        sample = range(min(run.fitter.limit, _GREEDY_EXAMPLES))
-        losses = torch.stack(
-            [run.fitter.losses(single(run.n, i)[None], sample) for i in range(run.n)]
-        )
+        losses = run.fitter.single_losses(run.n)
+        sample = range(losses.shape[1])
         # An example without a finite loss of any checkpoint would decide nothing, and spoil all.
         finite = losses.isfinite().any(0)
         self._sample = [p for p in sample if finite[p]]

@@ -21,7 +21,7 @@ from .errors import TaskError
 from .gradient_sums import GradientSums
 from .layout import Entry, Layout, require_tensors_alone
 from .matching import extra_states, match_names, renamed_by, require_cover
-from .sharding import Sharded, checkpoint_activations, shard
+from .sharding import Sharded, checkpoint_activations, in_one_piece, shard
 from .task import Task
 from .tensors import tensor_rows, torch_dtype
 from .threads import one_thread_each
@@ -242,7 +242,7 @@ def build(
     """
     meta = world.size > 1
     once = meta and gather == "model"  # one process has all rows
-    module = build_module(task, meta=meta)
+    module = build_module(task, layout, meta=meta)
     if meta:
         make_buffers(module, layout)
     own_states = extra_states(module)
@@ -256,6 +256,8 @@ def build(
     widen(module, {own for name, own in names.items() if layout[name].averaged})
     if activation_checkpointing:
         checkpoint_activations(module, task)
+    if not meta and precision == "fp32" and world.device.type == "cpu":
+        in_one_piece(module, task)
     whole = None
     if meta or precision == "bf16":
         copied = {own for name, own in names.items() if not layout[name].averaged}

@@ -201,7 +201,8 @@ def _no_improvement(run: Run, verdict: Verdict) -> NoImprovement:
     merges = [s for s in verdict.shown if s.name not in SINGLES]
     if winner.name in SINGLES and merges:
         closest = pick(merges, select)
-        single = next(s for s in verdict.shown if s.name == "best_single")
+        best = next(s for s in verdict.shown if s.name == "best_single")
+        closest, single = run.jury.on_more([closest, best])
         found = improvement(closest, single, select, run.choices.data.seed)
         message = f"What was picked is no merge but {spoken(winner.name)}"
         compared = f"the best merge, {closest.name}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +20,8 @@ from .objective import Engine
 _STATISTICS_EXAMPLES = 2048
 # Candidates are many; a thousand paired examples tell them apart.
 _GUARD_EXAMPLES = 1024
+# How far the winner is ahead is measured on more of them, where there are more.
+_LEAD_EXAMPLES = 1 << 14
 _FIT_EXAMPLES = 512
 # Statistics of fewer examples are worse than averaged ones: a channel's variance is off by a fifth
 # with 50 of them.
@@ -85,6 +88,28 @@ class Jury:
             groups = self.guard.groups(self.guard_sample)
             tried.append(Scored(candidate, losses, metrics, groups, batch_norm=mode))
         return first_unless_beaten(tried, self.select)
+
+    def on_more(self, items: Sequence[Scored]) -> list[Scored]:
+        """The same with the rest of the guard split, as far as it takes part in measuring a lead.
+
+        Nothing is chosen by the rest, so that one loss that is not finite there leaves them as they
+        are.
+        """
+        used = len(self.guard_sample)
+        rest = range(used, min(self.guard.size, _LEAD_EXAMPLES))
+        if not rest:
+            return list(items)
+        groups, found = self.guard.groups(range(rest.stop)), []
+        for item in items:
+            self.apply(item.candidate.alphas, item.batch_norm)
+            losses, metrics = self.engine.example_losses(
+                self.guard, rest, with_metrics=self.select != "loss"
+            )
+            more = {name: torch.cat([item.metrics[name], metrics[name]]) for name in item.metrics}
+            guard = torch.cat([item.guard, losses])
+            found.append(dataclasses.replace(item, guard=guard, metrics=more, groups=groups))
+        known = all(bool(item.cost_of(self.select).isfinite().all()) for item in found)
+        return found if known else list(items)
 
     def losses(self, alphas: Tensor, mode: str | None, *parts: Sequence[int]) -> Tensor:
         """Losses of fit examples by what would be written, (M,) float64.

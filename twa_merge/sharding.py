@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from .distributed import World, ensure_group
 from .errors import TaskError, listing
@@ -228,6 +228,41 @@ def _add_up(part: Any) -> None:
     part.set_gradient_divide_factor(1.0)
     part.set_force_sum_reduction_for_comms(True)
     part.set_reduce_scatter_unused_params(True)
+
+
+def in_one_piece(module: nn.Module, task: Task) -> None:
+    """Has gradients of what comes into a layer added up as where layers are gathered in turn.
+
+    FSDP2 has all inputs of a layer go through one function. Where some go elsewhere too, as the
+    encoder's output does to all layers of a decoder, float32 sums of their gradients come to other
+    last digits without that.
+    """
+
+    def through(
+        _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        leaves, spec = tree_flatten((args, kwargs))
+        places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
+        if places and torch.is_grad_enabled():
+            for i, x in zip(places, _Through.apply(*(leaves[i] for i in places)), strict=True):
+                leaves[i] = x
+        found: tuple[tuple[Any, ...], dict[str, Any]] = tree_unflatten(leaves, spec)
+        return found
+
+    for layer in _apart(module, task):
+        layer.register_forward_pre_hook(through, with_kwargs=True)
+
+
+class _Through(torch.autograd.Function):
+    """Tensors as they are."""
+
+    @staticmethod
+    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
+        return tensors
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
+        return gradients
 
 
 def checkpoint_activations(module: nn.Module, task: Task) -> None:

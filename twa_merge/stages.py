@@ -41,7 +41,8 @@ def train_stages(run: Run) -> list[Fitted]:
         by_block = False
     elif (parse_subspace(run.choices.fit.subspace)[1] or 0) > whole.rank:
         run.progress(Noted(f"There are only {whole.rank} directions: all of them are trained."))
-    start_alphas = pad(run.fitter.start(run.n), (0, whole.n - run.n))
+    start_alphas = run.fitter.start(run.n, singles="greedy" in wanted)
+    start_alphas = pad(start_alphas, (0, whole.n - run.n))
     fitted = [run.fitter.stage("twa", Chart(start_alphas, [whole]))]
     if len(run.blocks) > 1 and by_block:
         fitted.append(_by_block(run, run.blocks.kind, fitted[0]))

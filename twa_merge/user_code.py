@@ -25,6 +25,9 @@ _NOT_THE_USERS = (
 # What torch says of batch norm in training on a batch of one, and of gradients under no_grad.
 _ALONE = "more than 1 value per channel"
 _NO_GRADIENT = "does not require grad"
+# What its allocator says where a CPU has no more, and FSDP2 of parameters that are not gathered.
+_NO_MEMORY = "can't allocate memory"
+_MIXED = "mixed torch.Tensor and DTensor"
 _TAKE_GRADIENTS = "take gradients inside the model under `with torch.enable_grad():`"
 
 
@@ -52,7 +55,21 @@ def user_code(doing: str, *, expected: str | None = None) -> Iterator[None]:
                 found=str(error).split("\n")[0],
                 remedy="a smaller --batch-size or --max-length, more processes, or another --store",
             ) from error
-        except RuntimeError as error:
+        except (MemoryError, RuntimeError) as error:
+            if isinstance(error, MemoryError) or _NO_MEMORY in str(error):
+                raise TaskError(
+                    "The process ran out of memory.",
+                    found=str(error).split("\n")[0] or type(error).__name__,
+                    remedy="a smaller --batch-size or --max-length, or --activation-checkpointing",
+                ) from error
+            if _MIXED in str(error):
+                raise TaskError(
+                    f"The task failed to {doing}.",
+                    expected="weights of layers that are used inside these layers alone",
+                    found=f"{type(error).__name__}: {error}",
+                    remedy="an empty list for the task's no_split_modules, which gathers the model "
+                    "as a whole, or one process",
+                ) from error
             if _NO_GRADIENT not in str(error) or torch.is_grad_enabled():
                 raise
             raise TaskError(

@@ -18,11 +18,16 @@ from .guard import Improvement, Scored, finite_mean, improvement, pick, stands
 from .held_out import HeldOut, Soups
 from .progress import Advanced, Started
 from .run import Run
+from .sampling import independent, paired
 
 # A mixture so much of which is one candidate is that candidate: the rest would dilute it.
 _ALONE = 0.9
 # What the names of stages by layer and by tensor begin with, and the mixture of both.
 _BY_BLOCK = "twa-"
+# What needs no data, and is written unless something is better for certain: by so many standard
+# errors, where there are fewer independent examples than _FEW.
+_PLAIN = ("last", "uniform")
+_SURE, _FEW = 3.0, 30
 _MIXED = "twa-blocks"
 
 
@@ -210,11 +215,25 @@ def winner_of(shown: Sequence[Scored], select: str, mixture: str = "blend") -> S
     return mixed if select == "loss" and mixed and stands(mixed, best) else best
 
 
+def picked(shown: Sequence[Scored], select: str) -> Scored:
+    """The winner; of few examples only what is ahead of the last checkpoint, or the mean, for sure.
+
+    Few examples may all be easy, and then the bolder a candidate is the better it looks on them.
+    """
+    winner = winner_of(shown, select)
+    plain = pick([s for s in shown if s.name in _PLAIN], select)
+    evidence, groups = winner.evidence(select), winner.evidence_groups
+    if select != "loss" or independent(len(evidence), groups) >= _FEW:
+        return winner
+    gain, error = paired(plain.evidence(select), evidence, groups)
+    return winner if gain > _SURE * error else plain
+
+
 def _verdict(
     run: Run, scored: Sequence[Scored], shown: list[Scored], best_single: Scored
 ) -> Verdict:
     select, seed = run.choices.guard.select, run.choices.data.seed
-    winner = winner_of(shown, select)
+    winner = picked(shown, select)
     if not bool(winner.guard.isfinite().all()):
         raise TaskError(
             "The loss is not finite for any candidate, the checkpoints themselves included.",
@@ -238,12 +257,13 @@ def _verdict(
     others = [s for s in rest if _family(s.name) != _BY_BLOCK]
     run.jury.complete(shown)
     uniform = next((s for s in shown if s.name == "uniform"), None)
+    ahead, single, *mean = run.jury.on_more([winner, best_single, *([uniform] if uniform else [])])
     return Verdict(
         winner,
         shown,
         others,
-        improvement(winner, best_single, select, seed),
-        improvement(winner, uniform, select, seed) if uniform else None,
+        improvement(ahead, single, select, seed),
+        improvement(ahead, mean[0], select, seed) if mean else None,
     )
 
 

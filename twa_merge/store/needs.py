@@ -49,9 +49,12 @@ def model_bytes(
     gathered = 3 * layer + 2 * root
     if whole_model:
         gathered = 2 * sum(e.info.numel for e in entries if e.in_subspace) + layer
+    # Beside the sums there is the gradient that a pass has come to, until it is added to its own.
+    alone = max((e.info.numel for e in entries if e.in_subspace), default=0)
+    passing = 4 * alone if on_cpu and size == 1 else 0
     return {
         "parameters": 4 * parameters + copied,
-        "gradients": (8 if on_cpu else 4) * trained,
+        "gradients": (8 if on_cpu else 4) * trained + passing,
         "gathered model" if whole_model else "gathered layer": 4 * gathered if size > 1 else 0,
     }
 
