@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -42,12 +43,18 @@ def task(data: str | None = None) -> Small:
     return Small(data)
 
 
-def train(folder: Path, checkpoints: int = 6, seed: int = 0, of: type[Small] = Small) -> None:
+def train(
+    folder: Path,
+    checkpoints: int = 6,
+    seed: int = 0,
+    of: Callable[[str], Small] = Small,
+    lr: float = 0.5,
+) -> None:
     """A real run: SGD at a rate that is too high, a checkpoint every ten steps."""
     torch.manual_seed(seed)
     data = of("7")
     model = data.build_model()
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    optimizer = torch.optim.SGD(model.parameters(), lr=lr)
     states = []
     for step in range(10 * checkpoints):
         chosen = torch.randint(len(data.x), (8,))

@@ -328,16 +328,24 @@ def test_an_existing_folder_is_not_overwritten_unasked(tmp_path):
     assert (out / "thesis.txt").read_text() == "mine"
 
 
-def test_a_nan_in_a_checkpoint_is_named_and_nothing_written(tmp_path):
+@pytest.mark.usefixtures("undrawn")
+def test_a_checkpoint_that_is_not_finite_is_named_and_left_out_where_others_remain(tmp_path):
     task, states, run, out = make(tmp_path)
     shutil.rmtree(run)
     states[2]["0.weight"][1, 2] = float("inf")
     save_run(run, states)
+    told = []
+    uniform = GuardConfig(candidates="uniform")
+    document = merge([run], task, out, guard=uniform, progress=told.append)
+    assert len(document["checkpoints"]) == 4
+    assert any("checkpoint-300" in e.text for e in told if isinstance(e, Noted))
+    # Whoever chooses coefficients means all of them.
     with pytest.raises(CheckpointError) as caught:
-        merge([run], task, out)
-    assert "checkpoint-300" in str(caught.value)
-    assert "0.weight" in str(caught.value)
-    assert not out.exists()
+        average([run], tmp_path / "mean")
+    assert caught.value.details["checkpoint"].endswith("checkpoint-300")
+    with pytest.raises(CheckpointError, match="not finite"):
+        merge([run / "checkpoint-200", run / "checkpoint-300"], task, tmp_path / "two")
+    assert not (tmp_path / "two").exists()
 
 
 def test_average_is_exact_and_weights_are_reported(tmp_path):

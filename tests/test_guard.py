@@ -12,7 +12,7 @@ from twa_merge import merge
 from twa_merge.candidates import Candidate, single
 from twa_merge.guard import Scored, first_unless_beaten, improvement, pick
 from twa_merge.task import split
-from twa_merge.verdict import best_of, best_single_of, winner_of
+from twa_merge.verdict import best_of, best_single_of, picked, winner_of
 
 
 def scored(name: str, losses: torch.Tensor, rank: int, **more) -> Scored:
@@ -199,3 +199,18 @@ def test_examples_without_a_finite_loss_do_not_spoil_the_choice(tmp_path):
     best = min(rows, key=lambda row: row["selection_loss"])
     assert document["chosen"] in (best["name"], "blend")
     assert document["chosen"] not in ("last", "best_single")
+
+
+def test_few_easy_examples_do_not_choose_what_was_fitted_to_them():
+    """All but one have next to no loss, so that the boldest candidate has the least."""
+    easy = torch.full((12,), 1e-3)
+    easy[0] = 0.2
+    last, uniform = scored("last", 3 * easy, 0), scored("uniform", easy, 2)
+    bold = scored("twa", easy / 4, 7)
+    assert winner_of([last, uniform, bold], "loss") is bold
+    assert picked([last, uniform, bold], "loss", 12) is uniform
+    assert picked([last, uniform, bold], "loss", 30) is bold
+    # Ahead on every single one.
+    sure = scored("twa", torch.linspace(0.5, 0.6, 12), 7)
+    others = [scored(name, torch.linspace(0.9, 1.2, 12), 4) for name in ("last", "ema:0.9")]
+    assert picked([*others, sure], "loss", 12) is sure

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils.data import default_collate
 from transformers import BatchEncoding
 
-from twa_merge import evaluate, merge
+from twa_merge import evaluate, merge, scoring
 from twa_merge.batches import Batches, nbytes
 from twa_merge.candidates import window
 from twa_merge.checkpoints import open_checkpoints
@@ -716,3 +716,40 @@ def test_batches_are_kept_up_to_a_size_that_is_known():
     array = np.zeros((1000, 100))
     for batch in (array, [array], {"a": array}, Held(), torch.zeros(1000, 200)):
         assert 800_000 <= nbytes(batch) < 801_000
+
+
+def test_where_a_training_got_worse_the_fit_starts_at_its_best_checkpoint(tmp_path):
+    task = LinearTask()
+    states = task.states(8)
+    # Every mean of the last ones has one far off in it.
+    for state in states[3:]:
+        state["0.weight"] = state["0.weight"] + 50
+    save_run(tmp_path / "run", states)
+    engine, _, batches = engine_for(task, tmp_path / "run")
+    fitter = fitter_for(engine, batches, tmp_path)
+    start = fitter.start(8, singles=True)[0]
+    assert int(start.argmax()) == int(fitter.single_losses(8).mean(1).argmin()) < 3
+    assert float(start.max()) == 1.0
+    assert fitter.start(8)[0].count_nonzero() in (1, 2, 4, 8)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_how_far_the_winner_is_ahead_is_measured_on_all_of_the_guard_split(tmp_path, monkeypatch):
+    monkeypatch.setattr(scoring, "_GUARD_EXAMPLES", 20)
+    task = LinearTask(examples=200)
+    save_run(tmp_path / "run", task.states(4))
+    document = merge([tmp_path / "run"], task, tmp_path / "m")
+    assert document["data"]["guard_examples_used"] == 20
+    assert document["data"]["guard_examples"] == 50
+    found = document["improvement"]
+    assert found["examples"] == 50
+    guard = split(task, 0.25, 0).guard
+    x, y = default_collate([guard[i] for i in range(50)])
+    by_loss = {}
+    for folder in ("m", *(f"run/checkpoint-{step}" for step in (100, 200, 300, 400))):
+        model = task.build_model()
+        model.load_state_dict(load_file(tmp_path / folder / "model.safetensors"))
+        with torch.no_grad():
+            by_loss[folder] = float(task.loss(model, (x, y)).double().mean())
+    ours = by_loss.pop("m")
+    assert min(abs(found["mean"] - (loss - ours)) for loss in by_loss.values()) < 1e-5

@@ -38,7 +38,14 @@ class SumOverRanks:
     def __init__(self) -> None:
         self.last = True
         self.adding = False
+        self._calls, self._known_calls = 0, 0
         self.clear()
+
+    def begin(self, *, last: bool) -> None:
+        """Says that a pass is to come."""
+        self.last = last
+        self._known_calls = max(self._known_calls, self._calls)
+        self._calls = 0
 
     def clear(self) -> None:
         self._sum: Tensor | None = None
@@ -71,12 +78,15 @@ class SumOverRanks:
         for rows in received.view(dist.get_world_size(group), -1):
             _add_up(total, rows)
         self._sum = total
+        self._calls += 1
         if self.last and self._given is None:
             self._given = output_tensor.copy_(total)
-            return
-        output_tensor.zero_()
-        if self._given is not None:
-            self._given.copy_(total)
+        else:
+            output_tensor.zero_()
+            if self._given is not None:
+                self._given.copy_(total)
+        if self.last and self._calls == self._known_calls:
+            self.clear()  # that was all of it
 
 
 class GradientSums:
@@ -119,7 +129,7 @@ class GradientSums:
     def before_pass(self, *, last: bool) -> None:
         self._last = last
         for part in self._over_ranks:
-            part.last = last
+            part.begin(last=last)
 
     @contextmanager
     def adding(self) -> Iterator[None]:

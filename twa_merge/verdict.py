@@ -24,9 +24,9 @@ from .sampling import independent, paired
 _ALONE = 0.9
 # What the names of stages by layer and by tensor begin with, and the mixture of both.
 _BY_BLOCK = "twa-"
-# What needs no data, and is written unless something is better for certain: by so many standard
-# errors, where there are fewer independent examples than _FEW.
-_PLAIN = ("last", "uniform")
+# What is written unless something else is ahead of it by so many standard errors, where there are
+# fewer independent examples than _FEW.
+_PLAIN = ("last", "uniform", "window", "ema")
 _SURE, _FEW = 3.0, 30
 _MIXED = "twa-blocks"
 
@@ -215,25 +215,35 @@ def winner_of(shown: Sequence[Scored], select: str, mixture: str = "blend") -> S
     return mixed if select == "loss" and mixed and stands(mixed, best) else best
 
 
-def picked(shown: Sequence[Scored], select: str) -> Scored:
-    """The winner; of few examples only what is ahead of the last checkpoint, or the mean, for sure.
+def picked(shown: Sequence[Scored], select: str, examples: int) -> Scored:
+    """The winner; by few examples what has been fitted only wins where it is ahead for certain.
 
-    Few examples may all be easy, and then the bolder a candidate is the better it looks on them.
+    They may all be easy, and then a candidate looks the better the bolder it is.
+
+    Args:
+        examples: independent ones, that were fitted and that guard.
     """
     winner = winner_of(shown, select)
-    plain = pick([s for s in shown if s.name in _PLAIN], select)
-    evidence, groups = winner.evidence(select), winner.evidence_groups
-    if select != "loss" or independent(len(evidence), groups) >= _FEW:
+    if select != "loss" or examples >= _FEW:
         return winner
-    gain, error = paired(plain.evidence(select), evidence, groups)
+    plain = pick([s for s in shown if _family(s.name) in _PLAIN], select)
+    losses = plain.evidence(select), winner.evidence(select)
+    gain, error = paired(*losses, winner.evidence_groups)
     return winner if gain > _SURE * error else plain
+
+
+def _examples(run: Run) -> int:
+    """Independent ones, of both splits."""
+    fitted, guarding = range(run.fitter.limit), run.jury.guard_sample
+    groups = run.fitter.batches.groups(fitted), run.jury.guard.groups(guarding)
+    return sum(independent(len(labels), labels) for labels in groups)
 
 
 def _verdict(
     run: Run, scored: Sequence[Scored], shown: list[Scored], best_single: Scored
 ) -> Verdict:
     select, seed = run.choices.guard.select, run.choices.data.seed
-    winner = picked(shown, select)
+    winner = picked(shown, select, _examples(run))
     if not bool(winner.guard.isfinite().all()):
         raise TaskError(
             "The loss is not finite for any candidate, the checkpoints themselves included.",

@@ -1,0 +1,128 @@
+"""Models that several processes could come to other gradients of than one; ``--data`` says which.
+
+All have kinks, in which a last bit of a gradient shows.
+"""
+
+from __future__ import annotations
+
+import torch
+from small_task import Small
+from torch import Tensor, nn
+
+SIDE = 6
+WIDTH = 16
+
+
+class Block(nn.Module):
+    def __init__(self, inputs: int = 1) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(WIDTH)
+        self.into = nn.ModuleList(nn.Linear(WIDTH, 2 * WIDTH) for _ in range(inputs))
+        self.out = nn.Linear(2 * WIDTH, WIDTH)
+
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        inputs = zip(self.into, (self.norm(x), *others), strict=True)
+        return x + self.out(sum(part(y) for part, y in inputs).relu())
+
+
+class Again(nn.Module):
+    """Layers that a pass comes to three times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.head = nn.Linear(SIDE**2, WIDTH), nn.Linear(WIDTH, 3)
+        self.layers = nn.ModuleList(Block() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.flatten(1))
+        for layer in (*self.layers, *self.layers, *self.layers):
+            x = layer(x)
+        return self.head(x)
+
+
+class Fed(Again):
+    """Layers that all make use of one tensor, twice each, as decoders do of their encoder's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(3) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = memory = self.first(x.flatten(1))
+        for layer in self.layers:
+            x = layer(x, memory, memory)
+        return self.head(x + memory)
+
+
+class ChannelsLast(nn.Sequential):
+    """Depthwise and pointwise convolutions, whose weights count as contiguous nevertheless."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Conv2d(1, WIDTH, 3, padding=1), nn.ReLU(),
+            nn.Conv2d(WIDTH, WIDTH, 3, padding=1, groups=WIDTH), nn.Conv2d(WIDTH, WIDTH, 1),
+            nn.ReLU(), nn.Flatten(), nn.Linear(WIDTH * SIDE**2, 3),
+        )  # fmt: skip
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.contiguous(memory_format=torch.channels_last))
+
+
+class Computed(Again):
+    """With a table that the constructor computes from a parameter, and no checkpoint holds."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.rates = nn.Parameter(torch.linspace(0.1, 2.0, WIDTH), requires_grad=False)
+        self.register_buffer("table", self.rates.detach().cos(), persistent=False)
+        self.shift = self.rates.detach().sin()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + (self.table * self.shift).sum()
+
+
+MODELS = {kind.__name__: kind for kind in (Again, Fed, ChannelsLast, Computed)}
+
+
+class Awkward(Small):
+    def __init__(self, data: str | None = None) -> None:
+        super().__init__()
+        self._build = MODELS[data or "Again"]
+        generator = torch.Generator().manual_seed(0)
+        self.x = torch.randn(90, 1, SIDE, SIDE, generator=generator)
+        self.y = self.x.flatten(1)[:, :3].argmax(1)
+
+    def build_model(self) -> nn.Module:
+        return self._build()
+
+
+class Penalty(Awkward):
+    """A loss that takes gradients itself."""
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        x, y = batch
+        with torch.enable_grad():
+            x = x.clone().requires_grad_()
+            losses = nn.functional.cross_entropy(model(x), y, reduction="none")
+            (slope,) = torch.autograd.grad(losses.sum(), x, create_graph=True)
+        return losses + slope.square().sum((1, 2, 3))
+
+
+class Decayed(Awkward):
+    """A loss that makes use of the weights of layers outside of them."""
+
+    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
+        return super().loss(model, batch) + 1e-4 * sum(p.square().sum() for p in model.parameters())
+
+
+def task(data: str | None = None) -> Awkward:
+    return Awkward(data)
+
+
+def penalty() -> Awkward:
+    return Penalty()
+
+
+def decayed() -> Awkward:
+    return Decayed()

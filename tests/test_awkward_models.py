@@ -1,0 +1,93 @@
+"""Models of which several processes could come to other gradients than one, and losses."""
+
+from __future__ import annotations
+
+import warnings
+
+import awkward_task
+import numpy as np
+import pytest
+import torch
+from awkward_task import MODELS, Awkward
+from launches import distance, document, here, in_turn, run
+from runs import save_run
+from small_task import train
+from torch import nn
+
+from twa_merge.building import build_module
+from twa_merge.checkpoints import open_checkpoints
+from twa_merge.layout import make_layout
+
+
+def merging(folder, name, k):
+    # fmt: off
+    return ["train", folder / name, "--task", awkward_task.__file__, "--data", name, "-o",
+            folder / f"{name}{k}", "--batch-size", 8, "--max-evaluations", 10,
+            "--blocks", "tensors", "--ridge", "0.0003", "--candidates", "last,twa,twa-tensors",
+            "--device", "cpu"]
+    # fmt: on
+
+
+@pytest.fixture(scope="module")
+def merged(tmp_path_factory):
+    """A folder with the merges of all models, by one process and by two."""
+    folder = tmp_path_factory.mktemp("awkward")
+    for name in MODELS:
+        train(folder / name, of=lambda _, name=name: Awkward(name), lr=0.05)
+        here(*merging(folder, name, 1))
+    launched = in_turn(2, *(merging(folder, name, 2) for name in MODELS))
+    assert launched.returncode == 0, launched.stderr
+    return folder
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_two_processes_come_to_what_one_does(merged, name):
+    one, other = (document(merged / f"{name}{k}")["candidates"] for k in (1, 2))
+    for a, b in zip(one, other, strict=True):
+        assert a["name"] == b["name"]
+        assert b["guard_loss"] == pytest.approx(a["guard_loss"], abs=1e-6)
+        assert distance(a["coefficients"], b["coefficients"]) < 1e-6
+
+
+@pytest.mark.parametrize("loss", ["penalty", "decayed"])
+def test_losses_that_layers_gathered_in_turn_do_not_bear_say_what_does(merged, tmp_path, loss):
+    done = run(
+        2, "train", merged / "Again", "--task", f"{awkward_task.__file__}:{loss}", "-o",
+        tmp_path / "out", "--device", "cpu", "--max-evaluations", 4,
+    )  # fmt: skip
+    assert done.returncode != 0
+    assert "no_split_modules" in done.stderr
+    assert "SIGSEGV" not in done.stderr
+
+
+class Set(nn.Linear):
+    """Makes other weights than its parent's, in ways that the meta device does not bear."""
+
+    def __init__(self, how):
+        super().__init__(3, 3)
+        if how == "data":
+            self.weight.data = torch.zeros(3, 3)
+        elif how == "numpy":
+            self.weight.data = torch.from_numpy(2 * self.weight.detach().numpy())
+        else:
+            self.load_state_dict({"weight": torch.ones(3, 3), "bias": torch.ones(3)})
+        self.largest = float(np.abs(self.weight.detach().numpy()).max()) if how == "numpy" else 0.0
+
+
+class OfSet:
+    def __init__(self, how):
+        self.how = how
+
+    def build_model(self):
+        return Set(self.how)
+
+
+@pytest.mark.parametrize("how", ["data", "numpy", "loaded"])
+def test_constructors_that_the_meta_device_does_not_bear(tmp_path, how):
+    save_run(tmp_path, [nn.Linear(3, 3).state_dict() for _ in range(2)])
+    layout = make_layout(open_checkpoints([tmp_path]))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        module = build_module(OfSet(how), layout, meta=True)
+    assert all(parameter.is_meta for parameter in module.parameters())
+    assert how != "numpy" or module.largest > 0
