@@ -89,6 +89,7 @@ class Awkward(Small):
     def __init__(self, data: str | None = None) -> None:
         super().__init__()
         self._build = MODELS[data or "Again"]
+        self.no_split_modules: list[str] | None = None
         generator = torch.Generator().manual_seed(0)
         self.x = torch.randn(90, 1, SIDE, SIDE, generator=generator)
         self.y = self.x.flatten(1)[:, :3].argmax(1)
@@ -126,3 +127,16 @@ def penalty() -> Awkward:
 
 def decayed() -> Awkward:
     return Decayed()
+
+
+def whole_penalty() -> Awkward:
+    return _whole(Penalty())
+
+
+def whole_decayed() -> Awkward:
+    return _whole(Decayed())
+
+
+def _whole(task: Awkward) -> Awkward:
+    task.no_split_modules = []
+    return task

@@ -60,6 +60,25 @@ def test_losses_that_layers_gathered_in_turn_do_not_bear_say_what_does(merged, t
     assert "SIGSEGV" not in done.stderr
 
 
+def test_such_losses_do_where_the_model_is_gathered_as_a_whole(merged, tmp_path):
+    def commands(k):
+        for loss in ("whole_penalty", "whole_decayed"):
+            # fmt: off
+            yield ["train", merged / "Again", "--task", f"{awkward_task.__file__}:{loss}", "-o",
+                   tmp_path / f"{loss}{k}", "--device", "cpu", "--max-evaluations", 4, "--ridge",
+                   "0.01", "--candidates", "last,twa", "--batch-size", 16]
+            # fmt: on
+
+    for command in commands(1):
+        here(*command)
+    done = in_turn(2, *commands(2))
+    assert done.returncode == 0, done.stderr
+    for loss in ("whole_penalty", "whole_decayed"):
+        one, other = (document(tmp_path / f"{loss}{k}")["candidates"] for k in (1, 2))
+        for a, b in zip(one, other, strict=True):
+            assert distance(a["coefficients"], b["coefficients"]) < 1e-6
+
+
 class Set(nn.Linear):
     """Makes other weights than its parent's, in ways that the meta device does not bear."""
 

@@ -134,13 +134,13 @@ class Fitter:
         return (window(n, sizes[best]) if ahead is None else single(n, ahead))[None]
 
     def _ahead_of(self, losses: Tensor, n: int) -> int | None:
-        """The best checkpoint, if it is ahead of these losses by two standard errors."""
+        """The best checkpoint, if it is ahead of these losses by a standard error."""
         found = self.single_losses(n)
         best = min(range(n), key=lambda i: finite_mean(found[i]))
         count = found.shape[1]
         groups = self.batches.groups(range(count))
         gain, error = paired(losses[:count], found[best], groups)
-        return best if gain > 2.0 * error else None
+        return best if gain > error else None
 
     def losses(self, alphas: Tensor, *parts: Sequence[int]) -> Tensor:
         """Loss (no gradient) of each chosen example of the fit split, (M,) float64.
