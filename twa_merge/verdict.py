@@ -24,10 +24,11 @@ from .sampling import independent, paired
 _ALONE = 0.9
 # What the names of stages by layer and by tensor begin with, and the mixture of both.
 _BY_BLOCK = "twa-"
-# What is written unless something else is ahead of it by so many standard errors, where there are
-# fewer independent examples than _FEW.
-_PLAIN = ("last", "uniform", "window", "ema")
-_SURE, _FEW = 3.0, 30
+# Fewer independent examples than these choose among means that nothing was fitted in, unless the
+# winner is ahead of the plainest of them by so many standard errors.
+_FEW, _SURE = 30, 3.0
+_PLAINEST = ("last", "uniform")
+_PLAIN = (*_PLAINEST, "window", "ema")
 _MIXED = "twa-blocks"
 
 
@@ -226,10 +227,12 @@ def picked(shown: Sequence[Scored], select: str, examples: int) -> Scored:
     winner = winner_of(shown, select)
     if select != "loss" or examples >= _FEW:
         return winner
-    plain = pick([s for s in shown if _family(s.name) in _PLAIN], select)
-    losses = plain.evidence(select), winner.evidence(select)
+    plainest = pick([s for s in shown if s.name in _PLAINEST], select)
+    losses = plainest.evidence(select), winner.evidence(select)
     gain, error = paired(*losses, winner.evidence_groups)
-    return winner if gain > _SURE * error else plain
+    if gain > _SURE * error:
+        return winner
+    return pick([s for s in shown if _family(s.name) in _PLAIN], select)
 
 
 def _examples(run: Run) -> int:
