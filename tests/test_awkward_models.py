@@ -17,6 +17,7 @@ from torch import nn
 from twa_merge.building import build_module
 from twa_merge.checkpoints import open_checkpoints
 from twa_merge.layout import make_layout
+from twa_merge.sharding import in_one_piece
 
 
 def merging(folder, name, k):
@@ -110,3 +111,39 @@ def test_constructors_that_the_meta_device_does_not_bear(tmp_path, how):
         module = build_module(OfSet(how), layout, meta=True)
     assert all(parameter.is_meta for parameter in module.parameters())
     assert how != "numpy" or module.largest > 0
+
+
+class WritesToItsInput(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.activation, self.linear = nn.ReLU(inplace=True), nn.Linear(4, 4)
+
+    def forward(self, x, y):
+        return self.linear(self.activation(x) + y.mul_(2.0))
+
+
+class WrittenTo(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(4, 4)
+        self.layers = nn.ModuleList(WritesToItsInput() for _ in range(3))
+
+    def forward(self, x):
+        x = self.first(x)
+        for layer in self.layers:
+            x = layer(x, x * 3.0)
+        return x
+
+
+def test_layers_may_write_to_their_inputs_in_one_process():
+    model, x = WrittenTo(), torch.randn(3, 4)
+
+    def gradients():
+        model.zero_grad()
+        model(x).square().sum().backward()
+        return [parameter.grad.clone() for parameter in model.parameters()]
+
+    before = gradients()
+    in_one_piece(model, Awkward())
+    for found, expected in zip(gradients(), before, strict=True):
+        torch.testing.assert_close(found, expected)

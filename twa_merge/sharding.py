@@ -233,36 +233,24 @@ def _add_up(part: Any) -> None:
 def in_one_piece(module: nn.Module, task: Task) -> None:
     """Has gradients of what comes into a layer added up as where layers are gathered in turn.
 
-    FSDP2 has all inputs of a layer go through one function. Where some go elsewhere too, as the
-    encoder's output does to all layers of a decoder, float32 sums of their gradients come to other
-    last digits without that.
+    FSDP2 has the inputs of a layer go through a function of its own. Where some go elsewhere too,
+    as an encoder's output does to all layers of a decoder, float32 sums of their gradients come to
+    other last digits without that.
     """
 
     def through(
         _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         leaves, spec = tree_flatten((args, kwargs))
-        places = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
-        if places and torch.is_grad_enabled():
-            for i, x in zip(places, _Through.apply(*(leaves[i] for i in places)), strict=True):
-                leaves[i] = x
+        # What is made last is the first in a backward pass, which FSDP2 has in the order of inputs.
+        for i, x in reversed([*enumerate(leaves)]):
+            if isinstance(x, Tensor) and x.requires_grad:
+                leaves[i] = x.view_as(x)  # no copy, and a layer may still write to it
         found: tuple[tuple[Any, ...], dict[str, Any]] = tree_unflatten(leaves, spec)
         return found
 
     for layer in _apart(module, task):
         layer.register_forward_pre_hook(through, with_kwargs=True)
-
-
-class _Through(torch.autograd.Function):
-    """Tensors as they are."""
-
-    @staticmethod
-    def forward(ctx: Any, *tensors: Tensor) -> tuple[Tensor, ...]:
-        return tensors
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, ...]:
-        return gradients
 
 
 def checkpoint_activations(module: nn.Module, task: Task) -> None:
