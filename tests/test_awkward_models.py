@@ -23,7 +23,7 @@ from twa_merge.sharding import in_one_piece
 def merging(folder, name, k):
     # fmt: off
     return ["train", folder / name, "--task", awkward_task.__file__, "--data", name, "-o",
-            folder / f"{name}{k}", "--batch-size", 8, "--max-evaluations", 10,
+            folder / f"{name}{k}", "--batch-size", 8, "--max-evaluations", 6,
             "--blocks", "tensors", "--ridge", "0.0003", "--candidates", "last,twa,twa-tensors",
             "--device", "cpu"]
     # fmt: on
@@ -47,7 +47,7 @@ def test_two_processes_come_to_what_one_does(merged, name):
     for a, b in zip(one, other, strict=True):
         assert a["name"] == b["name"]
         assert b["guard_loss"] == pytest.approx(a["guard_loss"], abs=1e-6)
-        assert distance(a["coefficients"], b["coefficients"]) < 1e-6
+        assert distance(a["coefficients"], b["coefficients"]) < 1e-9
 
 
 @pytest.mark.parametrize("loss", ["penalty", "decayed"])
