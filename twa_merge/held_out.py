@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Collection, Sequence
 
@@ -20,11 +21,20 @@ class Soups:
     def __init__(self, run: Run) -> None:
         self._fitter = run.fitter
         losses = run.fitter.single_losses(run.n)
+        # In units of loss and gradient of all examples, as the fitter counts them.
+        self._cost = losses.numel() / run.fitter.limit / 3
         sample = range(losses.shape[1])
         # An example without a finite loss of any checkpoint would decide nothing, and spoil all.
         finite = losses.isfinite().any(0)
         self._sample = [p for p in sample if finite[p]]
         self._losses = losses[:, finite]
+
+    def of_all(self) -> Candidate:
+        """The soup that is chosen by all examples."""
+        spent = self._fitter.evaluations
+        soup = self.without(())
+        cost = self._cost + self._fitter.evaluations - spent
+        return dataclasses.replace(soup, cost=cost)
 
     def without(self, unseen: Collection[int]) -> Candidate:
         """The soup that is chosen without the examples at these positions."""

@@ -16,7 +16,7 @@ from .errors import ConfigError, TaskError
 from .fit import Fitted
 from .guard import Improvement, Scored, finite_mean, improvement, pick, stands
 from .held_out import HeldOut, Soups
-from .progress import Advanced, Started
+from .progress import Advanced, Noted, Started
 from .run import Run
 from .sampling import independent, paired
 
@@ -77,11 +77,9 @@ def judge(run: Run, fitted: Sequence[Fitted]) -> Verdict:
     """
     families = parse_families(run.choices.guard.candidates)
     candidates = fixed(run.n, families)
-    spent = run.fitter.evaluations
     soups = Soups(run) if "greedy" in families and run.n > 2 else None
     if soups:
-        soup = soups.without(())
-        candidates.append(dataclasses.replace(soup, cost=run.fitter.evaluations - spent))
+        candidates.append(soups.of_all())
     whole, *by_block = fitted
     # One that was given up stands where it began.
     by_block = [stage for stage in by_block if math.isfinite(stage.result.loss)]
@@ -246,7 +244,35 @@ def _verdict(
     run: Run, scored: Sequence[Scored], shown: list[Scored], best_single: Scored
 ) -> Verdict:
     select, seed = run.choices.guard.select, run.choices.data.seed
-    winner = picked(shown, select, _examples(run))
+    examples = _examples(run)
+    winner, ahead = picked(shown, select, examples), winner_of(shown, select)
+    _require_finite(winner, select)
+    if ahead is not winner:
+        run.progress(
+            Noted(
+                f"{examples} examples are too few to tell whether {ahead.name} is better than "
+                f"{winner.name} by more than luck: fewer than {_FEW} choose among means that "
+                "nothing was fitted in. More data would tell."
+            )
+        )
+    names = {s.name for s in shown}
+    rest = [s for s in scored if s.name not in names]
+    shown = [*shown, *(s for s in rest if _family(s.name) == _BY_BLOCK)]
+    others = [s for s in rest if _family(s.name) != _BY_BLOCK]
+    run.jury.complete(shown)
+    uniform = [s for s in shown if s.name == "uniform"]
+    leading, alone, *mean = run.jury.on_more([winner, best_single, *uniform])
+    return Verdict(
+        winner,
+        shown,
+        others,
+        improvement(leading, alone, select, seed),
+        improvement(leading, mean[0], select, seed) if mean else None,
+    )
+
+
+def _require_finite(winner: Scored, select: str) -> None:
+    """Raises TaskError where even the winner has losses, or values of a metric, that are not."""
     if not bool(winner.guard.isfinite().all()):
         raise TaskError(
             "The loss is not finite for any candidate, the checkpoints themselves included.",
@@ -264,20 +290,6 @@ def _verdict(
             remedy="let the task's metrics give a number for every example, or leave out of its "
             "data those that have none",
         )
-    names = {s.name for s in shown}
-    rest = [s for s in scored if s.name not in names]
-    shown = [*shown, *(s for s in rest if _family(s.name) == _BY_BLOCK)]
-    others = [s for s in rest if _family(s.name) != _BY_BLOCK]
-    run.jury.complete(shown)
-    uniform = next((s for s in shown if s.name == "uniform"), None)
-    ahead, single, *mean = run.jury.on_more([winner, best_single, *([uniform] if uniform else [])])
-    return Verdict(
-        winner,
-        shown,
-        others,
-        improvement(ahead, single, select, seed),
-        improvement(ahead, mean[0], select, seed) if mean else None,
-    )
 
 
 def _renamed(item: Scored, name: str, complexity: int) -> Scored:
