@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from runs import Pairs, save_run
-from small_task import Small
+from runs import save_run
+from small_task import Small, train
 from torch import Tensor, nn
 
 from twa_merge import merge
@@ -24,12 +24,12 @@ def two_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-class Images:
+class Images(Small):
     """Convolutions, whose gradients torch adds up by thread, and kinks, which that shows in."""
 
-    def __init__(self) -> None:
-        generator = torch.Generator().manual_seed(0)
-        self.x = torch.randn(120, 1, 8, 8, generator=generator)
+    def __init__(self, data: str | None = None) -> None:
+        super().__init__(data)
+        self.x = torch.randn(120, 1, 8, 8, generator=torch.Generator().manual_seed(0))
         self.y = self.x.flatten(1)[:, :3].argmax(1)
 
     def build_model(self) -> nn.Module:
@@ -38,29 +38,10 @@ class Images:
             nn.Flatten(), nn.Linear(1024, 3),
         )  # fmt: skip
 
-    def dataset(self) -> Pairs:
-        return Pairs(self.x, self.y)
-
-    def loss(self, model: nn.Module, batch: tuple[Tensor, Tensor]) -> Tensor:
-        return nn.functional.cross_entropy(model(batch[0]), batch[1], reduction="none")
-
-    def train(self, folder: Path) -> None:
-        torch.manual_seed(0)
-        model, states = self.build_model(), []
-        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        for step in range(48):
-            chosen = torch.randint(120, (16,))
-            optimizer.zero_grad()
-            self.loss(model, (self.x[chosen], self.y[chosen])).mean().backward()
-            optimizer.step()
-            if step % 8 == 7:
-                states.append({k: v.clone() for k, v in model.state_dict().items()})
-        save_run(folder, states)
-
 
 def test_the_coefficients_do_not_hang_on_the_number_of_threads(tmp_path: Path) -> None:
     task = Images()
-    task.train(tmp_path / "run")
+    train(tmp_path / "run", of=Images, lr=0.1)
 
     def coefficients(threads: int) -> Tensor:
         torch.set_num_threads(threads)

@@ -149,9 +149,13 @@ class Fitter:
             parts: the chosen ones; no batch holds examples of two parts.
         """
         self.engine.set_weights(alphas)
-        self.evaluations += sum(map(len, parts)) / self.limit / 3
+        self.evaluations += self.units(sum(map(len, parts)))
         found = [self.engine.example_losses(self.batches, p, by_batch=True)[0] for p in parts]
         return torch.cat(found)
+
+    def units(self, losses: int) -> float:
+        """What so many losses take, in evaluations of loss and gradient of all examples."""
+        return losses / self.limit / 3
 
     def score(self, alphas: Tensor, chosen: Sequence[int]) -> float:
         """Mean loss over chosen examples; infinite where it is not a number."""

@@ -21,8 +21,7 @@ class Soups:
     def __init__(self, run: Run) -> None:
         self._fitter = run.fitter
         losses = run.fitter.single_losses(run.n)
-        # In units of loss and gradient of all examples, as the fitter counts them.
-        self._cost = losses.numel() / run.fitter.limit / 3
+        self._cost = run.fitter.units(losses.numel())
         sample = range(losses.shape[1])
         # An example without a finite loss of any checkpoint would decide nothing, and spoil all.
         finite = losses.isfinite().any(0)

@@ -138,7 +138,7 @@ def distributed_in(folder: Path) -> list[Path]:
     These are folders inside a checkpoint's own, as accelerate and others have them: one for each
     model, and others for the state of optimizers, which are left out.
     """
-    if _has_metadata(folder):
+    if has_metadata(folder):
         return [folder]
     own = is_step_folder(folder)
     return [
@@ -146,11 +146,12 @@ def distributed_in(folder: Path) -> list[Path]:
         for p in entries(folder)
         if (own or _INNER.fullmatch(p.name))
         and not (is_training_state(p) or is_step_folder(p))
-        and _has_metadata(p)
+        and has_metadata(p)
     ]
 
 
-def _has_metadata(folder: Path) -> bool:
+def has_metadata(folder: Path) -> bool:
+    """Whether a distributed checkpoint lies in the folder; CheckpointError if it cannot be read."""
     with reading(folder):
         return (folder / METADATA).is_file()
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ..errors import CheckpointError, listing
-from .folders import METADATA, entries
+from .folders import METADATA, entries, has_metadata
 
 _WHOLE_MODEL = (
     "save the whole model in one file, with torch.save(get_model_state_dict(model, options="
@@ -109,7 +109,7 @@ def foreign_format(folder: Path, home: Path | None = None) -> CheckpointError | 
     Args:
         home: the folder that the user would call the checkpoint, if not this one.
     """
-    forms = [f for f in _FORMATS if not (f is _WITHOUT_METADATA and (folder / METADATA).is_file())]
+    forms = [f for f in _FORMATS if not (f is _WITHOUT_METADATA and has_metadata(folder))]
     for entry in entries(folder):
         for form in forms:
             if form.names.fullmatch(entry.name):

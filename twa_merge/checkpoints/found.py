@@ -21,6 +21,7 @@ from .folders import (
     checkpoint_of,
     distributed_in,
     entries,
+    has_metadata,
     is_training_state,
     weights_in,
     whole_model,
@@ -86,7 +87,7 @@ def _without_parts(found: Sequence[Found]) -> list[Found]:
 def _file(path: Path, group: tuple[Path, ...]) -> Found:
     if path.suffix == ".distcp" or path.name == METADATA:
         folder = path.parent
-        if (folder / METADATA).is_file():
+        if has_metadata(folder):
             return Found(checkpoint_of(folder), Weights((), folder / METADATA))
     if problem := foreign_file(path):
         return Found(path, problem=problem)
