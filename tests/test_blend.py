@@ -9,9 +9,9 @@ import pytest
 import torch
 from runs import LinearTask, save_run
 
-from twa_merge import merge
+from twa_merge import evaluate, merge
 from twa_merge.blend import blended, distinct, likelihoods
-from twa_merge.config import GuardConfig
+from twa_merge.config import FitConfig, GuardConfig
 
 
 def phi(x: float) -> float:
@@ -146,3 +146,43 @@ def test_noise_that_a_loss_draws_is_the_same_for_all_candidates(tmp_path):
         losses = {row["name"]: row["selection_loss"] for row in document["candidates"]}
         gains.append(losses["uniform"] - losses["twa"])
     assert gains[1] == pytest.approx(gains[0], abs=0.01)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_noise_that_is_fitted_is_other_noise_in_the_guard_split_and_in_the_test_data(tmp_path):
+    """All there is of an example is drawn: nothing can be learnt but the noise itself."""
+
+    class Noise(LinearTask):
+        def dataset(self):
+            return list(range(128))
+
+        def test_dataset(self):
+            return list(range(96))
+
+        def loss(self, model, batch):
+            x = torch.randn(len(batch), self.inputs)
+            losses = (model(x) - torch.randn(len(batch), self.outputs)).square().mean(1)
+            if not losses.requires_grad:
+                judged.append(float(losses.mean()))
+            return losses
+
+    task, judged = Noise(inputs=24), []
+    generator = torch.Generator().manual_seed(1)
+    save_run(
+        tmp_path / "run",
+        [
+            {
+                "0.weight": 0.1 * torch.randn(task.outputs, task.inputs, generator=generator),
+                "0.bias": torch.zeros(task.outputs),
+            }
+            for _ in range(30)
+        ],
+    )
+    fit, guard = FitConfig(ridge=0.0, blocks="global"), GuardConfig(candidates="uniform,twa")
+    document = merge([tmp_path / "run"], task, tmp_path / "merged", fit=fit, guard=guard)
+    rows = {row["name"]: row for row in document["candidates"]}
+    assert rows["twa"]["fit_loss"] < rows["uniform"]["fit_loss"] - 0.05
+    for data in ("guard_loss", "test_loss"):
+        assert rows["twa"][data] > rows["uniform"][data]
+    [row] = evaluate([tmp_path / "merged"], task)["models"]
+    assert row["loss"] > 0.9

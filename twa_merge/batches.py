@@ -18,7 +18,7 @@ from .user_code import user_code
 
 # Collated batches are kept between evaluations up to this size; beyond it they are made again.
 _CACHE_BYTES = 1 << 30
-# Between the seeds of a dataset and of a loss: the noise of one must not repeat the other's.
+# Between the seeds of datasets and losses: the noise of one must not repeat another's.
 _APART = 0x9E3779B9
 
 
@@ -32,6 +32,8 @@ class Batches:
 
     Args:
         groups: label of each example; those of one group are alike. None: none are.
+        stream: of random numbers that the dataset and the loss draw. What is fitted in the noise of
+            one split must not look good by the same noise in another.
     """
 
     def __init__(
@@ -42,6 +44,7 @@ class Batches:
         seed: int,
         world: World,
         groups: Sequence[int] | None = None,
+        stream: int = 0,
     ) -> None:
         generator = torch.Generator().manual_seed(seed)
         self.size = len(dataset)  # type: ignore[arg-type]
@@ -52,6 +55,7 @@ class Batches:
         self._dataset = dataset
         self._collate = collate_of(task)
         self.seed = seed
+        self._drawing = seed + 2 * stream * _APART
         self._world = world
         self._cache: dict[tuple[int, ...], Any] = {}
         self._cached_bytes = 0
@@ -99,7 +103,7 @@ class Batches:
         candidates differ by their weights alone and the fit has a function to minimise.
         """
         own = to_device(batch, self._world.device)
-        with seeded(self.seed + positions[0] + _APART, self._world.device):
+        with seeded(self._drawing + positions[0] + _APART, self._world.device):
             yield own
 
     def _batch(self, positions: list[int]) -> Any:
@@ -115,7 +119,7 @@ class Batches:
 
     def _make(self, positions: list[int]) -> Any:
         # A dataset that augments at random must show the same examples in every evaluation.
-        again = seeded(self.seed + positions[0], self._world.device)
+        again = seeded(self._drawing + positions[0], self._world.device)
         with user_code("read its dataset"), again:
             return self._collate([self._dataset[self.order[p]] for p in positions])
 

@@ -137,12 +137,13 @@ def _row(
     shared = {name: live.is_shared(name) for name in layout.averaged}
     store = make_store([checkpoint], layout, blocks, world, StoreConfig("disk"), shared=shared)
     ingest([checkpoint], layout, world, store=store, shared=shared)
-    batches = Batches(dataset, task, data_config.batch_size, data_config.seed, world, groups)
+    size, seed = data_config.batch_size, data_config.seed
+    batches = Batches(dataset, task, size, seed, world, groups, stream=3)
     runner = Engine(live, store, blocks, task, world)
     runner.set_weights(torch.ones(1, 1, dtype=torch.float64))
     everything = range(batches.size)
     losses, metrics = runner.example_losses(batches, everything, with_metrics=True)
-    low, high = bootstrap_interval(losses, data_config.seed, batches.groups(everything))
+    low, high = bootstrap_interval(losses, seed, batches.groups(everything))
     return {
         "path": str(checkpoint.path),
         "step": checkpoint.step,

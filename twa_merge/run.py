@@ -152,8 +152,8 @@ def _batches(
     size, seed = config.batch_size, config.seed
     return (
         Batches(splits.fit, task, size, seed, world, splits.fit_groups),
-        Batches(splits.guard, task, size, seed, world, splits.guard_groups),
-        Batches(splits.test, task, size, seed, world) if splits.test is not None else None,
+        Batches(splits.guard, task, size, seed, world, splits.guard_groups, stream=1),
+        Batches(splits.test, task, size, seed, world, stream=2) if splits.test is not None else None,
     )
 
 
