@@ -753,3 +753,22 @@ def test_how_far_the_winner_is_ahead_is_measured_on_all_of_the_guard_split(tmp_p
             by_loss[folder] = float(task.loss(model, (x, y)).double().mean())
     ours = by_loss.pop("m")
     assert min(abs(found["mean"] - (loss - ours)) for loss in by_loss.values()) < 1e-5
+
+
+def test_the_start_is_looked_for_in_batches_that_are_alike(tmp_path):
+    class AmongOthers(LinearTask):
+        """As a loss against the negatives in a batch: the fewer they are, the less it is."""
+
+        def loss(self, model, batch):
+            return super().loss(model, batch) + math.log(len(batch[0]))
+
+    task = AmongOthers(examples=300)
+    generator = torch.Generator().manual_seed(0)
+    states = [
+        {"0.weight": w, "0.bias": torch.zeros(task.outputs)}
+        for w in task.truth + 0.01 * torch.randn(8, *task.truth.shape, generator=generator)
+    ]
+    save_run(tmp_path / "run", states)
+    engine, _, batches = engine_for(task, tmp_path / "run")
+    start = fitter_for(engine, batches, tmp_path).start(8, singles=True)[0]
+    assert start.count_nonzero() > 1

@@ -93,13 +93,13 @@ def greedy(losses: Tensor, score: Callable[[Tensor], float]) -> Candidate:
     that stayed does not get worse by it.
 
     Args:
-        losses: of the single checkpoints, (n,).
-        score: coefficients (1, n) → loss, on the data that ``losses`` were taken on.
+        losses: of the single checkpoints, (n,), that order them.
+        score: coefficients (1, n) → loss, infinite where it is not a number.
     """
     n, losses = len(losses), losses.nan_to_num(torch.inf)
     order = sorted(range(n), key=lambda i: float(losses[i]))
     kept = single(n, order[0])
-    best = float(losses[order[0]])
+    best = score(kept[None])
     for i in order[1:]:
         trial = kept + single(n, i)
         loss = score((trial / trial.sum())[None])

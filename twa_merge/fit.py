@@ -130,16 +130,16 @@ class Fitter:
             losses.append(self.losses(window(n, k)[None], sample))
             self.progress(Advanced())
         best = min(range(len(sizes)), key=lambda i: (finite_mean(losses[i]), i))
-        ahead = self._ahead_of(losses[best], n) if singles else None
+        ahead = self._ahead_of(losses[best], n, sample) if singles else None
         return (window(n, sizes[best]) if ahead is None else single(n, ahead))[None]
 
-    def _ahead_of(self, losses: Tensor, n: int) -> int | None:
+    def _ahead_of(self, losses: Tensor, n: int, sample: Sequence[int]) -> int | None:
         """The best checkpoint, if it is ahead of these losses by a standard error."""
-        found = self.single_losses(n)
-        best = min(range(n), key=lambda i: finite_mean(found[i]))
-        count = found.shape[1]
-        groups = self.batches.groups(range(count))
-        gain, error = paired(losses[:count], found[best], groups)
+        singles = self.single_losses(n)
+        best = min(range(n), key=lambda i: finite_mean(singles[i]))
+        # In the same batches: the loss of an example may depend on the others of its batch.
+        found = self.losses(single(n, best)[None], sample)
+        gain, error = paired(losses, found, self.batches.groups(sample))
         return best if gain > error else None
 
     def losses(self, alphas: Tensor, *parts: Sequence[int]) -> Tensor:
