@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from twa_merge import merge
+from twa_merge.config import DataConfig
 from twa_merge.ridge import FOLDS, RIDGES, RidgePath, folds_of, scale_of, too_far
 from twa_merge.sampling import paired
 
@@ -257,3 +258,39 @@ def test_few_easy_examples_do_not_take_the_merge_far(tmp_path, examples):
 
     merged = load_file(tmp_path / "m" / "model.safetensors")["weight"]
     assert loss(merged) < 1.25 * loss(states[-1]["weight"])
+
+
+class Noisy(LinearTask):
+    """Labels that are mostly noise, of a truth as far from the checkpoints as they from another."""
+
+    def __init__(self, examples: int, generator: torch.Generator) -> None:
+        super().__init__(inputs=32, outputs=1, examples=examples)
+        self.x = torch.randn(examples, 32, generator=generator)
+        self.base = torch.randn(1, 32, generator=generator) / 32**0.5
+        self.truth = self.base + 0.1 * torch.randn(1, 32, generator=generator)
+        noise = 3.0 * torch.randn(examples, 1, generator=generator)
+        self.y = self.x @ self.truth.T + noise
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_ridge_of_many_examples_is_weaker_than_that_of_few(tmp_path):
+    """Few tell next to nothing; of 3,000 plain least squares is far better than the mean."""
+    generator = torch.Generator().manual_seed(4)
+    task = Noisy(4000, generator)
+    weights = [task.base + 0.1 * torch.randn(1, 32, generator=generator) for _ in range(17)]
+    save_run(tmp_path / "run", [{"0.weight": w, "0.bias": torch.zeros(1)} for w in weights])
+    data = DataConfig(batch_size=256)
+    document = merge([tmp_path / "run"], task, tmp_path / "m", data_config=data)
+    assert document["data"]["fit_examples_used"] == 3000
+
+    def excess(weight: torch.Tensor) -> float:
+        return float((weight - task.truth).square().sum())
+
+    mean = torch.stack(weights).mean(0)
+    offsets = torch.cat(weights[1:]) - mean
+    along = (task.x[:3000] @ offsets.T).double()
+    rest = (task.y[:3000] - task.x[:3000] @ mean.T).double()
+    squares = mean + torch.linalg.lstsq(along, rest).solution.T.float() @ offsets
+    merged = load_file(tmp_path / "m" / "model.safetensors")["0.weight"]
+    assert excess(squares) < 0.3 * excess(mean)
+    assert excess(merged) < 1.1 * excess(squares)

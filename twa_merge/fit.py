@@ -18,13 +18,21 @@ from .objective import Engine, Objective
 from .optimize import FitResult, Function, lbfgs
 from .progress import Advanced, Evaluated, Progress, Started
 from .resume import EvaluationLog
-from .ridge import RidgePath, folds_of, scale_of, too_far
+from .ridge import (
+    RidgePath,
+    clearly_less,
+    folds_of,
+    much_alike,
+    scale_of,
+    too_far,
+    weaker_than,
+)
 from .sampling import paired
 from .subspace import Chart
 
 # On the path a fit needs to be good enough to compare ridges, no more; each begins where the one
-# with a stronger ridge ended.
-_PATH_EVALUATIONS = 6
+# with a stronger ridge ended. Much shorter ones would not tell how far the last fit goes.
+_PATH_EVALUATIONS = 12
 _PATH_TOLERANCE = 3e-4
 _RIDGE_SAMPLE = 256
 _START_EXAMPLES = 256
@@ -43,9 +51,9 @@ class Fitted:
 
     Attributes:
         alphas: (B, n) float64.
-        ridge: the ridge that was used.
+        ridge: of the last fit.
         result: of the last fit, over the whole sample.
-        path: what the ridge was chosen by; None where it was not.
+        path: what the ridge of the first fit was chosen by; None where it was not.
         evaluations: of loss and gradient, in units of all examples that the fit may use.
         examples: that the last fit used.
     """
@@ -67,7 +75,7 @@ class Fitted:
         """
         assert self.path is not None
         chart = self.chart if before is None else self.chart.around(before.without(fold))
-        return chart.alphas(self.path.ends[self.ridge][fold])
+        return chart.alphas(self.path.ends[self.path.choice()][fold])
 
     @property
     def scores(self) -> dict[float, float]:
@@ -181,7 +189,8 @@ class Fitter:
             if self.config.ridge is None:
                 path = self._path(name, chart, before, folds)
                 ridge = path.choice()
-            result, examples = self._grow(name, chart, ridge)
+            result, examples = self._grow(name, chart, ridge, weaker=path is not None)
+            ridge = result.ridge
         alphas = chart.alphas(result.z) if math.isfinite(result.loss) else chart.base
         spent = self.evaluations - spent
         return Fitted(name, chart, alphas, ridge, result, path, spent, examples)
@@ -191,25 +200,60 @@ class Fitter:
         """Examples that the fit may use."""
         return min(self.batches.size, self.sample or self.batches.size)
 
-    def _grow(self, name: str, chart: Chart, ridge: float) -> tuple[FitResult, int]:
+    def _grow(
+        self, name: str, chart: Chart, ridge: float, *, weaker: bool
+    ) -> tuple[FitResult, int]:
         """Fits a sample that doubles until the answer moves by less than its statistical error.
+
+        Args:
+            weaker: look for a weaker ridge each time, too; where there is one, it goes on.
 
         Returns:
             The last fit and the number of examples it used.
         """
         size = self._grown(_FIRST_SAMPLE)
-        most, tolerance = self.config.max_evaluations, self.config.tolerance
         # Not where the ridge's path ended: its short fits amplify rounding errors.
         start = torch.zeros(chart.size, dtype=torch.float64)
-        result = self._minimise(name, chart, range(size), ridge, start, most, tolerance)
+        result, moved = self._whole_fit(name, chart, range(size), ridge, start), True
         while size < self.limit and math.isfinite(result.loss):
-            size = self._grown(2 * size)
-            grown = self._minimise(name, chart, range(size), ridge, result.z, most, tolerance)
-            moved = self._still_moves(chart, result.z, grown.z, range(size))
-            result = grown
-            if not moved:
+            known, larger = range(size), self._grown(2 * size)
+            found = result
+            if weaker:
+                found = self._weakened(name, chart, known, range(size, larger), result)
+            if not moved and found is result:
                 break
+            if weaker:
+                ridge = float(f"{found.ridge * size / larger:.3g}")
+            size = larger
+            result = self._whole_fit(name, chart, range(size), ridge, found.z)
+            moved = self._still_moves(chart, found.z, result.z, range(size))
         return result, size
+
+    def _weakened(
+        self, name: str, chart: Chart, known: range, fresh: range, result: FitResult
+    ) -> FitResult:
+        """The fit of the known examples whose ridge the fresh ones prefer, from ``result``'s on.
+
+        What holds a fit of few examples back costs one of many: against a prior of one and the
+        same width the ridge of a mean over N examples falls as 1/N.
+        """
+        losses = self.losses(chart.alphas(result.z), fresh)
+        unseen = self._unlike(losses, known, fresh)
+        while chart.size and len(unseen):
+            other = self._path_fit(name, chart, known, weaker_than(result.ridge), result)
+            others = self.losses(chart.alphas(other.z), fresh)
+            if not clearly_less(finite_mean(others[unseen]), finite_mean(losses[unseen])):
+                break
+            result, losses = other, others
+        return result
+
+    def _unlike(self, losses: Tensor, known: range, fresh: range) -> Tensor:
+        """Which of the fresh examples, with these losses, the known ones do not tell of."""
+        groups = self.batches.groups(fresh)
+        if not much_alike(losses, groups):
+            return torch.arange(len(fresh))
+        told = torch.isin(groups, self.batches.groups(known))
+        return (~told).nonzero().flatten()
 
     def _grown(self, size: int) -> int:
         """``size``, or all there are where a further doubling would hardly add any."""
@@ -245,17 +289,13 @@ class Fitter:
         """The chart around what the stage before comes to without the examples of a fold."""
         if before is None or before.path is None:
             return chart
-        ends = before.path.ends[before.ridge]
+        ridge = before.path.choice()
+        ends = before.path.ends[ridge]
         if fold == len(ends):
             stage, train = f"{before.name}/fold{fold}", path.without(fold)
             # The other folds' ends know the examples of this one.
             start = torch.zeros(before.chart.size, dtype=torch.float64)
-            limit = 2 * _PATH_EVALUATIONS
-            ends.append(
-                self._minimise(
-                    stage, before.chart, train, before.ridge, start, limit, _PATH_TOLERANCE
-                ).z
-            )
+            ends.append(self._path_fit(stage, before.chart, train, ridge, start).z)
         return chart.around(before.without(fold))
 
     def _extend(self, path: RidgePath, name: str, chart: Chart, fold: int) -> None:
@@ -270,8 +310,7 @@ class Fitter:
             path.add(ridge, z, self.losses(chart.alphas(z), unseen))
 
         def fit(ridge: float, start: Tensor | FitResult) -> FitResult:
-            stage, limit = f"{name}/fold{fold}", _PATH_EVALUATIONS
-            return self._minimise(stage, chart, train, ridge, start, limit, _PATH_TOLERANCE)
+            return self._path_fit(f"{name}/fold{fold}", chart, train, ridge, start)
 
         z = torch.zeros(chart.size, dtype=torch.float64)
         add(math.inf, z)
@@ -287,6 +326,30 @@ class Fitter:
             if too_far(end.z, len(train)):
                 break
             add(ridge, end.z)
+
+    def _path_fit(
+        self,
+        name: str,
+        chart: Chart,
+        chosen: Sequence[int],
+        ridge: float,
+        start: Tensor | FitResult,
+    ) -> FitResult:
+        """Fits the chosen examples well enough to compare ridges."""
+        limit, tolerance = _PATH_EVALUATIONS, _PATH_TOLERANCE
+        return self._minimise(name, chart, chosen, ridge, start, limit, tolerance)
+
+    def _whole_fit(
+        self,
+        name: str,
+        chart: Chart,
+        chosen: Sequence[int],
+        ridge: float,
+        start: Tensor | FitResult,
+    ) -> FitResult:
+        """Fits the chosen examples as long as the options allow."""
+        most, tolerance = self.config.max_evaluations, self.config.tolerance
+        return self._minimise(name, chart, chosen, ridge, start, most, tolerance)
 
     def _minimise(
         self,

@@ -149,6 +149,21 @@ def too_far(z: Tensor, examples: int) -> bool:
     return float(z @ z) / 2 > _AN_EXAMPLE_PAYS * examples
 
 
+def weaker_than(ridge: float) -> float:
+    """The next ridge after those of a path: about half a power of ten further down."""
+    return float(f"{ridge / 10**0.5:.2g}")
+
+
+def clearly_less(loss: float, other: float) -> bool:
+    """Whether one mean loss is less than another by more than rounding errors."""
+    return loss < other - _TIE * abs(other)
+
+
+def much_alike(losses: Tensor, groups: Tensor) -> bool:
+    """Whether one example's loss tells those of the others of its group, from losses (N,)."""
+    return not likeness(losses, groups) < _ALIKE
+
+
 def folds_of(groups: Tensor, losses: Tensor) -> list[list[int]]:
     """Positions of the unseen examples of each of four folds, or as many as there are groups.
 
@@ -161,7 +176,7 @@ def folds_of(groups: Tensor, losses: Tensor) -> list[list[int]]:
         groups: label of each example, (N,) int64.
         losses: of each example at the chart's base, (N,).
     """
-    labels = groups.tolist() if not likeness(losses, groups) < _ALIKE else range(len(groups))
+    labels = groups.tolist() if much_alike(losses, groups) else range(len(groups))
     if len(labels) < FOLDS:
         return []
     members: dict[int, list[int]] = {}

@@ -153,7 +153,9 @@ def _batches(
     return (
         Batches(splits.fit, task, size, seed, world, splits.fit_groups),
         Batches(splits.guard, task, size, seed, world, splits.guard_groups, stream=1),
-        Batches(splits.test, task, size, seed, world, stream=2) if splits.test is not None else None,
+        Batches(splits.test, task, size, seed, world, stream=2)
+        if splits.test is not None
+        else None,
     )
 
 
