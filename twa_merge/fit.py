@@ -20,7 +20,6 @@ from .progress import Advanced, Evaluated, Progress, Started
 from .resume import EvaluationLog
 from .ridge import (
     RidgePath,
-    clearly_less,
     folds_of,
     much_alike,
     scale_of,
@@ -239,10 +238,12 @@ class Fitter:
         """
         losses = self.losses(chart.alphas(result.z), fresh)
         unseen = self._unlike(losses, known, fresh)
+        groups = self.batches.groups(fresh)[unseen]
         while chart.size and len(unseen):
             other = self._path_fit(name, chart, known, weaker_than(result.ridge), result)
             others = self.losses(chart.alphas(other.z), fresh)
-            if not clearly_less(finite_mean(others[unseen]), finite_mean(losses[unseen])):
+            gain, error = paired(losses[unseen], others[unseen], groups)
+            if not gain > error:
                 break
             result, losses = other, others
         return result

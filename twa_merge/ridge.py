@@ -154,11 +154,6 @@ def weaker_than(ridge: float) -> float:
     return float(f"{ridge / 10**0.5:.2g}")
 
 
-def clearly_less(loss: float, other: float) -> bool:
-    """Whether one mean loss is less than another by more than rounding errors."""
-    return loss < other - _TIE * abs(other)
-
-
 def much_alike(losses: Tensor, groups: Tensor) -> bool:
     """Whether one example's loss tells those of the others of its group, from losses (N,)."""
     return not likeness(losses, groups) < _ALIKE
