@@ -24,9 +24,9 @@ from .sampling import independent, paired
 _ALONE = 0.9
 # What the names of stages by layer and by tensor begin with, and the mixture of both.
 _BY_BLOCK = "twa-"
-# Fewer independent examples than these choose among means that nothing was fitted in, unless the
-# winner is ahead of the plainest of them by so many standard errors.
-_FEW, _SURE = 30, 3.0
+# What has been fitted wins if it is ahead of the plainest means by so many standard errors; with
+# fewer independent examples than these, by one more. Otherwise it is worse as often as not.
+_SURE, _FEW = 2.0, 30
 _PLAINEST = ("last", "uniform")
 _PLAIN = (*_PLAINEST, "window", "ema")
 _MIXED = "twa-blocks"
@@ -215,20 +215,20 @@ def winner_of(shown: Sequence[Scored], select: str, mixture: str = "blend") -> S
 
 
 def picked(shown: Sequence[Scored], select: str, examples: int) -> Scored:
-    """The winner; by few examples what has been fitted only wins where it is ahead for certain.
+    """The winner; one that has been fitted only where it is ahead of plain means for certain.
 
-    They may all be easy, and then a candidate looks the better the bolder it is.
+    The examples may all be easy, and then a candidate looks the better the bolder it is.
 
     Args:
         examples: independent ones, that were fitted and that guard.
     """
     winner = winner_of(shown, select)
-    if select != "loss" or examples >= _FEW:
+    if select != "loss":
         return winner
     plainest = pick([s for s in shown if s.name in _PLAINEST], select)
     losses = plainest.evidence(select), winner.evidence(select)
     gain, error = paired(*losses, winner.evidence_groups)
-    if gain > _SURE * error:
+    if gain > (_SURE + (examples < _FEW)) * error:
         return winner
     return pick([s for s in shown if _family(s.name) in _PLAIN], select)
 
@@ -250,9 +250,9 @@ def _verdict(
     if ahead is not winner:
         run.progress(
             Noted(
-                f"{examples} examples are too few to tell whether {ahead.name} is better than "
-                f"{winner.name} by more than luck: fewer than {_FEW} choose among means that "
-                "nothing was fitted in. More data would tell."
+                f"{examples} examples do not tell whether {ahead.name} is better than the last "
+                "checkpoint and the mean by more than luck, so that nothing that was fitted to "
+                f"them is written, but {winner.name}. More data would tell."
             )
         )
     names = {s.name for s in shown}
