@@ -47,7 +47,8 @@ class Work:
 
     Attributes:
         evaluations: of loss and gradient: a projection and a combination each. Default settings
-            took 100 to 370 on runs of 12 to 60 checkpoints, most of them to choose the ridge.
+            took 100 to 780 on runs of 12 to 60 checkpoints, most of them to choose the ridge, and
+            the most where the loss is the hardest to minimise.
         combinations: further ones, for candidates: 200 to 300 there.
         pictures: further ones, of the fit's own offsets, for the report.
         seconds: forward and backward passes of one evaluation.
