@@ -5,6 +5,8 @@ All have kinks, in which a last bit of a gradient shows.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from small_task import Small
 from torch import Tensor, nn
@@ -82,13 +84,91 @@ class Computed(Again):
         return super().forward(x) + (self.table * self.shift).sum()
 
 
-MODELS = {kind.__name__: kind for kind in (Again, Fed, ChannelsLast, Computed)}
+class Noted(nn.Module):
+    """A layer that writes to the dict that it is given, and to a list in there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = Block()
+
+    def forward(self, notes: dict[str, Any]) -> Tensor:
+        notes["x"] = x = self.block(notes["x"])
+        notes["seen"][-1].append(x)
+        return x
+
+
+class Notes(Again):
+    """Layers that tell each other by what they write to a dict."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Noted() for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.flatten(1))
+        notes = {"x": x, "seen": (x, [x])}
+        for layer in self.layers:
+            layer(notes)
+        return self.head(notes["x"] + torch.stack(notes["seen"][-1]).sum(0))
+
+
+MODELS = {kind.__name__: kind for kind in (Again, Fed, ChannelsLast, Computed, Notes)}
+
+
+class Untold(Noted):
+    """What it writes is all that comes out of it."""
+
+    def forward(self, notes: dict[str, Any]) -> None:  # type: ignore[override]
+        super().forward(notes)
+
+
+class InADict(Notes):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Untold() for _ in range(3))
+
+
+class Held:
+    """A class of the user's, of which FSDP2 knows nothing."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.x = x
+
+
+class Holding(Block):
+    def forward(self, held: Held) -> Held:  # type: ignore[override]
+        return Held(super().forward(held.x))
+
+
+class InAClass(Again):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Holding() for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        held = Held(self.first(x.flatten(1)))
+        for layer in self.layers:
+            held = layer(held)
+        return self.head(held.x)
+
+
+class AsArray(Again):
+    """Makes use of a layer's weights outside of it."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) * float(abs(self.weight().numpy()).mean())
+
+    def weight(self) -> Tensor:
+        return self.layers[0].out.weight.detach()
+
+
+REFUSED = {kind.__name__: kind for kind in (InADict, InAClass, AsArray)}
 
 
 class Awkward(Small):
     def __init__(self, data: str | None = None) -> None:
         super().__init__()
-        self._build = MODELS[data or "Again"]
+        self._build = (MODELS | REFUSED)[data or "Again"]
         self.no_split_modules: list[str] | None = None
         generator = torch.Generator().manual_seed(0)
         self.x = torch.randn(90, 1, SIDE, SIDE, generator=generator)

@@ -8,7 +8,7 @@ import awkward_task
 import numpy as np
 import pytest
 import torch
-from awkward_task import MODELS, Awkward
+from awkward_task import MODELS, REFUSED, Awkward
 from launches import distance, document, here, in_turn, run
 from runs import save_run
 from small_task import train
@@ -16,8 +16,10 @@ from torch import nn
 
 from twa_merge.building import build_module
 from twa_merge.checkpoints import open_checkpoints
+from twa_merge.distributed import World
+from twa_merge.errors import TaskError
 from twa_merge.layout import make_layout
-from twa_merge.sharding import in_one_piece
+from twa_merge.sharding import _Order, checkpoint_activations, in_one_piece
 
 
 def merging(folder, name, k):
@@ -80,6 +82,34 @@ def test_such_losses_do_where_the_model_is_gathered_as_a_whole(merged, tmp_path)
             assert distance(a["coefficients"], b["coefficients"]) < 1e-6
 
 
+@pytest.mark.parametrize("name", REFUSED)
+def test_models_that_layers_gathered_in_turn_do_not_bear_say_what_does(tmp_path, name):
+    """Gathering is the same in one process, which has narrow passes of FSDP2 too."""
+    train(tmp_path / name, of=lambda _: Awkward(name), lr=0.05, checkpoints=3)
+    command = merging(tmp_path, name, 1)
+    here(*command)
+    with pytest.raises(TaskError) as caught:
+        here(*command, "--precision", "bf16", "-o", tmp_path / "narrow")
+    assert "no_split_modules" in caught.value.details["what to do"]
+
+
+class Sending(World):
+    """Has to read the numbers of a tensor to tell the others, as gloo has."""
+
+    def gather(self, value):
+        torch.ones(2)[:1].cpu().numpy()
+        return [value, value]
+
+
+def test_processes_compare_notes_inside_transforms_of_torch_func():
+    order, layer, x = _Order(Sending()), nn.Linear(4, 4), torch.ones(3, 4)
+    expected = layer(x)
+    order.watch(layer, "layer")
+    order.begin("loss")
+    y, _ = torch.func.vjp(layer, x)
+    torch.testing.assert_close(order.end(y), expected)
+
+
 class Set(nn.Linear):
     """Makes other weights than its parent's, in ways that the meta device does not bear."""
 
@@ -136,14 +166,28 @@ class WrittenTo(nn.Module):
 
 
 def test_layers_may_write_to_their_inputs_in_one_process():
-    model, x = WrittenTo(), torch.randn(3, 4)
+    require_same_gradients(WrittenTo(), torch.randn(3, 4))
 
+
+@pytest.mark.parametrize("activation_checkpointing", [False, True])
+def test_what_layers_write_to_dicts_and_lists_is_kept_in_one_process(activation_checkpointing):
+    model, x = MODELS["Notes"](), torch.randn(3, 36)
+    expected = model(x)
+    require_same_gradients(model, x, activation_checkpointing)
+    torch.testing.assert_close(model(x), expected)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), expected)
+
+
+def require_same_gradients(model, x, activation_checkpointing=False):
     def gradients():
         model.zero_grad()
         model(x).square().sum().backward()
         return [parameter.grad.clone() for parameter in model.parameters()]
 
     before = gradients()
+    if activation_checkpointing:
+        checkpoint_activations(model, Awkward())
     in_one_piece(model, Awkward())
     for found, expected in zip(gradients(), before, strict=True):
         torch.testing.assert_close(found, expected)

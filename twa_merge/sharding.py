@@ -14,6 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from .distributed import World, ensure_group
 from .errors import TaskError, listing
 from .gradient_sums import SumOverRanks
+from .layer_calls import keep_writes
 from .layers import gathered_layers, numbers, outermost
 from .task import Task
 
@@ -112,7 +113,11 @@ class _Order:
     def _require_same(self, name: str) -> None:
         assert self._came_to is not None
         known = self._known.get(self._kind)
-        expected = self._world.gather(name) if known is None else [known[len(self._came_to)]]
+        if known is None:
+            with torch._C._DisableFuncTorch():  # its tensors have no memory to be sent
+                expected = self._world.gather(name)
+        else:
+            expected = [known[len(self._came_to)]]
         others = [other for other in expected if other != name]
         if others:
             raise TaskError(
@@ -195,6 +200,8 @@ def shard(
         fully_shard(layer, **options)
     fully_shard(whole, **options)
     alone = [*norms, *layers]
+    for layer in layers:
+        keep_writes(layer)
     for name, part in module.named_modules():
         if part in alone and world.size > 1:
             whole.order.watch(part, name)
@@ -240,17 +247,23 @@ def in_one_piece(module: nn.Module, task: Task) -> None:
 
     def through(
         _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        leaves, spec = tree_flatten((args, kwargs))
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        # Others than these are left alone by FSDP2.
+        leaves, spec = tree_flatten(
+            (args, kwargs), lambda x: not isinstance(x, (dict, list, tuple))
+        )
+        of_grad = [i for i, x in enumerate(leaves) if isinstance(x, Tensor) and x.requires_grad]
+        if not (of_grad and torch.is_grad_enabled()):
+            return None
         # What is made last is the first in a backward pass, which FSDP2 has in the order of inputs.
-        for i, x in reversed([*enumerate(leaves)]):
-            if isinstance(x, Tensor) and x.requires_grad:
-                leaves[i] = x.view_as(x)  # no copy, and a layer may still write to it
+        for i in reversed(of_grad):
+            leaves[i] = leaves[i].view_as(leaves[i])  # no copy, and a layer may still write to it
         found: tuple[tuple[Any, ...], dict[str, Any]] = tree_unflatten(leaves, spec)
         return found
 
     for layer in _apart(module, task):
-        layer.register_forward_pre_hook(through, with_kwargs=True)
+        layer.register_forward_pre_hook(through, prepend=True, with_kwargs=True)
+        keep_writes(layer)
 
 
 def checkpoint_activations(module: nn.Module, task: Task) -> None:

@@ -25,9 +25,14 @@ _NOT_THE_USERS = (
 # What torch says of batch norm in training on a batch of one, and of gradients under no_grad.
 _ALONE = "more than 1 value per channel"
 _NO_GRADIENT = "does not require grad"
-# What its allocator says where a CPU has no more, and FSDP2 of parameters that are not gathered.
+# What its allocator says where a CPU has no more.
 _NO_MEMORY = "can't allocate memory"
-_MIXED = "mixed torch.Tensor and DTensor"
+# What torch says of parameters that FSDP2 has not gathered, or whose numbers it has given up.
+_NOT_GATHERED = (
+    "mixed torch.Tensor and DTensor",
+    ".numpy() is not supported for tensor subclasses",
+    "storage of size 0",
+)
 _TAKE_GRADIENTS = "take gradients inside the model under `with torch.enable_grad():`"
 
 
@@ -62,10 +67,11 @@ def user_code(doing: str, *, expected: str | None = None) -> Iterator[None]:
                     found=str(error).split("\n")[0] or type(error).__name__,
                     remedy="a smaller --batch-size or --max-length, or --activation-checkpointing",
                 ) from error
-            if _MIXED in str(error):
+            if any(said in str(error) for said in _NOT_GATHERED):
                 raise TaskError(
                     f"The task failed to {doing}.",
-                    expected="weights of layers that are used inside these layers alone",
+                    expected="weights of layers that are used inside these layers alone, and "
+                    "layers that return what they make (in tensors, dicts, lists and tuples)",
                     found=f"{type(error).__name__}: {error}",
                     remedy="an empty list for the task's no_split_modules, which gathers the model "
                     "as a whole, or one process",
