@@ -162,13 +162,58 @@ class AsArray(Again):
         return self.layers[0].out.weight.detach()
 
 
-REFUSED = {kind.__name__: kind for kind in (InADict, InAClass, AsArray)}
+class Functional(Again):
+    """Calls a layer with other weights than its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x.flatten(1))
+        for layer in self.layers:
+            halved = {name: 0.5 * p for name, p in layer.named_parameters()}
+            x = torch.func.functional_call(layer, halved, (x,))
+        return self.head(x)
+
+
+class AsNumber(AsArray):
+    def forward(self, x: Tensor) -> Tensor:
+        return Again.forward(self, x) * float(self.weight().square().mean())
+
+
+class AsNumbers(AsArray):
+    def forward(self, x: Tensor) -> Tensor:
+        return Again.forward(self, x) * sum(self.weight().amax(0).abs().tolist())
+
+
+class Normalised(nn.Linear):
+    """Puts other numbers in place of its weights as it is called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.weight.data = nn.functional.normalize(self.weight.data, dim=1)
+        return super().forward(x)
+
+
+class ReplacedAtTheRoot(Again):
+    def __init__(self) -> None:
+        super().__init__()
+        self.head = Normalised(WIDTH, 3)
+
+
+class ReplacedInLayers(Again):
+    def __init__(self) -> None:
+        super().__init__()
+        for layer in self.layers:
+            layer.out = Normalised(2 * WIDTH, WIDTH)
+
+
+REPLACING = {kind.__name__: kind for kind in (ReplacedAtTheRoot, ReplacedInLayers)}
+REFUSED = {
+    kind.__name__: kind for kind in (InADict, InAClass, AsArray, AsNumber, AsNumbers, Functional)
+}
 
 
 class Awkward(Small):
     def __init__(self, data: str | None = None) -> None:
         super().__init__()
-        self._build = (MODELS | REFUSED)[data or "Again"]
+        self._build = (MODELS | REFUSED | REPLACING)[data or "Again"]
         self.no_split_modules: list[str] | None = None
         generator = torch.Generator().manual_seed(0)
         self.x = torch.randn(90, 1, SIDE, SIDE, generator=generator)

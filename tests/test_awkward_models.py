@@ -8,7 +8,7 @@ import awkward_task
 import numpy as np
 import pytest
 import torch
-from awkward_task import MODELS, REFUSED, Awkward
+from awkward_task import MODELS, REFUSED, REPLACING, Awkward
 from launches import distance, document, here, in_turn, run
 from runs import save_run
 from small_task import train
@@ -91,6 +91,17 @@ def test_models_that_layers_gathered_in_turn_do_not_bear_say_what_does(tmp_path,
     with pytest.raises(TaskError) as caught:
         here(*command, "--precision", "bf16", "-o", tmp_path / "narrow")
     assert "no_split_modules" in caught.value.details["what to do"]
+
+
+@pytest.mark.parametrize("name", REPLACING)
+@pytest.mark.parametrize("gather", ["layer", "model"])
+def test_a_forward_pass_that_replaces_weights_is_refused(tmp_path, name, gather):
+    train(tmp_path / name, of=lambda _: Awkward(name), lr=0.05, checkpoints=3)
+    command = merging(tmp_path, name, 1)
+    here(*command)
+    with pytest.raises(TaskError, match="replaces weights of the model") as caught:
+        here(*command, "--precision", "bf16", "-o", tmp_path / "narrow", "--gather", gather)
+    assert caught.value.details["tensor"].endswith("weight")
 
 
 class Sending(World):

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflat
 from .distributed import World, ensure_group
 from .errors import TaskError, listing
 from .gradient_sums import SumOverRanks
-from .layer_calls import keep_writes
+from .layer_calls import OwnWeights, keep_writes
 from .layers import gathered_layers, numbers, outermost
 from .task import Task
 
@@ -37,6 +37,8 @@ class Sharded(nn.Module):
         sums_over_ranks: of the gradients of each part, on a CPU.
     """
 
+    own_weights: OwnWeights
+
     def __init__(self, module: nn.Module, world: World, narrow: bool) -> None:
         super().__init__()
         self.module = module
@@ -52,11 +54,11 @@ class Sharded(nn.Module):
             kind: every use of one kind has to come to the same layers in the same order.
 
         Raises:
-            TaskError: it does not.
+            TaskError: it does not, or it makes use of other weights than the module's.
         """
         self.order.begin(kind)
         try:
-            with self._autocast:
+            with self._autocast, self.own_weights.used():
                 result = use(self.module)
             return self.order.end(result)
         finally:
@@ -202,6 +204,7 @@ def shard(
     alone = [*norms, *layers]
     for layer in layers:
         keep_writes(layer)
+    whole.own_weights = OwnWeights(module, alone)
     for name, part in module.named_modules():
         if part in alone and world.size > 1:
             whole.order.watch(part, name)

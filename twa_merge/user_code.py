@@ -33,6 +33,10 @@ _NOT_GATHERED = (
     ".numpy() is not supported for tensor subclasses",
     "storage of size 0",
 )
+GATHER_AS_A_WHOLE = (
+    "an empty list for the task's no_split_modules, which gathers the model as a whole, or one "
+    "process"
+)
 _TAKE_GRADIENTS = "take gradients inside the model under `with torch.enable_grad():`"
 
 
@@ -73,8 +77,7 @@ def user_code(doing: str, *, expected: str | None = None) -> Iterator[None]:
                     expected="weights of layers that are used inside these layers alone, and "
                     "layers that return what they make (in tensors, dicts, lists and tuples)",
                     found=f"{type(error).__name__}: {error}",
-                    remedy="an empty list for the task's no_split_modules, which gathers the model "
-                    "as a whole, or one process",
+                    remedy=GATHER_AS_A_WHOLE,
                 ) from error
             if _NO_GRADIENT not in str(error) or torch.is_grad_enabled():
                 raise
