@@ -11,14 +11,18 @@ import torch
 from awkward_task import MODELS, REFUSED, REPLACING, Awkward
 from launches import distance, document, here, in_turn, run
 from runs import save_run
-from small_task import train
+from small_task import Small, train
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
+from twa_merge import evaluate
 from twa_merge.building import build_module
 from twa_merge.checkpoints import open_checkpoints
+from twa_merge.config import EngineConfig
 from twa_merge.distributed import World
 from twa_merge.errors import TaskError
 from twa_merge.layout import make_layout
+from twa_merge.model import build
 from twa_merge.sharding import _Order, checkpoint_activations, in_one_piece
 
 
@@ -152,6 +156,105 @@ def test_constructors_that_the_meta_device_does_not_bear(tmp_path, how):
         module = build_module(OfSet(how), layout, meta=True)
     assert all(parameter.is_meta for parameter in module.parameters())
     assert how != "numpy" or module.largest > 0
+
+
+class Drawing(nn.Linear):
+    """Draws numbers of its own after those of its parameters, from a seeded generator."""
+
+    def __init__(self, how):
+        torch.manual_seed(0)
+        np.random.seed(0)
+        if how == "before":
+            self_drawn = torch.randn(3)
+        super().__init__(3, 3)
+        self.scale = nn.Parameter(torch.rand(3))
+        self.built_on_meta = self.weight.is_meta
+        self.register_buffer("steps", torch.arange(3), persistent=False)
+        if how == "buffer":
+            self.register_buffer("drawn", torch.randn(3), persistent=False)
+        elif how == "list":
+            self.drawn = [{"order": torch.randperm(30)}]
+        elif how == "array":
+            self.drawn = np.random.permutation(int(100 * torch.rand(())) + 50)
+        elif how == "table":
+            self.drawn = (self.bias.detach().cos(),)
+        elif how == "before":
+            self.drawn = self_drawn
+
+
+class OfDrawing(OfSet):
+    def build_model(self):
+        return Drawing(self.how)
+
+
+def drawing_layout(folder):
+    save_run(folder, [Drawing("no").state_dict() for _ in range(2)])
+    return make_layout(open_checkpoints([folder]))
+
+
+@pytest.mark.parametrize("how", ["buffer", "list", "array", "table"])
+def test_what_constructors_draw_or_compute_is_the_same_on_the_meta_device(tmp_path, how):
+    one, other = (
+        build_module(OfDrawing(how), drawing_layout(tmp_path / str(meta)), meta=meta)
+        for meta in (False, True)
+    )
+    assert all(parameter.is_meta for parameter in other.parameters())
+    for a, b in zip(tree_leaves(one.drawn), tree_leaves(other.drawn), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("how", ["no", "before"])
+def test_constructors_whose_draws_go_into_parameters_stay_on_the_meta_device(tmp_path, how):
+    assert build_module(OfDrawing(how), drawing_layout(tmp_path), meta=True).built_on_meta
+
+
+class Referring(nn.Sequential):
+    """Keeps its weights in a list."""
+
+    def __init__(self):
+        super().__init__(nn.Linear(3, 3))
+        self.kept = [self[0].weight]
+
+    def forward(self, x):
+        return x @ self.kept[0].T + self[0].bias
+
+
+def test_a_list_of_parameters_is_refused_where_they_are_replaced(tmp_path):
+    task = Small()
+    task.build_model = Referring
+    save_run(tmp_path, [Referring().state_dict() for _ in range(2)])
+    with pytest.raises(TaskError, match="list or dict keeps parameters") as caught:
+        build_module(task, make_layout(open_checkpoints([tmp_path])), meta=True)
+    assert caught.value.details["found"] == "Referring.kept"
+    with pytest.raises(TaskError, match="list or dict keeps parameters"):
+        evaluate([tmp_path], task, engine=EngineConfig(precision="bf16"))
+
+
+def wrapped(how):
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "`torch.jit.script", DeprecationWarning)
+        return how(nn.Sequential(nn.Linear(3, 3)))
+
+
+def test_a_compiled_model_is_taken_as_it_was(tmp_path):
+    save_run(tmp_path, [wrapped(torch.compile).state_dict() for _ in range(2)])
+    checkpoints = open_checkpoints([tmp_path])
+    layout, task = make_layout(checkpoints), Small()
+    task.build_model = lambda: wrapped(torch.compile)
+    assert type(build_module(task, layout, meta=True)) is nn.Sequential
+    live = build(task, layout, checkpoints[-1], World())
+    assert set(live.names.values()) == {"0.weight", "0.bias"}
+    assert type(live.module) is nn.Sequential
+
+
+def test_scripted_models_are_refused(tmp_path):
+    save_run(tmp_path, [nn.Sequential(nn.Linear(3, 3)).state_dict() for _ in range(2)])
+    layout, task = make_layout(open_checkpoints([tmp_path])), Small()
+    task.build_model = lambda: wrapped(torch.jit.script)
+    for meta in (False, True):
+        with pytest.raises(TaskError, match="TorchScript") as caught:
+            build_module(task, layout, meta=meta)
+        assert "scripted or traced" in caught.value.details["what to do"]
 
 
 class WritesToItsInput(nn.Module):

@@ -5,32 +5,50 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable, Container, Iterator
 from contextlib import contextmanager, suppress
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
 from .errors import TaskError
 from .layout import Layout
+from .seeding import draw_one, generator_states, generators_kept
 from .task import Task
 from .tensors import torch_dtype
 from .user_code import user_code
 
 
 def build_module(task: Task, layout: Layout, *, meta: bool) -> nn.Module:
-    """What the task builds, its parameters on the meta device if ``meta``.
+    """What the task builds, its parameters on the meta device if ``meta``; not compiled.
 
     Raises:
-        TaskError: it cannot be built, or is no module.
+        TaskError: it cannot be built, is no module, or one that cannot be sharded.
     """
     expected = "build_model() returns a torch.nn.Module"
+
+    def build() -> nn.Module:
+        module = task.build_model()
+        # Of torch.compile, which names it, and whose graphs FSDP2 breaks.
+        return module._orig_mod if type(module).__name__ == "OptimizedModule" else module  # type: ignore[return-value]
+
     with user_code("build its model", expected=expected):
-        module = _on_meta(task.build_model, layout) if meta else task.build_model()
+        module = _on_meta(build, layout) if meta else build()
     if not isinstance(module, nn.Module):
         raise TaskError(
             "The task did not build a model.",
             expected=expected,
             found=type(module).__name__,
+        )
+    if isinstance(module, torch.jit.ScriptModule):
+        raise TaskError(
+            "A TorchScript model cannot be trained with other weights.",
+            expected=expected,
+            found=type(module).__name__,
+            remedy="let build_model() return the module that was scripted or traced: its tensors "
+            "have the same names",
         )
     return module
 
@@ -39,18 +57,28 @@ def _on_meta(build_model: Callable[[], nn.Module], layout: Layout) -> nn.Module:
     """The module with its parameters on the meta device.
 
     A constructor that looks at the numbers of its parameters cannot be run there, or makes of them
-    what is lost. Such a model is made whole first, and its numbers are dropped at once.
+    what is lost; and one that draws other numbers after them draws others than it would. Such a
+    model is made whole first, and its numbers are dropped at once.
     """
     # Whatever stops it there, if it is a mistake it stops the whole model too.
     with suppress(Exception), warnings.catch_warnings():
         warnings.filterwarnings("ignore", "for .*: copying from a non-meta parameter")
-        with parameters_on_meta():
+        with generators_kept(), parameters_on_meta():
+            before = generator_states()
             module = build_model()
-        if isinstance(module, nn.Module) and not _lost(module, layout):
-            return module
+            has_drawn = generator_states() != before
+        kept = _unsaved(module, layout)
+        if not any(isinstance(x, Tensor) and x.is_meta for x in kept):
+            if not has_drawn:
+                return module
+            with generators_kept(), parameters_on_meta(drawing=True):
+                again = _unsaved(build_model(), layout)
+            if all(_is_same(a, b) for a, b in zip(kept, again, strict=True)):
+                return module
     module = build_model()
-    if not isinstance(module, nn.Module):
+    if not isinstance(module, nn.Module) or isinstance(module, torch.jit.ScriptModule):
         return module
+    require_registered(module)
     known: dict[nn.Parameter, nn.Parameter] = {}
     for part in module.modules():
         for name, own in part._parameters.items():
@@ -59,20 +87,55 @@ def _on_meta(build_model: Callable[[], nn.Module], layout: Layout) -> nn.Module:
     return module
 
 
-def _lost(module: nn.Module, layout: Layout) -> bool:
-    """Whether a module on the meta device has made something of its parameters, to keep it there.
+def _unsaved(module: nn.Module, layout: Layout) -> list[Any]:
+    """Buffers and attributes that only the constructor can have made.
 
     What the checkpoints hold is loaded from them.
     """
+    found: list[Any] = []
     for path, part in module.named_modules():
         for name, buffer in part.named_buffers(recurse=False):
             unsaved = name in part._non_persistent_buffers_set
-            known = not unsaved and (f"{path}.{name}" if path else name) in layout.entries
-            if buffer.is_meta and not known:
-                return True
-        if any(isinstance(value, Tensor) and value.is_meta for value in vars(part).values()):
-            return True
-    return False
+            if unsaved or (f"{path}.{name}" if path else name) not in layout.entries:
+                found.append(buffer)
+        found += (x for _, x in _attributes(part))
+    return found
+
+
+def _attributes(part: nn.Module) -> Iterator[tuple[str, Any]]:
+    """What a module holds, in lists and dicts too, without being told to."""
+    for name, value in vars(part).items():
+        # Recurrent networks keep a list of their weights, and see to it that it stays true.
+        known = isinstance(part, nn.RNNBase) and name == "_flat_weights"
+        if not known and name not in ("_parameters", "_buffers", "_modules"):
+            yield from ((name, x) for x in tree_leaves(value))
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    """Whether they are of the same numbers; of what has none, nothing is known."""
+    if isinstance(one, Tensor):
+        return torch.equal(one, other)
+    if isinstance(one, (np.ndarray, int, float)):
+        return np.array_equal(one, other)
+    return True
+
+
+def require_registered(module: nn.Module) -> None:
+    """Checks that all parameters can be replaced, as they are where the model is sharded.
+
+    Raises:
+        TaskError: a list or dict keeps one of them.
+    """
+    own = set(module.parameters())
+    for part in module.modules():
+        for name, x in _attributes(part):
+            if isinstance(x, nn.Parameter) and x in own:
+                raise TaskError(
+                    "A list or dict keeps parameters of the model, which are to be replaced.",
+                    expected="an nn.ParameterList or nn.ParameterDict of them",
+                    found=f"{type(part).__name__}.{name}",
+                    remedy="that, or one process and --precision fp32",
+                )
 
 
 def make_buffers(module: nn.Module, layout: Layout) -> None:
@@ -110,11 +173,14 @@ def widen(module: nn.Module, averaged: Container[str]) -> None:
 
 
 @contextmanager
-def parameters_on_meta() -> Iterator[None]:
+def parameters_on_meta(*, drawing: bool = False) -> Iterator[None]:
     """Modules made inside hold their parameters on the meta device, their buffers for real.
 
     Buffers that are computed when a module is made and never saved (rotary frequencies) would be
     lost on the meta device.
+
+    Args:
+        drawing: a number is drawn for each parameter: random numbers that come after are others.
     """
     register = nn.Module.register_parameter
     # A constructor may give one parameter to two modules. It alone keeps the numbers alive.
@@ -123,6 +189,8 @@ def parameters_on_meta() -> Iterator[None]:
     def register_on_meta(self: nn.Module, name: str, param: nn.Parameter | None) -> None:
         register(self, name, param)
         if param is not None and not param.is_meta:
+            if drawing:
+                draw_one()
             if param not in made:
                 made[param] = _without_numbers(param)
             self._parameters[name] = made[param]

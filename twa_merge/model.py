@@ -13,7 +13,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from .building import build_module, make_buffers, widen
+from .building import build_module, make_buffers, require_registered, widen
 from .checkpoints.base import Checkpoint
 from .distributed import World, is_sharded, local_rows
 from .dtypes import Dtype
@@ -260,6 +260,7 @@ def build(
         in_one_piece(module, task)
     whole = None
     if meta or precision == "bf16":
+        require_registered(module)
         copied = {own for name, own in names.items() if not layout[name].averaged}
         copied.update(unlike.values())
         whole = shard(module, task, world, precision, reshard=not once, copied=copied)
