@@ -112,7 +112,25 @@ class Notes(Again):
         return self.head(notes["x"] + torch.stack(notes["seen"][-1]).sum(0))
 
 
-MODELS = {kind.__name__: kind for kind in (Again, Fed, ChannelsLast, Computed, Notes)}
+class Sharing(Block):
+    def __init__(self, common: nn.Module) -> None:
+        super().__init__()
+        self.common = common
+
+    def forward(self, x: Tensor, *others: Tensor) -> Tensor:
+        return super().forward(self.common(x), *others)
+
+
+class Common(Again):
+    """Layers that hold a layer in common."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        common = nn.Linear(WIDTH, WIDTH)
+        self.layers = nn.ModuleList(Sharing(common) for _ in range(3))
+
+
+MODELS = {kind.__name__: kind for kind in (Again, Fed, ChannelsLast, Computed, Notes, Common)}
 
 
 class Untold(Noted):

@@ -23,7 +23,7 @@ from twa_merge.distributed import World
 from twa_merge.errors import TaskError
 from twa_merge.layout import make_layout
 from twa_merge.model import build
-from twa_merge.sharding import _Order, checkpoint_activations, in_one_piece
+from twa_merge.sharding import _apart, _Order, checkpoint_activations, in_one_piece
 
 
 def merging(folder, name, k):
@@ -123,6 +123,15 @@ def test_processes_compare_notes_inside_transforms_of_torch_func():
     order.begin("loss")
     y, _ = torch.func.vjp(layer, x)
     torch.testing.assert_close(order.end(y), expected)
+
+
+def test_layers_that_hold_a_layer_in_common_are_gathered_with_the_rest():
+    assert _apart(MODELS["Common"](), Awkward()) == []
+    model, activation = MODELS["Again"](), nn.ReLU()
+    for layer in model.layers:
+        layer.activation = activation
+    model.last = model.layers[-1]
+    assert _apart(model, Awkward()) == [*model.layers]
 
 
 class Set(nn.Linear):

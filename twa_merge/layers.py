@@ -18,7 +18,7 @@ def repeated_layers(module: nn.Module) -> dict[str, nn.Module]:
     best: tuple[str, Sequence[tuple[str, nn.Module]]] = ("", [])
     for name, child in module.named_modules():
         if isinstance(child, _LISTS):
-            layers = [(k, layer) for k, layer in child.named_children() if _has_weights(layer)]
+            layers = [(k, layer) for k, layer in child.named_children() if has_weights(layer)]
             if len(layers) > len(best[1]):
                 best = (name, layers)
     prefix = best[0] + "." if best[0] else ""
@@ -41,7 +41,7 @@ def gathered_layers(module: nn.Module) -> list[nn.Module]:
             layers = [
                 layer
                 for layer in part.children()
-                if _has_weights(layer)
+                if has_weights(layer)
                 and not isinstance(layer, nn.ModuleList)  # has no forward pass
                 and not (bare and next(layer.children(), None) is None)
             ]
@@ -63,7 +63,7 @@ def outermost(module: nn.Module, wanted: Callable[[nn.Module], bool]) -> list[nn
     return list(found)
 
 
-def _has_weights(module: nn.Module) -> bool:
+def has_weights(module: nn.Module) -> bool:
     return any(True for _ in module.parameters())
 
 

@@ -15,7 +15,7 @@ from .distributed import World, ensure_group
 from .errors import TaskError, listing
 from .gradient_sums import SumOverRanks
 from .layer_calls import OwnWeights, keep_writes
-from .layers import gathered_layers, numbers, outermost
+from .layers import gathered_layers, has_weights, numbers, outermost
 from .task import Task
 
 T = TypeVar("T")
@@ -217,7 +217,7 @@ def shard(
 
 
 def _apart(module: nn.Module, task: Task) -> list[nn.Module]:
-    """The layers that share no parameter with the rest of the model.
+    """The layers that share no parameter with the rest of the model, nor a layer that has some.
 
     FSDP2 wants what shares one in one group: here, in the root's.
     """
@@ -225,7 +225,7 @@ def _apart(module: nn.Module, task: Task) -> list[nn.Module]:
     return [
         layer
         for layer in layers_of(module, task)
-        if all(owners[p] == n for p, n in _owners(layer).items())
+        if all(owners[held] == n for held, n in _owners(layer).items())
     ]
 
 
@@ -295,9 +295,13 @@ def layers_of(module: nn.Module, task: Task) -> list[nn.Module]:
     return found if found or named is not None else gathered_layers(module)
 
 
-def _owners(module: nn.Module) -> Counter[nn.Parameter]:
-    """Parameter → how many modules hold it."""
-    return Counter(p for part in module.modules() for p in part.parameters(recurse=False))
+def _owners(module: nn.Module) -> Counter[nn.Parameter | nn.Module]:
+    """Parameter, or module that has some → how many modules hold it."""
+    found: Counter[nn.Parameter | nn.Module] = Counter()
+    for part in module.modules():
+        found.update(part.parameters(recurse=False))
+        found.update(child for child in part.children() if has_weights(child))
+    return found
 
 
 def _narrowed(
