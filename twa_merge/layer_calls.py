@@ -120,8 +120,8 @@ class OwnWeights:
             if self._passing and not self._known.issuperset(_weights(parts)):
                 raise TaskError(
                     "A layer is called with other weights than its own.",
-                    expected="torch.func.functional_call on the model as a whole at most",
-                    found=f"other weights for {self._names[layer]}",
+                    expected="the model's own weights, which are gathered for it",
+                    found=f"others for {self._names[layer]} (torch.func.functional_call?)",
                     remedy=GATHER_AS_A_WHOLE,
                 )
 
