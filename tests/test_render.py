@@ -279,6 +279,21 @@ def test_a_winner_that_the_guard_split_alone_would_not_pick_is_explained(
     assert "held out in turn" not in train_text(train)
 
 
+def test_a_plain_winner_that_another_is_ahead_of_by_luck_is_explained(
+    train: dict[str, Any],
+) -> None:
+    said = "has less loss than"
+    assert said not in train_text(train)
+    for row in train["candidates"]:
+        row["selection_loss"] = 1.0 if row["name"] == "twa" else 1.5
+    train["chosen"] = "uniform"
+    text = " ".join(train_text(train).split())
+    assert "twa has less loss than the uniform mean on the examples that decide, but" in text
+    # What a mean of candidates is made of says it already.
+    next(c for c in train["candidates"] if c["name"] == "uniform")["blend_of"] = {"twa": 1.0}
+    assert said not in train_text(train)
+
+
 def test_a_winner_by_a_metric_is_explained_by_it(train: dict[str, Any]) -> None:
     train["options"] = {"guard": {"select": "metric:accuracy"}}
     for k, row in enumerate(train["candidates"]):

@@ -16,7 +16,7 @@ from .errors import ConfigError, TaskError
 from .fit import Fitted
 from .guard import Improvement, Scored, finite_mean, improvement, pick, stands
 from .held_out import HeldOut, Soups
-from .progress import Advanced, Noted, Started
+from .progress import Advanced, Started
 from .run import Run
 from .sampling import independent, paired
 
@@ -244,17 +244,8 @@ def _verdict(
     run: Run, scored: Sequence[Scored], shown: list[Scored], best_single: Scored
 ) -> Verdict:
     select, seed = run.choices.guard.select, run.choices.data.seed
-    examples = _examples(run)
-    winner, ahead = picked(shown, select, examples), winner_of(shown, select)
+    winner = picked(shown, select, _examples(run))
     _require_finite(winner, select)
-    if ahead is not winner:
-        run.progress(
-            Noted(
-                f"{examples} examples do not tell whether {ahead.name} is better than the last "
-                "checkpoint and the mean by more than luck, so that nothing that was fitted to "
-                f"them is written, but {winner.name}. More data would tell."
-            )
-        )
     names = {s.name for s in shown}
     rest = [s for s in scored if s.name not in names]
     shown = [*shown, *(s for s in rest if _family(s.name) == _BY_BLOCK)]

@@ -36,6 +36,7 @@ def verdict(document: Document) -> list[str]:
     said = said or [f"{spoken(chosen)} was written."]
     said += _which_single(document, [i["over"] for i in others])
     said += _how_it_was_picked(document, chosen) + _what_it_is_made_of(document, chosen)
+    said += _what_was_passed_over(document, chosen)
     if source := statistics_source(document):
         said.append(f"The running statistics of batch norm in {spoken(chosen)} were {source}.")
     return [_capital(sentence) for sentence in said]
@@ -95,6 +96,21 @@ def _what_it_is_made_of(document: Document, chosen: str) -> list[str]:
             "is not enough to prefer it."
         )
     return said
+
+
+def _what_was_passed_over(document: Document, chosen: str) -> list[str]:
+    """The candidate of least loss, where it took too few examples to tell that from luck."""
+    rows, mine = document.get("candidates") or [], winner(document)
+    if metric(document) is not None or mine.get("blend_of") or not mine:
+        return []
+    ahead = min(rows, key=lambda c: cost(c, None))
+    if not cost(ahead, None) < cost(mine, None):
+        return []
+    return [
+        f"{spoken(ahead['name'])} has less loss than {spoken(chosen)} on the examples that decide, "
+        "but is not ahead of the last checkpoint and the mean by more than luck. More data would "
+        "tell."
+    ]
 
 
 def _percentages(shares: Sequence[float]) -> list[int]:
