@@ -130,7 +130,23 @@ class Common(Again):
         self.layers = nn.ModuleList(Sharing(common) for _ in range(3))
 
 
-MODELS = {kind.__name__: kind for kind in (Again, Fed, ChannelsLast, Computed, Notes, Common)}
+class Tower(nn.Sequential):
+    """A siamese network whose batch norms normalised over processes in training."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Flatten(), nn.Linear(SIDE**2, WIDTH), nn.SyncBatchNorm(WIDTH), nn.ReLU(),
+            nn.Linear(WIDTH, WIDTH), nn.SyncBatchNorm(WIDTH), nn.ReLU(), nn.Linear(WIDTH, 3),
+        )  # fmt: skip
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + super().forward(3.0 + 2.0 * x)
+
+
+MODELS = {
+    kind.__name__: kind
+    for kind in (Again, Fed, ChannelsLast, Computed, Notes, Common, Tower)
+}
 
 
 class Untold(Noted):

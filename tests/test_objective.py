@@ -518,7 +518,11 @@ class Normed(LinearTask):
 
     def states(self, n: int, spread: float = 0.5, seed: int = 1):
         norm = {f"1.{k}": v for k, v in nn.BatchNorm1d(self.outputs).state_dict().items()}
-        return [s | {k: v.clone() for k, v in norm.items()} for s in super().states(n, seed=seed)]
+        states = [s | {k: v.clone() for k, v in norm.items()} for s in super().states(n, seed=seed)]
+        for i, state in enumerate(states):
+            # The same in all of them would be those of a frozen layer.
+            state["1.running_mean"] += 0.01 * i
+        return states
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -2,42 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from .batches import Batches
+from .checkpoints.base import Checkpoint
+from .model import LiveModel
 from .objective import Engine, modes_kept
+from .tensors import tensor_rows
+
+_STATISTICS = ("running_mean", "running_var")
 
 
 def has_batch_norm(module: nn.Module) -> bool:
-    """Whether the module keeps running statistics."""
+    """Whether the module keeps running statistics that may change."""
     return bool(_norms(module))
+
+
+def leave_frozen(live: LiveModel, checkpoints: Sequence[Checkpoint]) -> None:
+    """Leaves batch norm that was frozen in training in evaluation mode, in the fit as well.
+
+    It is told by running statistics that are the same in all checkpoints.
+    """
+    saved = {own: name for name, own in live.names.items()}
+    for path, m in live.module.named_modules(remove_duplicate=False):
+        if not isinstance(m, _BatchNorm):
+            continue
+        names = [saved.get(f"{path}.{kind}".lstrip(".")) for kind in _STATISTICS]
+        if all(name is not None and _is_constant(checkpoints, name) for name in names):
+            # What is kept is used all the same.
+            m.track_running_stats = False
 
 
 @torch.no_grad()
 def reestimate(engine: Engine, batches: Batches, chosen: Sequence[int]) -> None:
     """Replaces the running statistics by their mean over batches of the fit split.
 
-    Batches count alike, as in ``torch.optim.swa_utils.update_bn``; layers other than batch norm
-    stay in evaluation mode.
+    All calls of a layer count alike, as in ``torch.optim.swa_utils.update_bn``. Layers that are
+    never called keep what they have; those other than batch norm stay in evaluation mode.
     """
-    norms = _norms(engine.live.module)
-    rounds = 0
-    with modes_kept(norms):
-        for m in norms:
-            m.reset_running_stats()
-            m.training = True
-        for positions, batch, counts in batches.rounds(chosen):
-            rounds += counts
-            for m in norms:
-                # A cumulative mean; a batch that does not count moves nothing.
-                m.momentum = 1.0 / rounds if counts else 0.0
-            with batches.use(positions, batch) as own:
-                engine.losses_of(own, len(positions))
-    _average_over_ranks(engine, norms, rounds)
+    norms, calls = _norms(engine.live.module), Counter[nn.Module]()
+
+    def before_call(m: nn.Module, _: object) -> None:
+        if m.training:
+            if not calls[m]:
+                m.reset_running_stats()  # type: ignore[operator]
+            calls[m] += 1
+            # A cumulative mean.
+            m.momentum = 1.0 / calls[m]  # type: ignore[assignment]
+
+    hooks = [m.register_forward_pre_hook(before_call) for m in norms]
+    try:
+        with modes_kept(norms):
+            for positions, batch, counts in batches.rounds(chosen):
+                for m in norms:
+                    m.training = counts
+                with batches.use(positions, batch) as own:
+                    engine.losses_of(own, len(positions))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    _average_over_ranks(engine, norms, calls)
 
 
 def take_newest(engine: Engine, n: int) -> None:
@@ -66,17 +95,20 @@ def _norms(module: nn.Module) -> list[_BatchNorm]:
     ]
 
 
-def _average_over_ranks(engine: Engine, norms: Sequence[_BatchNorm], rounds: int) -> None:
+def _is_constant(checkpoints: Sequence[Checkpoint], name: str) -> bool:
+    first = tensor_rows(checkpoints[0], name)
+    return all(torch.equal(first, tensor_rows(c, name)) for c in checkpoints[1:])
+
+
+def _average_over_ranks(
+    engine: Engine, norms: Sequence[_BatchNorm], calls: Mapping[nn.Module, int]
+) -> None:
     if engine.world.size == 1:
         return
     for m in norms:
         for tensor in (m.running_mean, m.running_var):
             assert tensor is not None
-            weighted = torch.cat(
-                [
-                    tensor.double() * rounds,
-                    torch.tensor([rounds], dtype=torch.float64, device=tensor.device),
-                ]
-            )
+            weighted = torch.cat([tensor.double(), tensor.new_ones(1).double()]) * calls[m]
             summed = engine.world.sum(weighted)
-            tensor.copy_(summed[:-1] / summed[-1])
+            if summed[-1] > 0:
+                tensor.copy_(summed[:-1] / summed[-1])

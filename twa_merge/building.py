@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils._pytree import tree_leaves
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -50,7 +51,23 @@ def build_module(task: Task, layout: Layout, *, meta: bool) -> nn.Module:
             remedy="let build_model() return the module that was scripted or traced: its tensors "
             "have the same names",
         )
+    for part in module.modules():
+        if isinstance(part, nn.SyncBatchNorm):
+            part.__class__ = _by_own_batch(type(part))
     return module
+
+
+class _ByOwnBatch(nn.SyncBatchNorm):
+    """Normalises by its process's batch alone, as the others hold batches of their own."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return _BatchNorm.forward(self, input)
+
+
+def _by_own_batch(kind: type[nn.SyncBatchNorm]) -> type[nn.SyncBatchNorm]:
+    # What a derived class does besides stays.
+    derived = kind is not nn.SyncBatchNorm
+    return type(kind.__name__, (kind, _ByOwnBatch), {}) if derived else _ByOwnBatch
 
 
 def _on_meta(build_model: Callable[[], nn.Module], layout: Layout) -> nn.Module:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .agreement import files_of, require_same_choices, require_same_files, sample_of
 from .batches import Batches
+from .batchnorm import leave_frozen
 from .checkpoints.base import Checkpoint
 from .choices import Choices
 from .clock import Clock
@@ -100,6 +101,7 @@ def set_up(
             gather=gather,
         )
     note_strangers(live, layout, progress)
+    leave_frozen(live, checkpoints)
     blocks = _blocks(live, layout, choices.fit)
     shared = {name: live.is_shared(name) for name in layout.averaged}
     store = make_store(
