@@ -116,6 +116,14 @@ def test_a_metric_may_decide():
     assert pick([a, b], "metric:accuracy") is b
 
 
+def test_ties_of_a_metric_go_to_the_lower_loss():
+    same = {"accuracy": torch.tensor([1.0, 0.0])}
+    a = scored("last", torch.tensor([2.0, 2.0]), 0, metrics=same)
+    b = scored("twa", torch.tensor([1.0, 1.0]), 7, metrics=same)
+    c = scored("greedy", torch.tensor([1.0, 1.0]), 6, metrics=same)
+    assert pick([a, b, c], "metric:accuracy") is c
+
+
 def test_a_handful_of_examples_is_never_certain():
     for count in (1, 5, 6):
         better = scored("better", torch.zeros(count), 0)

@@ -121,13 +121,15 @@ class Improvement:
 def pick(scored: Sequence[Scored], select: str) -> Scored:
     """The candidate of least mean cost; ties go to the simpler one, then to the earlier one.
 
-    Candidates whose guard loss or mean cost is not finite cannot win.
+    Ties of a metric, which may have few values, go to the lower loss before that. Candidates whose
+    guard loss or mean cost is not finite cannot win.
     """
 
-    def key(item: Scored) -> tuple[bool, float, int]:
+    def key(item: Scored) -> tuple[bool, float, float, int]:
         mean = _mean_cost(item, select)
         finite = bool(item.guard.isfinite().all()) and math.isfinite(mean)
-        return not finite, mean, item.candidate.complexity
+        loss = mean if select == "loss" else float(f"{float(item.guard.mean()):.7g}")
+        return not finite, mean, loss, item.candidate.complexity
 
     return min(scored, key=key)
 
