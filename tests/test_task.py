@@ -16,6 +16,8 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import IterableDataset
 
 from twa_merge import merge
+from twa_merge.batches import Batches
+from twa_merge.distributed import World
 from twa_merge.errors import CheckpointError, TaskError
 from twa_merge.task import call_factory, check_task, split, split_groups, to_device
 from twa_merge.tasks import load_task
@@ -387,3 +389,17 @@ class Unmeasured:
 
     def __getitem__(self, i: int) -> int:
         return i
+
+
+def test_a_batch_that_is_read_once_becomes_a_list(tmp_path: Path) -> None:
+    class Generated(LinearTask):
+        def collate(self, examples: list[Any]) -> Any:
+            return (torch.stack(column) for column in zip(*examples, strict=True))
+
+    world = World()
+    batches = Batches(Generated().dataset(), Generated(), 8, 0, world)
+    for positions, batch, _ in batches.rounds(range(8)):
+        for _ in range(2):
+            with batches.use(positions, batch) as own:
+                x, _y = own
+                assert x.shape == (8, 6)

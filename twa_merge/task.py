@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import random
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -294,7 +294,14 @@ def _require_map_style(data: Any, what: str) -> None:
 
 
 def collate_of(task: Task) -> Callable[[list[Any]], Any]:
-    return getattr(task, "collate", None) or default_collate
+    collate = getattr(task, "collate", None) or default_collate
+
+    def collated(examples: list[Any]) -> Any:
+        batch = collate(examples)
+        # What is read once would be empty in the next evaluation.
+        return list(batch) if isinstance(batch, Iterator) else batch
+
+    return collated
 
 
 def metrics_of(task: Task) -> Callable[[nn.Module, Any], Mapping[str, Tensor]] | None:
