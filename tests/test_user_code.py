@@ -155,6 +155,17 @@ def test_a_metric_that_is_nan_for_some_examples_picks_no_winner(tmp_path) -> Non
     assert not (tmp_path / "merged").exists()
 
 
+def test_a_metric_without_a_number_is_told_before_the_fit(tmp_path, monkeypatch) -> None:
+    task = LinearTask()
+    task.metrics = lambda m, b: {"iou": torch.full((len(b[0]),), torch.nan)}
+    save_run(tmp_path / "run", task.states(3))
+    monkeypatch.setattr("twa_merge.pipeline.train_stages", None)
+    guard = GuardConfig(select="metric:iou")
+    with pytest.raises(TaskError, match=r"metric iou is not finite .*\n.*\n.* 15 of 15") as caught:
+        merge([tmp_path / "run"], task, tmp_path / "merged", guard=guard)
+    assert "leave out of its data" in caught.value.details["what to do"]
+
+
 def test_a_loss_that_comes_with_metrics_is_one_number_per_example_too(tmp_path) -> None:
     task = LinearTask()
     task.loss_and_metrics = lambda m, b: (task.loss(m, b).mean(), {})

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .blend import blended, distinct, likelihoods
-from .candidates import Candidate, fixed, parse_families, single
+from .candidates import Candidate, fixed, parse_families, single, window
 from .errors import ConfigError, TaskError
 from .fit import Fitted
 from .guard import Improvement, Scored, finite_mean, improvement, pick, stands
@@ -50,17 +50,28 @@ class Verdict:
 
 
 def require_metric(run: Run) -> None:
-    """Looks for the metric that --select names, before anything is trained.
+    """Looks at the metric that --select names on one batch, before anything is trained.
 
     Raises:
         ConfigError: the task does not have it.
+        TaskError: it is no finite number for some example, of the last checkpoint and the mean.
     """
     select = run.choices.guard.select
     if select == "loss":
         return
     name, guard = select.removeprefix("metric:"), run.jury.guard
-    run.engine.set_weights(single(run.n, run.n - 1)[None])
-    _, metrics = run.engine.example_losses(guard, range(min(2, guard.size)), with_metrics=True)
+    sample, broken = range(min(guard.batch_size, guard.size)), []
+    for alphas in (single(run.n, run.n - 1), window(run.n, run.n)):
+        run.engine.set_weights(alphas[None])
+        _, metrics = run.engine.example_losses(guard, sample, with_metrics=True)
+        _require_named(name, metrics)
+        broken.append(~metrics[name].isfinite())
+    count = int((broken[0] & broken[1]).sum())
+    if count:
+        raise _without_number(name, f"{count} of {len(sample)} values of last and uniform are not")
+
+
+def _require_named(name: str, metrics: Mapping[str, Tensor]) -> None:
     if name not in metrics:
         raise ConfigError(
             "--select names a metric that the task does not have.",
@@ -274,13 +285,18 @@ def _require_finite(winner: Scored, select: str) -> None:
         )
     broken = int((~winner.cost_of(select).isfinite()).sum())
     if broken:
-        raise TaskError(
-            f"The metric {select.removeprefix('metric:')} is not finite for any candidate.",
-            expected="a finite value for every example of the guard split",
-            found=f"{broken} of {len(winner.guard)} values of {winner.name} are not",
-            remedy="let the task's metrics give a number for every example, or leave out of its "
-            "data those that have none",
-        )
+        found = f"{broken} of {len(winner.guard)} values of {winner.name} are not"
+        raise _without_number(select.removeprefix("metric:"), found)
+
+
+def _without_number(metric: str, found: str) -> TaskError:
+    return TaskError(
+        f"The metric {metric} is not finite for any candidate.",
+        expected="a finite value for every example of the guard split",
+        found=found,
+        remedy="let the task's metrics give a number for every example, or leave out of its data "
+        "those that have none",
+    )
 
 
 def _renamed(item: Scored, name: str, complexity: int) -> Scored:
