@@ -15,7 +15,7 @@ import click
 
 from twa_merge import __version__
 
-from .boundary import INTERNAL, LAUNCHED, debug_option, run
+from .boundary import INTERNAL, LAUNCHED, debug_option, leave_word, run
 
 # Command → the module of this package that defines it.
 COMMANDS = {
@@ -80,6 +80,7 @@ def main(argv: list[str] | None = None) -> NoReturn:
         _end_with_launcher()
     code = run(cli, sys.argv[1:] if argv is None else argv)
     if "RANK" in os.environ:
+        leave_word()
         # A failed rank's orderly exit might wait for ranks that wait for it; and a gloo thread that
         # lets go of its last tensor while the interpreter is being taken down aborts the process.
         if not code:
