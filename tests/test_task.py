@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import threading
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -90,6 +91,24 @@ def test_both_parts_have_their_share(fraction: float, count: int) -> None:
     fit, guard = split_groups(list(range(count)), fraction, seed=0)
     assert sorted(fit + guard) == list(range(count))
     assert len(guard) == min(max(1, round(fraction * count + 1e-9)), count - 1)
+
+
+@pytest.mark.parametrize("fraction", [0.001, 0.25, 0.3, 0.5, 0.99])
+@pytest.mark.parametrize("count", [2, 3, 10, 101])
+def test_examples_without_groups_are_split_like_groups_of_one(fraction: float, count: int) -> None:
+    parts = split(Mine(range(count)), fraction, 3)
+    fit, guard = split_groups(range(count), fraction, 3)
+    assert ([*parts.fit], [*parts.guard]) == (fit, guard)
+    assert parts.fit_groups is None
+    assert parts.guard_groups is None
+
+
+def test_splitting_takes_little_memory() -> None:
+    tracemalloc.start()
+    split(Mine(range(100_000)), 0.25, 0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 50 * 100_000, "bytes an example"
 
 
 def test_groups_stay_on_one_side() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import inspect
 import random
+from array import array
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
@@ -167,11 +168,16 @@ def split(task: Task, guard_fraction: float, seed: int, test: Task | None = None
         sides = (_numbered(_own_groups(part), len(part)) for part in parts)
     else:
         data = dataset_of(task)
-        labels = groups_of(task, data)
-        one_group = len(labels) > 1 and len(set(labels)) == 1
-        fit_index, guard_index = split_groups(labels, guard_fraction, seed)
-        sides = ([labels[i] for i in side] for side in (fit_index, guard_index))
-        fit, guard = Subset(data, fit_index), Subset(data, guard_index)
+        labels = _labels_of(task, data)
+        if labels is None:
+            count = len(data)  # type: ignore[arg-type]
+            indices = _split_singly(count, guard_fraction, seed)
+            sides = (None for _ in indices)
+        else:
+            one_group = len(labels) > 1 and len(set(labels)) == 1
+            indices = split_groups(labels, guard_fraction, seed)
+            sides = ([labels[i] for i in side] for side in indices)
+        fit, guard = (Subset(data, side) for side in indices)
     if len(fit) < 1 or len(guard) < 1:  # type: ignore[arg-type]
         raise TaskError(
             "There is too little data to be split.",
@@ -219,16 +225,36 @@ def split_groups(
     return [i for i in range(len(groups)) if i not in taken], chosen
 
 
+def _split_singly(
+    count: int, guard_fraction: float, seed: int
+) -> tuple[Sequence[int], Sequence[int]]:
+    """``split_groups`` of examples that are all by themselves, in eight bytes for each."""
+    shuffled = array("q", range(count))
+    random.Random(seed).shuffle(shuffled)
+    guards = max(1, min(int(guard_fraction * count + 0.5), count - 1)) if count > 1 else 0
+    is_guard = bytearray(count)
+    for i in shuffled[:guards]:
+        is_guard[i] = 1
+    fit, guard = (array("q", (i for i in range(count) if is_guard[i] == side)) for side in (0, 1))
+    return fit, guard
+
+
 def groups_of(task: Task, data: Dataset[Any]) -> list[int]:
     """The number of the group of each example; examples of one group stay together.
 
     Raises:
         TaskError: the task's own code fails, or its labels do not fit its dataset.
     """
+    labels = _labels_of(task, data)
+    return [*range(len(data))] if labels is None else labels  # type: ignore[arg-type]
+
+
+def _labels_of(task: Task, data: Dataset[Any]) -> list[int] | None:
+    """The same, None where no example has a label."""
     with user_code("group its examples"):
         groups = _call(task, "groups")
     count = len(data)  # type: ignore[arg-type]
-    return _numbered(groups if groups is not None else _own_groups(data), count) or [*range(count)]
+    return _numbered(groups if groups is not None else _own_groups(data), count)
 
 
 def _own_groups(data: Any) -> Any:
