@@ -144,8 +144,7 @@ class Tower(nn.Sequential):
 
 
 MODELS = {
-    kind.__name__: kind
-    for kind in (Again, Fed, ChannelsLast, Computed, Notes, Common, Tower)
+    kind.__name__: kind for kind in (Again, Fed, ChannelsLast, Computed, Notes, Common, Tower)
 }
 
 
