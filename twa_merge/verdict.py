@@ -24,9 +24,9 @@ from .sampling import independent, paired
 _ALONE = 0.9
 # What the names of stages by layer and by tensor begin with, and the mixture of both.
 _BY_BLOCK = "twa-"
-# What has been fitted wins if it is ahead of the plainest means by so many standard errors; with
-# fewer independent examples than these, by one more. Otherwise it is worse as often as not.
-_SURE, _FEW = 2.0, 30
+# With fewer independent examples than the first of two numbers, what has been fitted wins if it is
+# ahead of the plainest means by so many standard errors. Otherwise it is worse as often as not.
+_SURE = ((30, 3.0), (100, 2.0))
 _PLAINEST = ("last", "uniform")
 _PLAIN = (*_PLAINEST, "window", "ema")
 _MIXED = "twa-blocks"
@@ -226,20 +226,21 @@ def winner_of(shown: Sequence[Scored], select: str, mixture: str = "blend") -> S
 
 
 def picked(shown: Sequence[Scored], select: str, examples: int) -> Scored:
-    """The winner; one that has been fitted only where it is ahead of plain means for certain.
+    """The winner; by few examples what has been fitted only wins where it is ahead for certain.
 
-    The examples may all be easy, and then a candidate looks the better the bolder it is.
+    They may all be easy, and then a candidate looks the better the bolder it is.
 
     Args:
         examples: independent ones, that were fitted and that guard.
     """
     winner = winner_of(shown, select)
-    if select != "loss":
+    errors = next((errors for few, errors in _SURE if examples < few), 0.0)
+    if select != "loss" or not errors:
         return winner
     plainest = pick([s for s in shown if s.name in _PLAINEST], select)
     losses = plainest.evidence(select), winner.evidence(select)
     gain, error = paired(*losses, winner.evidence_groups)
-    if gain > (_SURE + (examples < _FEW)) * error:
+    if gain > errors * error:
         return winner
     return pick([s for s in shown if _family(s.name) in _PLAIN], select)
 
