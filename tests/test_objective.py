@@ -27,7 +27,7 @@ from twa_merge.ingest import ingest
 from twa_merge.layout import global_block, make_layout, tensor_blocks
 from twa_merge.model import build
 from twa_merge.objective import Engine, Objective
-from twa_merge.progress import Noted, silent
+from twa_merge.progress import Evaluated, Noted, silent
 from twa_merge.resume import EvaluationLog
 from twa_merge.store import make_store
 from twa_merge.subspace import Chart, make_subspace
@@ -658,6 +658,26 @@ def test_a_learning_rate_that_is_too_high_is_said_and_ends_in_another_candidate(
     notes = [event.text for event in said if isinstance(event, Noted)]
     assert any("twa diverged after" in note and "--lr" in note for note in notes)
     assert all(math.isfinite(row["guard_loss"]) for row in document["candidates"])
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(("lr", "rises"), [(3.0, True), (0.02, False)])
+def test_a_fit_that_ends_above_its_start_is_told(tmp_path, lr, rises):
+    task = LinearTask(examples=80)
+    save_run(tmp_path / "run", task.states(4))
+    said: list[object] = []
+    fit = FitConfig(optimizer="sgd", lr=lr, epochs=3, blocks="global")
+    document = merge([tmp_path / "run"], task, tmp_path / "out", fit=fit, progress=said.append)
+    notes = [event.text for event in said if isinstance(event, Noted)]
+    assert any("twa ended at a loss of" in note and "--lr" in note for note in notes) == rises
+    # The least loss that is shown is that of an epoch, not of a lucky batch.
+    shown = [event for event in said if isinstance(event, Evaluated)]
+    losses = [event.loss for event in shown]
+    epoch = len(losses) // 3
+    means = [sum(losses[k : k + epoch]) / epoch for k in (0, epoch)]
+    assert shown[-1].best == pytest.approx(min(means))
+    rows = {row["name"]: row for row in document["candidates"]}
+    assert rows[document["chosen"]]["guard_loss"] <= rows["uniform"]["guard_loss"]
 
 
 class Metrics(LinearTask):

@@ -172,3 +172,16 @@ def test_a_loss_that_comes_with_metrics_is_one_number_per_example_too(tmp_path) 
     save_run(tmp_path, task.states(2))
     with pytest.raises(TaskError, match=r"shape \[\]"):
         evaluate([tmp_path], task)
+
+
+def test_float64_data_that_meets_the_model_is_explained(tmp_path):
+    class Wide(LinearTask):
+        def loss(self, model, batch):
+            x, y = batch
+            return super().loss(model, (x.double(), y))
+
+    save_run(tmp_path / "run", LinearTask().states(2))
+    with pytest.raises(TaskError) as caught:
+        merge([tmp_path / "run"], Wide(), tmp_path / "out")
+    assert "models are held in it" in str(caught.value)
+    assert "x.float(); see " in str(caught.value)

@@ -49,7 +49,7 @@ def first_order(
     steps = config.epochs * len(parts)
     trace: list[tuple[int, float]] = []
     path: list[Tensor] = []
-    best = math.inf
+    best = mean = math.inf
     order = random.Random(batches.seed)
     for step in range(steps):
         if step % len(parts) == 0:
@@ -58,16 +58,17 @@ def first_order(
             group["lr"] = config.lr * schedule_factor(config.schedule, step, steps)
         loss, gradient = _gradient(function, y.detach(), parts[step % len(parts)], scale, config)
         trace.append((step + 1, loss))
-        best = min(best, loss)
-        observe(step + 1, loss, best)
+        observe(step + 1, loss, best if math.isfinite(best) else loss)
         if not (math.isfinite(loss) and bool(gradient.isfinite().all())):
             return FitResult(torch.zeros_like(y), math.inf, trace, False, path)
         y.grad = gradient
         optimizer.step()
         if step % len(parts) == len(parts) - 1:
             path.append(y.detach() / scale)
-    last, z = trace[-len(parts) :], y.detach() / scale
-    mean = sum(loss for _, loss in last) / max(1, len(last))
+            # Least of the epochs: a single batch may be an easy one.
+            mean = sum(loss for _, loss in trace[-len(parts) :]) / len(parts)
+            best = min(best, mean)
+    z = y.detach() / scale
     return FitResult(z, mean if bool(z.isfinite().all()) else math.inf, trace, True, path)
 
 

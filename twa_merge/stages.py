@@ -12,6 +12,7 @@ from .candidates import BY_BLOCK, parse_families, window
 from .config import parse_subspace
 from .errors import listing
 from .fit import Fitted
+from .numerals import figure
 from .optimize import FitResult
 from .progress import Noted
 from .run import Run
@@ -59,6 +60,8 @@ def train_stages(run: Run) -> list[Fitted]:
     for stage in fitted:
         if not math.isfinite(stage.result.loss):
             run.progress(Noted(_given_up(run, stage)))
+        elif run.choices.fit.optimizer != "lbfgs":
+            _tell_of_a_rise(run, stage)
     return fitted
 
 
@@ -102,6 +105,19 @@ def _given_up(run: Run, stage: Fitted) -> str:
         f"The fit of {stage.name} {met} and was given up; the guard picks among the remaining "
         "candidates."
     )
+
+
+def _tell_of_a_rise(run: Run, stage: Fitted) -> None:
+    """Tells of a fit that ended above its start: no line search keeps these optimizers from it."""
+    everything = range(run.fitter.limit)
+    start, end = (run.fitter.score(a, everything) for a in (stage.chart.base, stage.alphas))
+    if end > start:
+        run.progress(
+            Noted(
+                f"The fit of {stage.name} ended at a loss of {figure(end, 4)}, above the "
+                f"{figure(start, 4)} that it began with (a smaller --lr may help)."
+            )
+        )
 
 
 def _unfitted(run: Run, whole: Subspace) -> Fitted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sysconfig
 import traceback
 from collections.abc import Iterator
@@ -33,6 +34,8 @@ _NOT_GATHERED = (
     ".numpy() is not supported for tensor subclasses",
     "storage of size 0",
 )
+# What it says of float64 that meets float32, in several wordings.
+_DOUBLE, _FLOAT = re.compile(r"\bdouble\b", re.I), re.compile(r"\bfloat\b", re.I)
 GATHER_AS_A_WHOLE = (
     "an empty list for the task's no_split_modules, which gathers the model as a whole, or one "
     "process"
@@ -78,6 +81,14 @@ def user_code(doing: str, *, expected: str | None = None) -> Iterator[None]:
                     "layers that return what they make (in tensors, dicts, lists and tuples)",
                     found=f"{type(error).__name__}: {error}",
                     remedy=GATHER_AS_A_WHOLE,
+                ) from error
+            if _DOUBLE.search(str(error)) and _FLOAT.search(str(error)):
+                raise TaskError(
+                    f"The task failed to {doing}.",
+                    expected="data in float32, as models are held in it while coefficients are "
+                    "trained, whatever they are saved in",
+                    found=f"{type(error).__name__}: {error}",
+                    remedy="; ".join(filter(None, ["make floats of it: x.float()", _where(error)])),
                 ) from error
             if _NO_GRADIENT not in str(error) or torch.is_grad_enabled():
                 raise
