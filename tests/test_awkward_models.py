@@ -35,12 +35,23 @@ def merging(folder, name, k):
     # fmt: on
 
 
+class InTraining(Awkward):
+    """As it would be on GPUs, where SyncBatchNorm can be trained."""
+
+    def build_model(self):
+        model = super().build_model()
+        for part in model.modules():
+            if isinstance(part, nn.SyncBatchNorm):
+                part.__class__ = nn.BatchNorm1d
+        return model
+
+
 @pytest.fixture(scope="module")
 def merged(tmp_path_factory):
     """A folder with the merges of all models, by one process and by two."""
     folder = tmp_path_factory.mktemp("awkward")
     for name in MODELS:
-        train(folder / name, of=lambda _, name=name: Awkward(name), lr=0.05)
+        train(folder / name, of=lambda _, name=name: InTraining(name), lr=0.05)
         here(*merging(folder, name, 1))
     launched = in_turn(2, *(merging(folder, name, 2) for name in MODELS))
     assert launched.returncode == 0, launched.stderr

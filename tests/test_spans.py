@@ -207,7 +207,7 @@ def test_blocks_around_a_linear_solution_keep_its_sum(tmp_path):
 
 
 def test_the_linear_span_of_leading_axes_and_of_identical_checkpoints(tmp_path):
-    task = LinearTask(examples=80)
+    task = LinearTask(examples=160)
     states = shrunk(task, 5)
     save_run(tmp_path / "run", states)
     fit = dataclasses.replace(LINEAR, subspace="pca:2")
@@ -451,7 +451,7 @@ def test_pictures_of_the_report(tmp_path, options):
 
 
 def test_a_random_merge_repeats_from_its_report_and_its_seed(tmp_path):
-    task = LinearTask(examples=80)
+    task = LinearTask(examples=160)
     save_run(tmp_path / "run", task.states(4))
     first, again, other = (
         merge([tmp_path / "run"], task, tmp_path / name, fit=RANDOM,
