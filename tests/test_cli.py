@@ -551,7 +551,9 @@ def test_nproc_inside_of_torchrun_starts_nothing_more(
 def test_nproc_passes_the_exit_code_on_and_one_process_speaks(tmp_path: Path) -> None:
     act = (
         "from twa_merge.errors import NoImprovement\n"
-        "print(os.environ['RANK'], 'of', os.environ['WORLD_SIZE'], kwargs['selection'].last)\n"
+        "rank, size = os.environ['RANK'], os.environ['WORLD_SIZE']\n"
+        # At once: what two processes write in parts is mixed.
+        "os.write(1, f\"{rank} of {size} {kwargs['selection'].last}\\n\".encode())\n"
         "raise NoImprovement('Nothing is better.')"
     )
     args = [*TRAIN, "--last", "5", "--nproc", "2"]
