@@ -31,8 +31,7 @@ from .subspace import Chart
 
 # On the path a fit needs to be good enough to compare ridges, no more; each begins where the one
 # with a stronger ridge ended. Much shorter ones would not tell how far the last fit goes.
-_PATH_EVALUATIONS = 12
-_PATH_TOLERANCE = 3e-4
+_ON_THE_PATH = 12, 3e-4  # evaluations, tolerance
 _RIDGE_SAMPLE = 256
 _START_EXAMPLES = 256
 # All checkpoints are evaluated on these. A greedy soup takes as many evaluations again; on more
@@ -211,9 +210,10 @@ class Fitter:
             The last fit and the number of examples it used.
         """
         size = self._grown(_FIRST_SAMPLE)
+        whole = self.config.max_evaluations, self.config.tolerance
         # Not where the ridge's path ended: its short fits amplify rounding errors.
         start = torch.zeros(chart.size, dtype=torch.float64)
-        result, moved = self._whole_fit(name, chart, range(size), ridge, start), True
+        result, moved = self._minimise(name, chart, range(size), ridge, start, *whole), True
         while size < self.limit and math.isfinite(result.loss):
             known, larger = range(size), self._grown(2 * size)
             found = result
@@ -224,7 +224,7 @@ class Fitter:
             if weaker:
                 ridge = float(f"{found.ridge * size / larger:.3g}")
             size = larger
-            result = self._whole_fit(name, chart, range(size), ridge, found.z)
+            result = self._minimise(name, chart, range(size), ridge, found.z, *whole)
             moved = self._still_moves(chart, found.z, result.z, range(size))
         return result, size
 
@@ -240,7 +240,9 @@ class Fitter:
         unseen = self._unlike(losses, known, fresh)
         groups = self.batches.groups(fresh)[unseen]
         while chart.size and len(unseen):
-            other = self._path_fit(name, chart, known, weaker_than(result.ridge), result)
+            other = self._minimise(
+                name, chart, known, weaker_than(result.ridge), result, *_ON_THE_PATH
+            )
             others = self.losses(chart.alphas(other.z), fresh)
             gain, error = paired(losses[unseen], others[unseen], groups)
             if not gain > error:
@@ -296,7 +298,7 @@ class Fitter:
             stage, train = f"{before.name}/fold{fold}", path.without(fold)
             # The other folds' ends know the examples of this one.
             start = torch.zeros(before.chart.size, dtype=torch.float64)
-            ends.append(self._path_fit(stage, before.chart, train, ridge, start).z)
+            ends.append(self._minimise(stage, before.chart, train, ridge, start, *_ON_THE_PATH).z)
         return chart.around(before.without(fold))
 
     def _extend(self, path: RidgePath, name: str, chart: Chart, fold: int) -> None:
@@ -311,7 +313,7 @@ class Fitter:
             path.add(ridge, z, self.losses(chart.alphas(z), unseen))
 
         def fit(ridge: float, start: Tensor | FitResult) -> FitResult:
-            return self._path_fit(f"{name}/fold{fold}", chart, train, ridge, start)
+            return self._minimise(f"{name}/fold{fold}", chart, train, ridge, start, *_ON_THE_PATH)
 
         z = torch.zeros(chart.size, dtype=torch.float64)
         add(math.inf, z)
@@ -327,30 +329,6 @@ class Fitter:
             if too_far(end.z, len(train)):
                 break
             add(ridge, end.z)
-
-    def _path_fit(
-        self,
-        name: str,
-        chart: Chart,
-        chosen: Sequence[int],
-        ridge: float,
-        start: Tensor | FitResult,
-    ) -> FitResult:
-        """Fits the chosen examples well enough to compare ridges."""
-        limit, tolerance = _PATH_EVALUATIONS, _PATH_TOLERANCE
-        return self._minimise(name, chart, chosen, ridge, start, limit, tolerance)
-
-    def _whole_fit(
-        self,
-        name: str,
-        chart: Chart,
-        chosen: Sequence[int],
-        ridge: float,
-        start: Tensor | FitResult,
-    ) -> FitResult:
-        """Fits the chosen examples as long as the options allow."""
-        most, tolerance = self.config.max_evaluations, self.config.tolerance
-        return self._minimise(name, chart, chosen, ridge, start, most, tolerance)
 
     def _minimise(
         self,
