@@ -263,13 +263,13 @@ def test_few_easy_examples_do_not_take_the_merge_far(tmp_path, examples):
 class Noisy(LinearTask):
     """Labels that are mostly noise, of a truth as far from the checkpoints as they from another."""
 
-    def __init__(self, examples: int, generator: torch.Generator) -> None:
+    def __init__(self, examples: int, generator: torch.Generator, noise: float = 3.0) -> None:
         super().__init__(inputs=32, outputs=1, examples=examples)
         self.x = torch.randn(examples, 32, generator=generator)
         self.base = torch.randn(1, 32, generator=generator) / 32**0.5
         self.truth = self.base + 0.1 * torch.randn(1, 32, generator=generator)
-        noise = 3.0 * torch.randn(examples, 1, generator=generator)
-        self.y = self.x @ self.truth.T + noise
+        drawn = torch.randn(examples, 1, generator=generator)
+        self.y = self.x @ self.truth.T + noise * drawn
 
 
 @pytest.mark.usefixtures("undrawn")
@@ -294,3 +294,19 @@ def test_the_ridge_of_many_examples_is_weaker_than_that_of_few(tmp_path):
     merged = load_file(tmp_path / "m" / "model.safetensors")["0.weight"]
     assert excess(squares) < 0.3 * excess(mean)
     assert excess(merged) < 1.1 * excess(squares)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_rounding_errors_do_not_weaken_the_ridge(tmp_path):
+    """Of labels without noise every weaker one is better, by ever less."""
+    generator, found = torch.Generator().manual_seed(4), []
+    task = Noisy(4000, generator, noise=0.0)
+    weights = [task.base + 0.1 * torch.randn(1, 32, generator=generator) for _ in range(40)]
+    save_run(tmp_path / "run", [{"0.weight": w, "0.bias": torch.zeros(1)} for w in weights])
+    for size in (64, 256):
+        document = merge(
+            [tmp_path / "run"], task, tmp_path / f"{size}", data_config=DataConfig(batch_size=size)
+        )
+        found.append([(s["ridge"], s["fit_examples"]) for s in document["optimizer"]["stages"]])
+    assert found[0] == found[1]
+    assert all(ridge > 1e-8 for ridge, _ in found[0])

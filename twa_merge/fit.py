@@ -19,6 +19,7 @@ from .optimize import FitResult, Function, lbfgs
 from .progress import Advanced, Evaluated, Progress, Started
 from .resume import EvaluationLog
 from .ridge import (
+    TIE,
     RidgePath,
     folds_of,
     much_alike,
@@ -236,16 +237,19 @@ class Fitter:
         What holds a fit of few examples back costs one of many: against a prior of one and the
         same width the ridge of a mean over N examples falls as 1/N.
         """
-        losses = self.losses(chart.alphas(result.z), fresh)
+        if not chart.size:
+            return result
+        base, losses = (self.losses(a, fresh) for a in (chart.base, chart.alphas(result.z)))
         unseen = self._unlike(losses, known, fresh)
         groups = self.batches.groups(fresh)[unseen]
-        while chart.size and len(unseen):
+        least = TIE * abs(float(base[base.isfinite()].mean()))
+        while len(unseen):
             other = self._minimise(
                 name, chart, known, weaker_than(result.ridge), result, *_ON_THE_PATH
             )
             others = self.losses(chart.alphas(other.z), fresh)
             gain, error = paired(losses[unseen], others[unseen], groups)
-            if not gain > error:
+            if not gain > max(error, least):
                 break
             result, losses = other, others
         return result

@@ -32,7 +32,7 @@ _AN_EXAMPLE_PAYS = 0.125
 # source files and of docstrings have 0.2 to 0.3, copies and crops of one image nearly 1.
 _ALIKE = 0.5
 # A difference of this share of the loss is a tie: rounding errors must not choose between ridges.
-_TIE = 1e-4
+TIE = 1e-4
 
 
 @dataclass
@@ -109,7 +109,7 @@ class RidgePath:
         scores, best = self.scores(), self.best()
         if best == math.inf:
             return self.ridges[0]
-        most = scores[best] + _TIE * abs(scores[best])
+        most = scores[best] + TIE * abs(scores[best])
         return max(ridge for ridge in scores if ridge < math.inf and scores[ridge] <= most)
 
     def settled(self) -> bool:
