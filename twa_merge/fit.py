@@ -18,15 +18,7 @@ from .objective import Engine, Objective
 from .optimize import FitResult, Function, lbfgs
 from .progress import Advanced, Evaluated, Progress, Started
 from .resume import EvaluationLog
-from .ridge import (
-    TIE,
-    RidgePath,
-    folds_of,
-    much_alike,
-    scale_of,
-    too_far,
-    weaker_than,
-)
+from .ridge import TIE, RidgePath, folds_of, much_alike, scale_of, too_far, weaker_than
 from .sampling import paired
 from .subspace import Chart
 
@@ -216,14 +208,12 @@ class Fitter:
         start = torch.zeros(chart.size, dtype=torch.float64)
         result, moved = self._minimise(name, chart, range(size), ridge, start, *whole), True
         while size < self.limit and math.isfinite(result.loss):
-            known, larger = range(size), self._grown(2 * size)
-            found = result
+            larger, found = self._grown(2 * size), result
             if weaker:
-                found = self._weakened(name, chart, known, range(size, larger), result)
+                found = self._weakened(name, chart, range(size), range(size, larger), result)
+                ridge = float(f"{found.ridge * size / larger:.3g}")
             if not moved and found is result:
                 break
-            if weaker:
-                ridge = float(f"{found.ridge * size / larger:.3g}")
             size = larger
             result = self._minimise(name, chart, range(size), ridge, found.z, *whole)
             moved = self._still_moves(chart, found.z, result.z, range(size))

@@ -156,6 +156,7 @@ def weaker_than(ridge: float) -> float:
 
 def much_alike(losses: Tensor, groups: Tensor) -> bool:
     """Whether one example's loss tells those of the others of its group, from losses (N,)."""
+    # Of losses that are not finite nothing is known: they count as alike.
     return not likeness(losses, groups) < _ALIKE
 
 

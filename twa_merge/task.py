@@ -250,7 +250,7 @@ def groups_of(task: Task, data: Dataset[Any]) -> list[int]:
 
 
 def _labels_of(task: Task, data: Dataset[Any]) -> list[int] | None:
-    """The same, None where no example has a label."""
+    """The number of the group of each example; None where every one is a group of its own."""
     with user_code("group its examples"):
         groups = _call(task, "groups")
     count = len(data)  # type: ignore[arg-type]

@@ -24,8 +24,9 @@ from .sampling import independent, paired
 _ALONE = 0.9
 # What the names of stages by layer and by tensor begin with, and the mixture of both.
 _BY_BLOCK = "twa-"
-# With fewer independent examples than the first of two numbers, what has been fitted wins if it is
-# ahead of the plainest means by so many standard errors. Otherwise it is worse as often as not.
+# With fewer independent examples than the first of two numbers, what is not plain wins if it is
+# ahead of the plainest means by so many standard errors; else it is worse too often
+# (bench/quality).
 _SURE = ((30, 3.0), (100, 2.0))
 _PLAINEST = ("last", "uniform")
 _PLAIN = (*_PLAINEST, "window", "ema")
@@ -226,7 +227,7 @@ def winner_of(shown: Sequence[Scored], select: str, mixture: str = "blend") -> S
 
 
 def picked(shown: Sequence[Scored], select: str, examples: int) -> Scored:
-    """The winner; by few examples what has been fitted only wins where it is ahead for certain.
+    """The winner; by few examples what is not plain only wins where it is ahead for certain.
 
     They may all be easy, and then a candidate looks the better the bolder it is.
 

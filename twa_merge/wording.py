@@ -99,7 +99,7 @@ def _what_it_is_made_of(document: Document, chosen: str) -> list[str]:
 
 
 def _what_was_passed_over(document: Document, chosen: str) -> list[str]:
-    """The candidate of least loss, where it took too few examples to tell that from luck."""
+    """The candidate of least loss, where there were too few examples to trust its lead."""
     rows, mine = document.get("candidates") or [], winner(document)
     if metric(document) is not None or mine.get("blend_of") or not mine:
         return []
