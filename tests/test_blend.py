@@ -111,6 +111,10 @@ def test_a_merge_names_what_it_blended(tmp_path):
     # Judged by as many examples as the rest.
     assert blend["selection_examples"] == rows["uniform"]["selection_examples"]
     assert blend["selection_examples"] > document["data"]["guard_examples"]
+    # What less loss there is than the winner's is said to have been passed over.
+    assert (
+        rows[document["passed_over"]]["selection_loss"] < rows[document["chosen"]]["selection_loss"]
+    )
 
 
 @pytest.mark.usefixtures("undrawn")

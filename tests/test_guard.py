@@ -215,14 +215,27 @@ def test_few_easy_examples_do_not_choose_what_was_fitted_to_them():
     last, uniform = scored("last", 3 * easy, 0), scored("uniform", easy, 2)
     bold = scored("twa", easy / 4, 7)
     assert winner_of([last, uniform, bold], "loss") is bold
-    for examples, winner in ((12, uniform), (99, uniform), (100, bold)):
-        assert picked([last, uniform, bold], "loss", examples) is winner
+    for examples, result in ((12, (uniform, bold)), (99, (uniform, bold)), (100, (bold, None))):
+        assert picked([last, uniform, bold], "loss", examples) == result
     # Ahead on every single one.
     sure = scored("twa", torch.linspace(0.5, 0.6, 12), 7)
     others = [scored(name, torch.linspace(0.9, 1.2, 12), 4) for name in ("last", "ema:0.9")]
-    assert picked([*others, sure], "loss", 12) is sure
+    assert picked([*others, sure], "loss", 12) == (sure, None)
     # Ahead by two and a half standard errors.
     noise = torch.tensor([1.0, -1.0]).repeat(6)
     ahead = scored("twa", others[1].guard - noise - 2.5 / 11**0.5, 7)
-    assert picked([*others, ahead], "loss", 29) is not ahead
-    assert picked([*others, ahead], "loss", 30) is ahead
+    assert picked([*others, ahead], "loss", 29) == (others[0], ahead)
+    assert picked([*others, ahead], "loss", 30) == (ahead, None)
+
+
+def test_what_is_passed_over_has_less_loss():
+    """A tie is none, nor is a blend that would have stood against a plain mean."""
+    noise = torch.tensor([1.0, -1.0]).repeat(6)
+    plain, blend = scored("ema:0.9", 2.0 + noise, 4), scored("blend", 2.1 - noise, 11)
+    last = scored("last", 9.0 + noise, 0)
+    assert winner_of([last, plain, blend], "loss") is blend
+    assert picked([last, plain, blend], "loss", 100) == (blend, plain)
+    far = scored("last", 2.2 + noise, 0)
+    assert picked([far, plain, blend], "loss", 29) == (plain, None)
+    tie = scored("twa", 2.0 + noise - 1e-8, 7)
+    assert picked([plain, last, tie], "loss", 100) == (plain, None)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 
 from twa_merge import evaluate, merge
-from twa_merge.building import parameters_on_meta
+from twa_merge.building import build_module, parameters_on_meta
 from twa_merge.checkpoints import open_checkpoints
 from twa_merge.config import EngineConfig, FitConfig, GuardConfig
 from twa_merge.distributed import World
@@ -253,3 +253,21 @@ def test_a_parameter_that_two_modules_share_is_one_on_the_meta_device():
     assert model.one.weight is model.other.weight
     assert model.one.weight.is_meta
     assert model.one.bias is not model.other.bias
+
+
+def test_norms_over_processes_keep_their_names(tmp_path):
+    class Derived(nn.SyncBatchNorm):
+        pass
+
+    class Normed(LinearTask):
+        def build_model(self):
+            return nn.Sequential(nn.Linear(6, 4), nn.SyncBatchNorm(4), Derived(4))
+
+    save_run(tmp_path / "run", [Normed().build_model().state_dict()])
+    layout = make_layout(open_checkpoints([tmp_path / "run"]))
+    module = build_module(Normed(), layout, meta=False)
+    assert [type(part).__name__ for part in module] == ["Linear", "SyncBatchNorm", "Derived"]
+    assert isinstance(module[2], Derived)
+    x = torch.randn(5, 4)
+    # In training a norm over processes would refuse a CPU.
+    torch.testing.assert_close(module[1](x), nn.BatchNorm1d(4)(x))

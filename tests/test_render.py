@@ -286,12 +286,14 @@ def test_a_plain_winner_that_another_is_ahead_of_by_luck_is_explained(
     assert said not in train_text(train)
     for row in train["candidates"]:
         row["selection_loss"] = 1.0 if row["name"] == "twa" else 1.5
-    train["chosen"] = "uniform"
-    text = " ".join(train_text(train).split())
-    assert "twa has less loss than the uniform mean on the examples that decide, but" in text
-    # What a mean of candidates is made of says it already.
-    next(c for c in train["candidates"] if c["name"] == "uniform")["blend_of"] = {"twa": 1.0}
+    train["chosen"] = "ema:0.9"
     assert said not in train_text(train)
+    train["passed_over"] = "twa"
+    text = " ".join(train_text(train).split())
+    assert "twa has less loss than ema:0.9 on the examples that decide, but is not" in text
+    assert "ahead of the last checkpoint and the uniform mean by more than luck." in text
+    train["candidates"] = [c for c in train["candidates"] if c["name"] != "uniform"]
+    assert "ahead of the last checkpoint by more than luck." in " ".join(verdict(train))
 
 
 def test_a_winner_by_a_metric_is_explained_by_it(train: dict[str, Any]) -> None:
@@ -351,8 +353,7 @@ def test_a_blend_says_what_it_is_made_of(train: dict[str, Any]) -> None:
     chosen["blend_of"] = {"last": 0.008, "greedy": 0.008, "uniform": 0.33, "twa": 0.654}
     assert "65% twa, 33% the uniform mean and 2% others." in " ".join(verdict(train))
     assert "ahead of it" not in text
-    uniform = next(row for row in train["candidates"] if row["name"] == "uniform")
-    uniform["selection_loss"] = uniform["guard_loss"] = chosen["guard_loss"] - 0.001
+    train["passed_over"] = "uniform"
     text = " ".join(train_text(train).split())
     assert "The uniform mean alone is ahead of it by less than one standard error" in text
 

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from runs import LinearTask, save_run
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 from torch.utils.data import IterableDataset
 
@@ -25,7 +25,7 @@ from twa_merge.tasks import load_task
 
 BODY = """
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 class Mine:
     def __init__(self, data="none"):
@@ -422,3 +422,27 @@ def test_a_batch_that_is_read_once_becomes_a_list(tmp_path: Path) -> None:
             with batches.use(positions, batch) as own:
                 x, _y = own
                 assert x.shape == (8, 6)
+
+
+class Columns(Iterator[Tensor]):
+    """A batch that hands out its columns one by one, again and again, and knows more than them."""
+
+    def __init__(self, examples: list[Any]) -> None:
+        self.columns, self.size = [*map(torch.stack, zip(*examples, strict=True))], len(examples)
+
+    def __next__(self) -> Tensor:
+        self.columns.append(self.columns.pop(0))
+        return self.columns[-1]
+
+
+def test_a_batch_of_a_class_of_its_own_stays_what_it_is(tmp_path: Path) -> None:
+    class Own(LinearTask):
+        def collate(self, examples: list[Any]) -> Any:
+            return Columns(examples)
+
+    batches = Batches(Own().dataset(), Own(), 8, 0, World())
+    for positions, batch, _ in batches.rounds(range(8)):
+        for _ in range(2):
+            with batches.use(positions, batch) as own:
+                assert own.size == 8
+                assert (next(own).shape, next(own).shape) == ((8, 6), (8, 4))

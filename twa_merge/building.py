@@ -65,9 +65,10 @@ class _ByOwnBatch(nn.SyncBatchNorm):
 
 
 def _by_own_batch(kind: type[nn.SyncBatchNorm]) -> type[nn.SyncBatchNorm]:
-    # What a derived class does besides stays.
-    derived = kind is not nn.SyncBatchNorm
-    return type(kind.__name__, (kind, _ByOwnBatch), {}) if derived else _ByOwnBatch
+    # By its own name, which a task may have among those of its layers. What a derived class does
+    # besides stays.
+    bases = (_ByOwnBatch,) if kind is nn.SyncBatchNorm else (kind, _ByOwnBatch)
+    return type(kind.__name__, bases, {})
 
 
 def _on_meta(build_model: Callable[[], nn.Module], layout: Layout) -> nn.Module:

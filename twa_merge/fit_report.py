@@ -55,6 +55,7 @@ def fit_document(run: Run, fitted: Sequence[Fitted], verdict: Verdict) -> dict[s
             {"name": s.name, "guard_loss": finite(float(s.guard.mean()))} for s in verdict.others
         ],
         "chosen": winner.name,
+        "passed_over": verdict.passed_over.name if verdict.passed_over else None,
         "improvement": _improvement_row(verdict.over_single),
         "improvement_over_uniform": _improvement_row(verdict.over_uniform)
         if verdict.over_uniform

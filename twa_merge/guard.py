@@ -142,7 +142,12 @@ def stands(cautious: Scored, best: Scored) -> bool:
     """
     losses = cautious.evidence("loss"), best.evidence("loss")
     gain, error = paired(*losses, cautious.evidence_groups)
-    return gain <= error and _mean_cost(best, "loss") < _mean_cost(cautious, "loss")
+    return gain <= error and is_ahead(best, cautious)
+
+
+def is_ahead(one: Scored, other: Scored) -> bool:
+    """Whether its mean loss is less than the other's."""
+    return _mean_cost(one, "loss") < _mean_cost(other, "loss")
 
 
 def _mean_cost(item: Scored, select: str) -> float:

@@ -25,17 +25,19 @@ def keep_writes(layer: nn.Module) -> None:
     Hooks that put other tensors in place of a layer's inputs, as FSDP2's do, make copies of what
     holds them. All such hooks have to be there already, and come first.
     """
-    given: list[Any] = []
-    lent: list[_Lent] = []
+    # Of calls that have begun: a layer may call itself.
+    calls: list[tuple[Any, list[_Lent]]] = []
 
     def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        # A call that failed may have left its own.
-        given[:], lent[:] = [(args, kwargs)], []
+        calls.append(((args, kwargs), []))
 
     def lend(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return _lend(given.pop(), (args, kwargs), lent)
+        given, lent = calls[-1]
+        return _lend(given, (args, kwargs), lent)
 
     def take_back(*_: object) -> None:
+        # No call where an earlier hook has ended it.
+        lent = calls.pop()[1] if calls else []
         while lent:
             holder, tensor, before = lent.pop()
             for key, value in _items(holder):
@@ -44,7 +46,7 @@ def keep_writes(layer: nn.Module) -> None:
 
     layer.register_forward_pre_hook(keep, prepend=True, with_kwargs=True)
     layer.register_forward_pre_hook(lend, with_kwargs=True)
-    layer.register_forward_hook(take_back, prepend=True)
+    layer.register_forward_hook(take_back, prepend=True, always_call=True)
 
 
 def _lend(old: Any, new: Any, lent: list[_Lent]) -> Any:
@@ -171,6 +173,7 @@ def _no_numbers() -> Iterator[None]:
             remedy=GATHER_AS_A_WHOLE,
         )
 
+    own = {name: vars(DTensor)[name] for name in _TO_NUMBERS if name in vars(DTensor)}
     for name in _TO_NUMBERS:
         setattr(DTensor, name, refuse)
     try:
@@ -178,6 +181,8 @@ def _no_numbers() -> Iterator[None]:
     finally:
         for name in _TO_NUMBERS:
             delattr(DTensor, name)
+        for name, method in own.items():
+            setattr(DTensor, name, method)
 
 
 def _without(module: nn.Module, layers: Collection[nn.Module]) -> list[nn.Module]:

@@ -14,7 +14,7 @@ from .blend import blended, distinct, likelihoods
 from .candidates import Candidate, fixed, parse_families, single, window
 from .errors import ConfigError, TaskError
 from .fit import Fitted
-from .guard import Improvement, Scored, finite_mean, improvement, pick, stands
+from .guard import Improvement, Scored, finite_mean, improvement, is_ahead, pick, stands
 from .held_out import HeldOut, Soups
 from .progress import Advanced, Started
 from .run import Run
@@ -41,11 +41,13 @@ class Verdict:
         shown: the best of each family, with fit and test losses; of stages by layer and by tensor
             both and their mixture, although only one of them took part in the choice.
         others: all that were tried besides.
+        passed_over: what has less loss than the winner, which caution preferred to it.
     """
 
     winner: Scored
     shown: list[Scored]
     others: list[Scored]
+    passed_over: Scored | None
     over_single: Improvement
     over_uniform: Improvement | None
 
@@ -226,28 +228,41 @@ def winner_of(shown: Sequence[Scored], select: str, mixture: str = "blend") -> S
     return mixed if select == "loss" and mixed and stands(mixed, best) else best
 
 
-def picked(shown: Sequence[Scored], select: str, examples: int) -> Scored:
+def picked(shown: Sequence[Scored], select: str, examples: int) -> tuple[Scored, Scored | None]:
     """The winner; by few examples what is not plain only wins where it is ahead for certain.
 
     They may all be easy, and then a candidate looks the better the bolder it is.
 
     Args:
         examples: independent ones, that were fitted and that guard.
+
+    Returns:
+        It and what it was preferred to although that has less loss, None where nothing has.
     """
     winner = winner_of(shown, select)
     errors = next((errors for few, errors in _SURE if examples < few), 0.0)
-    if select != "loss" or not errors:
-        return winner
-    plainest = pick([s for s in shown if s.name in _PLAINEST], select)
-    losses = plainest.evidence(select), winner.evidence(select)
-    gain, error = paired(*losses, winner.evidence_groups)
-    if gain > errors * error:
-        return winner
-    return pick([s for s in shown if _family(s.name) in _PLAIN], select)
+    if select == "loss" and errors:
+        plainest = pick([s for s in shown if s.name in _PLAINEST], select)
+        losses = plainest.evidence(select), winner.evidence(select)
+        gain, error = paired(*losses, winner.evidence_groups)
+        if not gain > errors * error:
+            plain = pick([s for s in shown if _family(s.name) in _PLAIN], select)
+            return plain, winner if is_ahead(winner, plain) else None
+    return winner, _ahead_of(winner, shown, select)
+
+
+def _ahead_of(winner: Scored, others: Sequence[Scored], select: str) -> Scored | None:
+    best = pick(others, select)
+    return None if best is winner else best
 
 
 def _examples(run: Run) -> int:
-    """Independent ones, of both splits."""
+    """Independent ones, of both splits.
+
+    Those of the fit split count even if no cross-validation has held them out, as with a ridge
+    that is given: asking for two errors of fewer than 100 guard examples does harm there
+    (bench/quality).
+    """
     fitted, guarding = range(run.fitter.limit), run.jury.guard_sample
     groups = run.fitter.batches.groups(fitted), run.jury.guard.groups(guarding)
     return sum(independent(len(labels), labels) for labels in groups)
@@ -257,7 +272,10 @@ def _verdict(
     run: Run, scored: Sequence[Scored], shown: list[Scored], best_single: Scored
 ) -> Verdict:
     select, seed = run.choices.guard.select, run.choices.data.seed
-    winner = picked(shown, select, _examples(run))
+    winner, passed_over = picked(shown, select, _examples(run))
+    if winner.name == _MIXED:
+        by_block = [s for s in scored if _family(s.name) == _BY_BLOCK]
+        passed_over = _ahead_of(winner, by_block, select)
     _require_finite(winner, select)
     names = {s.name for s in shown}
     rest = [s for s in scored if s.name not in names]
@@ -270,6 +288,7 @@ def _verdict(
         winner,
         shown,
         others,
+        passed_over,
         improvement(leading, alone, select, seed),
         improvement(leading, mean[0], select, seed) if mean else None,
     )

@@ -9,7 +9,6 @@ from typing import Any
 from .document import (
     Document,
     checkpoint_labels,
-    cost,
     guard_metric,
     improvements,
     metric,
@@ -88,28 +87,24 @@ def _what_it_is_made_of(document: Document, chosen: str) -> list[str]:
     *named, rest = _percentages([weight for weight, _ in parts])
     shares = [f"{p}% {spoken(name)}" for p, (_, name) in zip(named, parts, strict=True)]
     others = f" and {rest}% others" if rest else ""
-    said = [f"{chosen} is a mean of candidates: {', '.join(shares)}{others}."]
-    ahead = min(document["candidates"], key=lambda c: cost(c, None))
-    if metric(document) is None and cost(ahead, None) < cost(winner(document), None):
-        said.append(
-            f"{spoken(ahead['name'])} alone is ahead of it by less than one standard error, which "
-            "is not enough to prefer it."
-        )
-    return said
+    return [f"{chosen} is a mean of candidates: {', '.join(shares)}{others}."]
 
 
 def _what_was_passed_over(document: Document, chosen: str) -> list[str]:
-    """The candidate of least loss, where there were too few examples to trust its lead."""
-    rows, mine = document.get("candidates") or [], winner(document)
-    if metric(document) is not None or mine.get("blend_of") or not mine:
+    """The candidate that has less loss than the winner, and why it is not written."""
+    name = document.get("passed_over")
+    if not name:
         return []
-    ahead = min(rows, key=lambda c: cost(c, None))
-    if not cost(ahead, None) < cost(mine, None):
-        return []
+    if winner(document).get("blend_of"):
+        return [
+            f"{spoken(name)} alone is ahead of it by less than one standard error, which is not "
+            "enough to prefer it."
+        ]
+    there = {row["name"] for row in document.get("candidates") or []}
+    plainest = " and ".join(spoken(plain) for plain in ("last", "uniform") if plain in there)
     return [
-        f"{spoken(ahead['name'])} has less loss than {spoken(chosen)} on the examples that decide, "
-        "but is not ahead of the last checkpoint and the mean by more than luck. More data would "
-        "tell."
+        f"{spoken(name)} has less loss than {spoken(chosen)} on the examples that decide, but is "
+        f"not ahead of {plainest} by more than luck. More data would tell."
     ]
 
 
