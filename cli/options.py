@@ -129,8 +129,8 @@ train_data_options = group(
             opt("guard_fraction", "--guard-fraction", "Share that picks the winner."),
             _SEED,
             _BATCH_SIZE,
-            opt("sample", "--fit-examples", "Fit on so many at most.", type=NumberOrAuto(int),
-                default="auto", show_default=True),
+            opt("sample", "--fit-examples", "At most; auto: more as long as they help.",
+                type=NumberOrAuto(int), default="auto", show_default=True),
         ]
     },
 )  # fmt: skip
@@ -155,8 +155,8 @@ fit_options = group(
             opt("blocks", "--blocks",
                 "What shares one set of coefficients; auto tries tensors and layers.",
                 type=click.Choice(config.BLOCKS)),
-            opt("ridge", "--ridge", "Pull towards the start.", type=NumberOrAuto(),
-                default="auto", show_default=True),
+            opt("ridge", "--ridge", "Pull towards the start; auto: what unseen examples prefer.",
+                type=NumberOrAuto(), default="auto", show_default=True),
             opt("max_evaluations", "--max-evaluations",
                 "Of each stage's fit; choosing the ridge takes more."),
             opt("tolerance", "--tolerance", "Relative decrease that counts as converged."),

@@ -796,3 +796,14 @@ def test_the_start_is_looked_for_in_batches_that_are_alike(tmp_path):
     engine, _, batches = engine_for(task, tmp_path / "run")
     start = fitter_for(engine, batches, tmp_path).start(8, singles=True)[0]
     assert start.count_nonzero() > 1
+
+
+def test_fits_that_a_ridge_is_chosen_by_go_no_further_than_the_last_one(tmp_path):
+    task = LinearTask()
+    save_run(tmp_path, task.states(5))
+    engine, _, batches = engine_for(task, tmp_path, by_tensor=False)
+    usual = fitter_for(engine, batches, tmp_path)
+    assert usual.short.evaluations < usual.whole.evaluations
+    assert usual.short.tolerance > usual.whole.tolerance
+    hasty = fitter_for(engine, batches, tmp_path, max_evaluations=3, tolerance=0.1)
+    assert hasty.short == hasty.whole

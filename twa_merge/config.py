@@ -147,8 +147,10 @@ class FitConfig:
             the paper's optimizers, the whole model alone).
         optimizer: ``lbfgs`` needs no learning rate; ``sgd`` and ``adamw`` are the paper's training.
         ridge: weight of ‖z‖²/2, in units of the loss per standard deviation squared; None chooses
-            it on data that the fit did not see, in the order of magnitude that losses differ by.
+            it on data that the fit did not see, in the order of magnitude that losses differ by,
+            and weakens it as the sample grows.
         max_evaluations: of loss and gradient, for each stage and each size of a growing sample.
+            Fits that choose a ridge take more, up to 12 each.
         tolerance: relative decrease of the loss under which the fit has converged.
         start: ``auto``, ``mean``, ``last`` or a training step.
         span: ``affine`` (around the mean, Σ α = 1) or the paper's uncentred ``linear`` span.

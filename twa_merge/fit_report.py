@@ -10,7 +10,7 @@ from torch.nn.functional import pad
 
 from . import report
 from .config import as_dict
-from .fit import Fitted
+from .fitted import Fitted
 from .guard import Improvement, Scored
 from .layout import Blocks
 from .report import coefficient_values, finite

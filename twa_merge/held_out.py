@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .candidates import Candidate, greedy
-from .fit import Fitted
+from .fitted import Fitted
 from .guard import Scored
 from .run import Run
 

@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .fit import Fitted, Fitter
+from .fit import Fitter
+from .fitted import Fitted
 from .guard import Scored
 from .progress import Advanced, Progress, Started
 

@@ -37,8 +37,8 @@ from .distributed import start
 from .diverged import without_diverged
 from .dtypes import Array
 from .errors import NoImprovement, TaskError, TwaMergeError
-from .fit import Fitted
 from .fit_report import fit_document
+from .fitted import Fitted
 from .guard import Scored, improvement, pick
 from .html_report import html_report
 from .landscape import landscape

@@ -139,7 +139,7 @@ def set_up(
     dtype = dtype_named(choices.out.dtype)
     jury = Jury(judging, fit, guard, test, n, dtype, choices.guard.select, choices.guard.batch_norm)
     steps = [c.step for c in checkpoints]
-    fitter = Fitter(engine, fit, choices.fit, log, progress, steps, choices.data.sample)
+    fitter = Fitter(engine, fit, choices.fit, log, progress, choices.data.sample, steps=steps)
     return Run(
         checkpoints, layout, task, splits, world, choices, log, clock, progress, blocks, grams,
         engine, fitter, jury, directions, directions_gram,

@@ -11,7 +11,7 @@ from torch.nn.functional import pad
 from .candidates import BY_BLOCK, parse_families, window
 from .config import parse_subspace
 from .errors import listing
-from .fit import Fitted
+from .fitted import Fitted
 from .numerals import figure
 from .optimize import FitResult
 from .progress import Noted

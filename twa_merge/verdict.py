@@ -13,7 +13,7 @@ from torch import Tensor
 from .blend import blended, distinct, likelihoods
 from .candidates import Candidate, fixed, parse_families, single, window
 from .errors import ConfigError, TaskError
-from .fit import Fitted
+from .fitted import Fitted
 from .guard import Improvement, Scored, finite_mean, improvement, is_ahead, pick, stands
 from .held_out import HeldOut, Soups
 from .progress import Advanced, Started
