@@ -193,7 +193,7 @@ guard_options = group(
             opt("select", "--select", "loss or metric:NAME (larger is better).", metavar="BY"),
             opt("require_improvement", "--require-improvement",
                 "Exit 3 unless the best single is surely beaten."),
-            opt("batch_norm", "--batch-norm", "Where running statistics come from.",
+            opt("batch_norm", "--batch-norm", "Where a mean's running statistics come from.",
                 type=click.Choice(config.BATCH_NORM)),
         ]
     },

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from runs import LinearTask, save_run
@@ -11,10 +13,11 @@ from torch import nn
 from torch.nn import functional
 from torch.optim.swa_utils import update_bn
 
-from twa_merge import merge
+from twa_merge import average, merge
 from twa_merge.batchnorm import reestimate
 from twa_merge.config import FitConfig, GuardConfig
 from twa_merge.objective import batch_statistics
+from twa_merge.progress import Noted
 from twa_merge.task import to_device
 
 
@@ -161,3 +164,38 @@ def test_a_layer_left_as_it_is_normalises_by_no_batch():
     with batch_statistics(module):
         assert torch.equal(module[0](x), expected)
         assert module[1](x).mean(0).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("batch_norm", ["reestimate", "newest"])
+def test_a_checkpoint_keeps_its_own_statistics_whatever_means_take(tmp_path, batch_norm):
+    def build():
+        return nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 4))
+
+    task = Task(build)
+    trained(tmp_path / "run", task)
+    losses = {}
+    for name in ("average", batch_norm):
+        document = merge(
+            [tmp_path / "run"],
+            task,
+            tmp_path / name,
+            guard=GuardConfig(candidates="uniform", batch_norm=name),
+        )
+        rows = document["candidates"] + document["other_candidates"]
+        losses[name] = {row["name"]: row["guard_loss"] for row in rows}
+    uniform = [found.pop("uniform") for found in losses.values()]
+    assert uniform[0] != uniform[1]
+    assert losses["average"] == losses[batch_norm]
+
+
+def test_averaging_tells_that_a_report_had_statistics_of_data(tmp_path):
+    task = Task(lambda: nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)))
+    trained(tmp_path / "run", task)
+    guard = GuardConfig(candidates="uniform", batch_norm="reestimate")
+    document = merge([tmp_path / "run"], task, tmp_path / "merged", guard=guard)
+    for chosen, told in (("last", False), ("uniform", True)):
+        path, said = tmp_path / f"{chosen}.json", []
+        path.write_text(json.dumps(document | {"chosen": chosen}))
+        average([tmp_path / "run"], tmp_path / chosen, weights=f"@{path}", progress=said.append)
+        noted = [event.text for event in said if isinstance(event, Noted)]
+        assert any("batch norm are averaged here" in text for text in noted) is told

@@ -138,6 +138,14 @@ def _coefficients(
     steps = report.steps_of(earlier)
     if steps and steps != [checkpoint.step for checkpoint in found]:
         progress(Noted(f"The coefficients of {path} are those of checkpoints of other steps."))
+    if report.statistics_of(earlier) in ("reestimate", "newest"):
+        progress(
+            Noted(
+                f"Running statistics of batch norm are averaged here. Those of the merge of {path} "
+                "were not, so that this one is another model: without data they cannot be made "
+                "again."
+            )
+        )
     record = earlier["coefficients"].get("random")
     if record is None or len(blocks) > 1:
         return blocks, alphas, None

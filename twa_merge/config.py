@@ -230,7 +230,8 @@ class GuardConfig:
             fitted by block.
         select: ``loss`` or ``metric:NAME`` (larger is better).
         require_improvement: fail unless the winner beats the best single checkpoint for certain.
-        batch_norm: where running statistics come from; ``auto`` lets the guard choose.
+        batch_norm: where running statistics of means come from; ``auto`` lets the guard choose. A
+            single checkpoint keeps its own, unless ``auto`` finds others better.
     """
 
     candidates: str = "all"

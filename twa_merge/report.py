@@ -37,6 +37,14 @@ def steps_of(document: Mapping[str, Any]) -> list[int | None]:
     return [row.get("step") for row in rows if isinstance(row, dict)]
 
 
+def statistics_of(document: Mapping[str, Any]) -> str | None:
+    """What a report says of where its winner's running statistics of batch norm came from."""
+    listed = document.get("candidates")
+    rows = [row for row in listed if isinstance(row, dict)] if isinstance(listed, list) else []
+    found = (row.get("batch_norm") for row in rows if row.get("name") == document.get("chosen"))
+    return next(found, None)
+
+
 def sources(given: Sequence[str | PathLike[str]], found: Sequence[Checkpoint]) -> dict[str, Any]:
     """What was merged, as the document of a merge says it.
 

@@ -59,9 +59,9 @@ class Jury:
         """
         if not has_batch_norm(self.engine.live.module):
             return [None]
-        if self.batch_norm != "auto":
-            return [self.batch_norm]
         own = bool((candidate.alphas == 1.0).any(1).all())
+        if self.batch_norm != "auto":
+            return ["average" if own else self.batch_norm]
         if own or self.fit.size < _FEWEST_FOR_STATISTICS:
             return ["average", "reestimate", "newest"]
         return ["reestimate", "average", "newest"]
