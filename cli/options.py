@@ -94,7 +94,21 @@ _TASK = opt(
     required=True,
     metavar="TASK",
 )
-_TEST_DATA = opt("test_data", "--test-data", "Only ever reported on.", metavar="DATA")
+
+
+def _once(ctx: click.Context, option: click.Parameter, values: tuple[str, ...]) -> str | None:
+    """The only value: the last of several would stand for all of them without a word."""
+    if len(values) > 1:
+        raise click.BadParameter("given more than once; name a folder or a pattern.", ctx, option)
+    return values[0] if values else None
+
+
+def _data(name: str, help: str) -> Opt:
+    flag = "--" + name.replace("_", "-")
+    return opt(name, flag, help, metavar="DATA", multiple=True, callback=_once)
+
+
+_TEST_DATA = _data("test_data", "Only ever reported on.")
 _CAUSAL_LM = [
     opt("model", "--model", "Architecture and tokenizer, if not the checkpoint's own.",
         metavar="MODEL"),
@@ -110,7 +124,7 @@ _BATCH_SIZE = opt("batch_size", "--batch-size", "Examples a forward pass.")
 
 
 def _task_group(data_help: str, *more: Opt) -> Decorator:
-    data = opt("data", "--data", data_help, metavar="DATA")
+    data = _data("data", data_help)
     return group(
         "choice",
         _task_choice,

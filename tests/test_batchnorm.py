@@ -18,7 +18,7 @@ from twa_merge.batchnorm import reestimate
 from twa_merge.config import FitConfig, GuardConfig
 from twa_merge.objective import batch_statistics
 from twa_merge.progress import Noted
-from twa_merge.task import to_device
+from twa_merge.task import split, to_device
 
 
 class Towers(nn.Module):
@@ -199,3 +199,15 @@ def test_averaging_tells_that_a_report_had_statistics_of_data(tmp_path):
         average([tmp_path / "run"], tmp_path / chosen, weights=f"@{path}", progress=said.append)
         noted = [event.text for event in said if isinstance(event, Noted)]
         assert any("batch norm are averaged here" in text for text in noted) is told
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_example_that_spoils_a_batch_is_named_alone(tmp_path):
+    task = Task(lambda: nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)))
+    trained(tmp_path / "run", task)
+    number = split(task, 0.25, 0).fit.indices[3]
+    task.x[number] = torch.nan
+    said = []
+    merge([tmp_path / "run"], task, tmp_path / "merged", progress=said.append)
+    notes = [event.text for event in said if isinstance(event, Noted)]
+    assert any(f"1 of 90 examples (number {number} of the dataset)" in n for n in notes)

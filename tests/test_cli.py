@@ -161,6 +161,8 @@ def test_every_command_has_help_with_an_example(
         [*TRAIN, "--nproc", "0"],
         ["eval", "run", "--task", "t", "--gather", "model"],
         ["eval", "run", "--task", "t", "--activation-checkpointing"],
+        [*TRAIN, "--data", "a.txt", "--data", "b.txt"],
+        ["eval", "run", "--task", "t", "--data", "a.txt", "--data", "b.txt"],
         ["average", "run"],
         ["inspect", "run", "--gpu-memory", "80 parsecs"],
         ["inspect", "run", "--gpu-memory", "80"],

@@ -490,7 +490,7 @@ def test_geometry_against_explicit_float64(tmp_path):
 def test_the_newest_statistics_are_written_as_they_are_saved(tmp_path):
     """Whatever the store rounds them to; the report and the card say where they came from."""
     train(tmp_path / "run")
-    guard = GuardConfig(candidates="uniform", batch_norm="newest")
+    guard = GuardConfig(candidates="twa", batch_norm="newest")
     document = merge(
         [tmp_path / "run"],
         Small(),
@@ -503,7 +503,7 @@ def test_the_newest_statistics_are_written_as_they_are_saved(tmp_path):
     for name, tensor in written(tmp_path / "merged").items():
         if "running" in name:
             assert torch.equal(tensor, newest[name]), name
-    assert document["chosen"]
+    assert document["chosen"] == "twa"
     card = (tmp_path / "merged" / "README.md").read_text()
     assert "were taken from the newest checkpoint" in card
     assert "come out averaged that way" in card

@@ -11,6 +11,7 @@ from runs import LinearTask, save_run
 from twa_merge import evaluate, merge
 from twa_merge.config import DataConfig, FitConfig, GuardConfig
 from twa_merge.errors import TaskError
+from twa_merge.task import split
 
 METHODS = ["build_model", "dataset", "groups", "test_dataset", "split", "collate", "loss",
            "metrics", "__getitem__"]  # fmt: skip
@@ -144,7 +145,7 @@ def test_a_metric_that_is_nan_for_some_examples_picks_no_winner(tmp_path) -> Non
     task = LinearTask()
     task.metrics = lambda m, b: {"iou": torch.where(b[0][:, 0] > 0.0, torch.nan, 1.0)}
     save_run(tmp_path / "run", task.states(3))
-    with pytest.raises(TaskError, match=r"metric iou .*\n.*finite.*\n.*\d of 15 values of last"):
+    with pytest.raises(TaskError, match=r"metric iou .*\n.*finite.*\n.*9 of 15 values \(number .* of last"):
         merge(
             [tmp_path / "run"],
             task,
@@ -164,6 +165,28 @@ def test_a_metric_without_a_number_is_told_before_the_fit(tmp_path, monkeypatch)
     with pytest.raises(TaskError, match=r"metric iou is not finite .*\n.*\n.* 15 of 15") as caught:
         merge([tmp_path / "run"], task, tmp_path / "merged", guard=guard)
     assert "leave out of its data" in caught.value.details["what to do"]
+
+
+def test_metrics_that_fail_on_test_data_do_so_before_the_fit(tmp_path, monkeypatch) -> None:
+    task = LinearTask()
+    task.test_dataset = task.dataset
+    task.metrics = lambda m, b: {"iou": torch.zeros(len(b[0]) + 1)}
+    save_run(tmp_path / "run", task.states(3))
+    monkeypatch.setattr("twa_merge.pipeline.train_stages", None)
+    with pytest.raises(TaskError, match="iou"):
+        merge([tmp_path / "run"], task, tmp_path / "merged")
+
+
+def test_an_example_that_no_candidate_has_a_loss_of_is_named_before_the_fit(
+    tmp_path, monkeypatch
+) -> None:
+    task = LinearTask()
+    number = split(task, 0.25, 0).guard.indices[2]
+    task.y[number] = torch.nan
+    save_run(tmp_path / "run", task.states(3))
+    monkeypatch.setattr("twa_merge.pipeline.train_stages", None)
+    with pytest.raises(TaskError, match=rf"1 of 15 losses \(number {number} of the dataset\) of"):
+        merge([tmp_path / "run"], task, tmp_path / "merged")
 
 
 def test_a_loss_that_comes_with_metrics_is_one_number_per_example_too(tmp_path) -> None:

@@ -22,6 +22,7 @@ from .choices import (
     task_and_splits,
 )
 from .clock import Clock
+from .comparable import require_comparable
 from .config import (
     DataConfig,
     EngineConfig,
@@ -55,7 +56,7 @@ from .stages import train_stages
 from .svg import can_draw
 from .task import Task
 from .tensors import tensor_rows
-from .verdict import Verdict, judge, require_metric
+from .verdict import Verdict, judge
 from .wording import spoken, too_few
 from .writer import check_output, write_merge
 
@@ -135,9 +136,9 @@ def merge(
     if log.resumed:
         progress(Noted(f"Continuing: {log.resumed} evaluations are known from {log.folder}."))
     run = set_up(found, layout, chosen_task, splits, world, choices, log, clock, progress)
-    require_metric(run)
     settle_threads(run)
     check_losses(run)
+    require_comparable(run)
     with clock.part("fit"):
         fitted = train_stages(run)
     with clock.part("guard"):

@@ -94,7 +94,9 @@ def _given_up(run: Run, stage: Fitted) -> str:
             met = "met gradients that are not finite at its start"
     else:
         met = "met a loss that is not finite at its start"
-        losses = run.fitter.losses(stage.chart.base, range(run.fitter.limit))
+        # Not as the fit takes them: normalised by it, a whole batch has none.
+        run.engine.set_weights(stage.chart.base)
+        losses, _ = run.engine.example_losses(run.fitter.batches, range(run.fitter.limit))
         bad = (~losses.isfinite()).nonzero().flatten().tolist()
         if bad:
             numbers = listing(str(run.fitter.batches.number(i)) for i in bad)

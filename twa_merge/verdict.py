@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .blend import blended, distinct, likelihoods
-from .candidates import Candidate, fixed, parse_families, single, window
-from .errors import ConfigError, TaskError
+from .candidates import Candidate, fixed, parse_families
+from .comparable import require_finite
 from .fitted import Fitted
 from .guard import Improvement, Scored, finite_mean, improvement, is_ahead, pick, stands
 from .held_out import HeldOut, Soups
@@ -50,37 +50,6 @@ class Verdict:
     passed_over: Scored | None
     over_single: Improvement
     over_uniform: Improvement | None
-
-
-def require_metric(run: Run) -> None:
-    """Looks at the metric that --select names on one batch, before anything is trained.
-
-    Raises:
-        ConfigError: the task does not have it.
-        TaskError: it is no finite number for some example, of the last checkpoint and the mean.
-    """
-    select = run.choices.guard.select
-    if select == "loss":
-        return
-    name, guard = select.removeprefix("metric:"), run.jury.guard
-    sample, broken = range(min(guard.batch_size, guard.size)), []
-    for alphas in (single(run.n, run.n - 1), window(run.n, run.n)):
-        run.engine.set_weights(alphas[None])
-        _, metrics = run.engine.example_losses(guard, sample, with_metrics=True)
-        _require_named(name, metrics)
-        broken.append(~metrics[name].isfinite())
-    count = int((broken[0] & broken[1]).sum())
-    if count:
-        raise _without_number(name, f"{count} of {len(sample)} values of last and uniform are not")
-
-
-def _require_named(name: str, metrics: Mapping[str, Tensor]) -> None:
-    if name not in metrics:
-        raise ConfigError(
-            "--select names a metric that the task does not have.",
-            expected=", ".join(metrics) or "a task with metrics()",
-            found=name,
-        )
 
 
 def judge(run: Run, fitted: Sequence[Fitted]) -> Verdict:
@@ -276,7 +245,7 @@ def _verdict(
     if winner.name == _MIXED:
         by_block = [s for s in scored if _family(s.name) == _BY_BLOCK]
         passed_over = _ahead_of(winner, by_block, select)
-    _require_finite(winner, select)
+    require_finite(run.jury.guard, winner, select)
     names = {s.name for s in shown}
     rest = [s for s in scored if s.name not in names]
     shown = [*shown, *(s for s in rest if _family(s.name) == _BY_BLOCK)]
@@ -291,32 +260,6 @@ def _verdict(
         passed_over,
         improvement(leading, alone, select, seed),
         improvement(leading, mean[0], select, seed) if mean else None,
-    )
-
-
-def _require_finite(winner: Scored, select: str) -> None:
-    """Raises TaskError where even the winner has losses, or values of a metric, that are not."""
-    if not bool(winner.guard.isfinite().all()):
-        raise TaskError(
-            "The loss is not finite for any candidate, the checkpoints themselves included.",
-            expected="finite losses on the guard split",
-            found=f"{int((~winner.guard.isfinite()).sum())} of {len(winner.guard)} losses of "
-            f"{winner.name} are not",
-            remedy="look at the task's loss and data, or try --precision fp32",
-        )
-    broken = int((~winner.cost_of(select).isfinite()).sum())
-    if broken:
-        found = f"{broken} of {len(winner.guard)} values of {winner.name} are not"
-        raise _without_number(select.removeprefix("metric:"), found)
-
-
-def _without_number(metric: str, found: str) -> TaskError:
-    return TaskError(
-        f"The metric {metric} is not finite for any candidate.",
-        expected="a finite value for every example of the guard split",
-        found=found,
-        remedy="let the task's metrics give a number for every example, or leave out of its data "
-        "those that have none",
     )
 
 
