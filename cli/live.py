@@ -20,7 +20,9 @@ if TYPE_CHECKING:
 # Seconds between two lines where lines cannot be redrawn; the pause grows with the run, so that an
 # hour makes some fifty lines.
 _PAUSE, _GROWTH = 10.0, 0.1
-_BAR = 24
+_BAR, _SHORTEST_BAR = 24, 6
+# Share of the newest evaluation in how long one takes.
+_NEWEST = 0.3
 # Counts beyond this are shortened.
 _LARGE = 99_999
 
@@ -38,6 +40,9 @@ class Stage:
         # A fit that counts its evaluations reports each of them once, as an evaluation.
         self._by_evaluation = "evaluation" in event.unit
         self._before: int | None = None
+        # Seconds an evaluation takes, of late: samples grow.
+        self._pace = 0.0
+        self._last = self.began
 
     def take(self, event: Advanced | Evaluated) -> None:
         if isinstance(event, Advanced):
@@ -45,6 +50,9 @@ class Stage:
                 self.done += event.amount
             return
         self.evaluated = event
+        now = time.monotonic()
+        took, self._last = now - self._last, now
+        self._pace = took if self.done == 0 else self._pace + _NEWEST * (took - self._pace)
         if self._by_evaluation:
             if self._before is None:
                 self._before = event.number - 1
@@ -56,12 +64,14 @@ class Stage:
 
     @property
     def share(self) -> float | None:
+        if self.evaluated is not None and self.evaluated.left is not None:
+            return self.done / max(1, self.done + self.evaluated.left)
         return min(1.0, self.done / self.total) if self.total else None
 
     def figures(self, *, finished: bool = False) -> list[str]:
         """What is known, in the order of interest."""
         figures = []
-        if self.total and not (finished and self._by_evaluation):
+        if self.total:
             done, total = (
                 amount(n) if self.total > _LARGE else str(n) for n in (self.done, self.total)
             )
@@ -74,11 +84,17 @@ class Stage:
                 ("least ", self.evaluated.best) if finished else ("", self.evaluated.loss)
             )
             figures.append(f"{least}loss + ridge {loss(found)}")
-        if not finished and self.share and self.done:
-            left = self.seconds * (1 / self.share - 1)
-            most = "at most " if self._by_evaluation else ""
-            figures.append(f"{most}{duration(left)} left")
+        if not finished:
+            figures += self._time_left()
         return figures
+
+    def _time_left(self) -> list[str]:
+        if self.evaluated is not None and self.evaluated.left:
+            sample = " with this sample" if self.evaluated.growing else ""
+            return [f"at most {duration(self._pace * self.evaluated.left)} left{sample}"]
+        if self.total and self.share and self.done:
+            return [f"{duration(self.seconds * (1 / self.share - 1))} left"]
+        return []
 
     def line(self) -> str:
         return "  ".join([self.name, *self.figures()])
@@ -175,12 +191,15 @@ class TerminalNarrator(Narrator):
         if stage is None:
             return Text("")
         text = Text(stage.name + "  ", no_wrap=True, overflow="ellipsis")
+        said = "  ".join(stage.figures() or [duration(stage.seconds)])
         if stage.share is not None:
             full, empty = ("#", "-") if self.console.options.ascii_only else ("━", "─")
-            cells = round(stage.share * _BAR)
-            text.append(full * cells, "cyan").append(empty * (_BAR - cells) + "  ", "dim")
-        text.append("  ".join(stage.figures() or [duration(stage.seconds)]))
-        return text
+            # What is said is worth more than the bar.
+            bar = min(_BAR, self.console.width - len(text) - len(said) - 2)
+            if bar >= _SHORTEST_BAR:
+                cells = round(stage.share * bar)
+                text.append(full * cells, "cyan").append(empty * (bar - cells) + "  ", "dim")
+        return text.append(said)
 
 
 def live_progress(console: Console) -> Narrator:

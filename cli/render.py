@@ -5,7 +5,7 @@ Names come from files: every one goes through ``plain``, and consoles take no ma
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,10 @@ from .pictures import bars, fitted, new_table, signed_map
 # More rows than this are a list to search, not a table to read; the document has them all.
 _MOST_CANDIDATES = 16
 _MOST_BARS = 40
+_PLUS = "+/- 95 %"
+
+# A row of a table of candidates → what stands in one of its columns.
+Cell = Callable[[Document], Text]
 _MOST_BLOCKS = 16
 
 
@@ -69,7 +73,7 @@ def show_evaluation(document: Document, console: Console) -> None:
     metrics = metric_columns(models, "metrics")
     metric_digits = [metric_decimals(models, column) for column in metrics]
     digits = table_decimals(models, ["loss"])
-    table = new_table("model", "loss", "+/- 95 %", *_headings(metrics))
+    table = new_table("model", "loss", _PLUS, *_headings(metrics))
     for model in models:
         table.add_row(
             Text(plain(model["path"]), overflow="fold"),
@@ -89,24 +93,13 @@ def candidates_table(document: Document, width: int) -> Table:
     """
     everything = document["candidates"]
     rows = leading_candidates(document, _MOST_CANDIDATES)
-    keys = loss_columns(document)
-    digits = max((table_decimals(rows, [key]) for key in keys), default=4)
-    with_interval = {"guard_loss"} if _any(everything, "guard_ci95") else set()
     metrics = metric_columns(rows, "guard_metrics", "test_metrics")
-    metric_digits = [metric_decimals(rows, column) for column in metrics]
-    headings = [h for key in keys for h in (key.replace("_", " "), *_plus(key in with_interval))]
-    headings += _headings(metrics)
-    table = new_table("candidate", *headings, *(["cost"] if _any(everything, "cost") else []))
+    columns = _columns(document, rows, metrics)
+    table = new_table("candidate", *(heading for heading, _ in columns))
     for row in rows:
         chosen = row["name"] == document.get("chosen")
-        cells = [Text(("> " if chosen else "  ") + plain(row["name"]))]
-        for key in keys:
-            cells.append(Text(number(row.get(key), digits)))
-            if key in with_interval:
-                cells.append(Text(_half_width(row, "guard_ci95", digits), "dim"))
-        cells += map(Text, _metrics(row, metrics, metric_digits))
-        if _any(everything, "cost"):
-            cells.append(Text(_cost(row.get("cost"))))
+        name = Text(("> " if chosen else "  ") + plain(row["name"]))
+        cells = [name, *(cell(row) for _, cell in columns)]
         table.add_row(*cells, style="bold green" if chosen else None)
     hidden = len(everything) - len(rows) + len(document.get("other_candidates") or [])
     if hidden:
@@ -114,8 +107,43 @@ def candidates_table(document: Document, width: int) -> Table:
         table.caption_justify = "left"
     decided = ("guard_metrics", metric(document))
     others = [column for column in metrics if column[1:] != decided]
-    least = ["cost", "fit loss", *reversed(_headings(others)), *_plus(True), "test loss"]
+    least = ["cost", "fit loss", *reversed(_headings(others)), _PLUS, "test loss"]
     return fitted(table, width, least)
+
+
+def _columns(
+    document: Document, rows: Sequence[Document], metrics: Sequence[tuple[str, str, str]]
+) -> list[tuple[str, Cell]]:
+    """Headings of a table of these candidates, and a row's cells; what decided has an interval."""
+    everything, selected = document["candidates"], metric(document)
+    keys = loss_columns(document)
+    digits = max((table_decimals(rows, [key]) for key in keys), default=4)
+    columns: list[tuple[str, Cell]] = []
+
+    def add_interval(key: str, digits: int) -> None:
+        if _any(everything, key):
+            columns.append((_PLUS, lambda row: Text(_half_width(row, key, digits), "dim")))
+
+    for key in keys:
+        columns.append((key.replace("_", " "), _loss_cell(key, digits)))
+        if key == "guard_loss" and selected is None:
+            add_interval("guard_ci95", digits)
+    for column in metrics:
+        places = metric_decimals(rows, column)
+        columns.append((plain(column[0]), _metric_cell(column, places)))
+        if column[1:] == ("guard_metrics", selected):
+            add_interval("guard_metric_ci95", places)
+    if _any(everything, "cost"):
+        columns.append(("cost", lambda row: Text(_cost(row.get("cost")))))
+    return columns
+
+
+def _loss_cell(key: str, digits: int) -> Cell:
+    return lambda row: Text(number(row.get(key), digits))
+
+
+def _metric_cell(column: tuple[str, str, str], digits: int) -> Cell:
+    return lambda row: Text(number(metric_of(row, column), digits))
 
 
 def show_coefficients(document: Document, console: Console) -> None:
@@ -242,10 +270,6 @@ def _show_written(document: Document, console: Console, output: Path) -> None:
 
 def _any(rows: Sequence[Document], key: str) -> bool:
     return any(row.get(key) is not None for row in rows)
-
-
-def _plus(wanted: bool) -> list[str]:
-    return ["+/- 95 %"] if wanted else []
 
 
 def _half_width(row: Document, key: str, digits: int) -> str:

@@ -27,7 +27,7 @@ from twa_merge.config import (
     StoreConfig,
 )
 from twa_merge.errors import CheckpointError, ConfigError, NoImprovement, OutputError, TaskError
-from twa_merge.progress import Noted
+from twa_merge.progress import Evaluated, Noted, Started
 from twa_merge.task import split
 
 QUICK = {"fit": FitConfig(blocks="global", ridge=0.0)}
@@ -115,6 +115,34 @@ def test_a_merge_beats_everything_and_is_written_exactly(tmp_path):
     assert on_disk["coefficients"] == document["coefficients"]
     assert (out / "README.md").read_text()
     assert not (tmp_path / "merged.partial").exists()
+
+
+@pytest.mark.usefixtures("undrawn")
+@pytest.mark.parametrize(
+    ("fit", "steps"),
+    [
+        (FitConfig(blocks="global", ridge=0.1, max_evaluations=9), 9),
+        (FitConfig(optimizer="sgd", lr=1e-4, epochs=3), 3 * 2),
+        (FitConfig(), None),
+    ],
+)
+def test_evaluations_say_how_many_may_follow(tmp_path, fit, steps):
+    task, _, run, out = make(tmp_path)
+    events = []
+    merge([run], task, out, fit=fit, progress=events.append)
+    stages, evaluated = 0, []
+    for event in events:
+        if isinstance(event, Started):
+            stages, evaluated = stages + bool(evaluated), []
+        if isinstance(event, Evaluated):
+            evaluated.append(event)
+            assert event.left is not None
+            assert event.left >= 0
+            assert not event.growing
+            # Never more than was said before: fits that end early leave some out.
+            assert len(evaluated) == 1 or event.left < evaluated[-2].left
+            assert steps is None or event.left == steps - len(evaluated)
+    assert stages == (1 if steps else 2)
 
 
 @pytest.mark.usefixtures("undrawn")

@@ -10,6 +10,7 @@ from runs import LinearTask, save_run
 
 from twa_merge import merge
 from twa_merge.candidates import Candidate, single
+from twa_merge.config import GuardConfig
 from twa_merge.guard import Scored, first_unless_beaten, improvement, pick
 from twa_merge.task import split
 from twa_merge.verdict import best_of, best_single_of, picked, winner_of
@@ -239,3 +240,17 @@ def test_what_is_passed_over_has_less_loss():
     assert picked([far, plain, blend], "loss", 29) == (plain, None)
     tie = scored("twa", 2.0 + noise - 1e-8, 7)
     assert picked([plain, last, tie], "loss", 100) == (plain, None)
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_the_metric_that_decides_has_an_interval(tmp_path):
+    task = LinearTask(examples=80)
+    task.metrics = lambda model, batch: {"score": -task.loss(model, batch)}
+    save_run(tmp_path / "run", task.states(3))
+    guard = GuardConfig(candidates="uniform", select="metric:score")
+    document = merge([tmp_path / "run"], task, tmp_path / "merged", guard=guard)
+    for row in document["candidates"]:
+        low, high = row["guard_ci95"]
+        assert row["guard_metric_ci95"] == pytest.approx([-high, -low], rel=0.2)
+        assert row["guard_metric_ci95"][0] < row["guard_metrics"]["score"]
+        assert row["guard_metrics"]["score"] < row["guard_metric_ci95"][1]

@@ -294,6 +294,9 @@ def test_the_chart_shows_the_metric_that_decided() -> None:
     caption = next(words for words in chart if "decides nothing" in words)
     assert caption.startswith("The test iou decides nothing. Larger is better.")
     assert "intervals" not in caption
+    for row in document["candidates"]:
+        row["guard_metric_ci95"] = [0.1, 0.9]
+    assert any("Bars are 95 % intervals" in words for words in Page(html_report(document)).words)
 
 
 def test_what_the_fit_took_is_named_by_its_unit() -> None:

@@ -305,9 +305,16 @@ def test_a_winner_by_a_metric_is_explained_by_it(train: dict[str, Any]) -> None:
     assert "twa was picked by accuracy on the guard split, 0.9000." in text
     assert "0.0616 in accuracy (95 %" in text
     assert "guard accuracy" in text
+    assert "+/- 95 %" not in text
     assert "picked by its loss" not in text
     assert leading_candidates(train, 3)[0]["name"] == "twa"
+    for row in train["candidates"]:
+        row["guard_metric_ci95"] = [0.8, 0.95]
+    assert re.search(r"guard accuracy +\+/- 95 %", train_text(train, width=200))
+    assert "0.0750" in train_text(train, width=200)
     card = model_card(train)
+    assert "guard accuracy, 95 % interval" in card
+    assert "| 0.8000 to 0.9500 |" in card
     assert "picked by accuracy on the guard data" in card
     assert "| candidate | guard accuracy |" in card
 
@@ -618,6 +625,25 @@ def test_the_best_of_one_fit_is_not_shown_beside_the_loss_of_another(
     assert "least loss + ridge 1.4000" in last
 
 
+def test_a_fit_says_how_long_it_may_take(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the newest evaluations, as those of larger samples take longer."""
+    now = [0.0]
+    monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
+    stage = live.Stage(Started("Training", None, "evaluations"))
+    for number in range(1, 31):
+        now[0] += 1.0
+        stage.take(Evaluated(number, 2.0, 2.0, 100 - number))
+    assert stage.figures()[-1] == "at most 1:10 left"
+    assert stage.share == pytest.approx(0.3)
+    for number in range(31, 51):
+        now[0] += 4.0
+        stage.take(Evaluated(number, 2.0, 2.0, 100 - number, growing=True))
+    assert stage.figures()[-1] == "at most 3:20 left with this sample"
+    stage.take(Evaluated(51, 2.0, 2.0, 0))
+    assert "left" not in " ".join(stage.figures())
+    assert "left" not in stage.last_line()
+
+
 def test_a_slow_stage_reports_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [0.0]
     monkeypatch.setattr(live.time, "monotonic", lambda: now[0])
@@ -643,6 +669,21 @@ def test_a_terminal_is_redrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     story(narrator)
     assert "least loss + ridge 0.1818" in file.getvalue()
     assert "\x1b[5m" not in file.getvalue()
+
+
+@pytest.mark.parametrize("width", [80, 100, 200])
+def test_the_line_of_a_fit_is_said_to_its_end(width: int) -> None:
+    console = Console(file=Terminal(), width=width, markup=False)
+    narrator = live.TerminalNarrator(console)
+    narrator(Started("Training twa-tensors", None, "evaluations"))
+    narrator(Evaluated(1, 1.3282, 1.3282, 200))
+    assert narrator.stage is not None
+    narrator.stage._pace = 3600.0
+    line = narrator._draw()
+    assert "loss + ridge 1.3282  at most" in line.plain
+    assert line.plain.endswith("left")
+    assert len(line.plain) <= width
+    assert ("─" in line.plain) is (width > 80)
 
 
 @pytest.mark.parametrize("name", ["dumb", "log", "quiet"])

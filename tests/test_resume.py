@@ -204,7 +204,7 @@ def test_what_else_is_kept_in_the_state_folder_is_not_taken_away(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "header", [b"[]", b'"run"', b"{}", b"\xff\xfe{", b'{"run": {"run": "a"}}\n[]']
+    "header", [b"[]", b'"run"', b"{}", b"\xff\xfe{", b'{"run": 3}', b'{"run": {"run": "a"}}\n[]']
 )
 def test_a_damaged_state_is_forgotten(tmp_path, header):
     chart, function, _ = problem()

@@ -145,7 +145,8 @@ def test_a_metric_that_is_nan_for_some_examples_picks_no_winner(tmp_path) -> Non
     task = LinearTask()
     task.metrics = lambda m, b: {"iou": torch.where(b[0][:, 0] > 0.0, torch.nan, 1.0)}
     save_run(tmp_path / "run", task.states(3))
-    with pytest.raises(TaskError, match=r"metric iou .*\n.*finite.*\n.*9 of 15 values \(number .* of last"):
+    said = r"metric iou .*\n.*finite.*\n.*9 of 15 values \(number .* of last"
+    with pytest.raises(TaskError, match=said):
         merge(
             [tmp_path / "run"],
             task,

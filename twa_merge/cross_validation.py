@@ -30,15 +30,24 @@ def cross_validate(
         path = RidgePath(groups, folds_of(groups, losses), scale_of(losses))
     else:
         path = RidgePath(groups, [])
-    for fold in range(len(path.parts[:folds]) if chart.size else 0):
-        _extend(fits, path, name, _without(fits, chart, before, path, fold), fold)
+    count = len(path.parts[:folds]) if chart.size else 0
+    for fold in range(count):
+        later = (count - fold - 1) * (len(path.ridges) + (before is not None))
+        around = _without(fits, chart, before, path, fold, later + len(path.ridges))
+        _extend(fits, path, name, around, fold, later)
         if folds is None and path.folds >= fewest and path.settled():
             break
     return path
 
 
-def _without(fits: Fits, chart: Chart, before: Fitted | None, path: RidgePath, fold: int) -> Chart:
-    """The chart around what the stage before comes to without the examples of a fold."""
+def _without(
+    fits: Fits, chart: Chart, before: Fitted | None, path: RidgePath, fold: int, later: int
+) -> Chart:
+    """The chart around what the stage before comes to without the examples of a fold.
+
+    Args:
+        later: fits that may follow.
+    """
     if before is None or before.path is None:
         return chart
     ridge = before.path.choice()
@@ -47,15 +56,18 @@ def _without(fits: Fits, chart: Chart, before: Fitted | None, path: RidgePath, f
         stage, train = f"{before.name}/fold{fold}", path.without(fold)
         # The other folds' ends know the examples of this one.
         start = torch.zeros(before.chart.size, dtype=torch.float64)
-        ends.append(fits.minimise(stage, before.chart, train, ridge, start, fits.short).z)
+        ends.append(fits.minimise(stage, before.chart, train, ridge, start, fits.trial(later)).z)
     return chart.around(before.without(fold))
 
 
-def _extend(fits: Fits, path: RidgePath, name: str, chart: Chart, fold: int) -> None:
+def _extend(fits: Fits, path: RidgePath, name: str, chart: Chart, fold: int, later: int) -> None:
     """One more fold: fits with ever weaker ridge, each from the last one's end.
 
     In the first one all ridges become stronger where even the strongest lets the fit go too
     far: of few examples the spread of the losses says little of their unit.
+
+    Args:
+        later: fits that may follow those of this fold.
     """
     train, unseen = path.without(fold), path.parts[fold]
 
@@ -63,7 +75,8 @@ def _extend(fits: Fits, path: RidgePath, name: str, chart: Chart, fold: int) -> 
         path.add(ridge, z, fits.losses(chart.alphas(z), unseen))
 
     def fit(ridge: float, start: Tensor | FitResult) -> FitResult:
-        return fits.minimise(f"{name}/fold{fold}", chart, train, ridge, start, fits.short)
+        effort = fits.trial(later + sum(other < ridge for other in path.ridges))
+        return fits.minimise(f"{name}/fold{fold}", chart, train, ridge, start, effort)
 
     z = torch.zeros(chart.size, dtype=torch.float64)
     add(math.inf, z)

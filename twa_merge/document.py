@@ -157,6 +157,11 @@ def interval(row: Document, key: str) -> tuple[float, float] | None:
     return found[0], found[1]
 
 
+def deciding_interval(row: Document, selected: str | None) -> tuple[float, float] | None:
+    """95 % interval of what the winner was picked by, on the guard split."""
+    return interval(row, "guard_ci95" if selected is None else "guard_metric_ci95")
+
+
 def table_decimals(rows: Sequence[Document], keys: Sequence[str]) -> int:
     """``decimals`` of a table's columns, where the smallest loss has three digits as well."""
     return smallest_decimals([row.get(key) for row in rows for key in keys])

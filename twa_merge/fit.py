@@ -101,7 +101,7 @@ class Fitter(Fits):
             folds: of the cross-validation; None: until its result is settled.
         """
         spent = self.evaluations
-        self.progress(Started(f"Training coefficients ({name})", None, "evaluations"))
+        self.progress(Started(f"Training {name}", None, "evaluations"))
         path: RidgePath | None = None
         ridge = self.config.ridge or 0.0
         if self.config.optimizer != "lbfgs":

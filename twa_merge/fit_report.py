@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn.functional import pad
 
 from . import report
 from .config import as_dict
 from .fitted import Fitted
 from .guard import Improvement, Scored
-from .layout import Blocks
 from .report import coefficient_values, finite
 from .run import Run
 from .sampling import bootstrap_interval
@@ -50,7 +50,7 @@ def fit_document(run: Run, fitted: Sequence[Fitted], verdict: Verdict) -> dict[s
             "guard_examples_used": len(run.jury.guard_sample),
             "test_examples": 0 if run.splits.test is None else len(run.splits.test),  # type: ignore[arg-type]
         },
-        "candidates": [_candidate_row(s, run.n, run.blocks, seed) for s in verdict.shown],
+        "candidates": [_candidate_row(s, run) for s in verdict.shown],
         "other_candidates": [
             {"name": s.name, "guard_loss": finite(float(s.guard.mean()))} for s in verdict.others
         ],
@@ -87,18 +87,18 @@ def _orthogonality_error(run: Run, subspace: Subspace) -> float:
     return orthogonality_error(subspace, grams.stored.sum(0), grams.centre, grams.cross)
 
 
-def _candidate_row(item: Scored, n: int, blocks: Blocks, seed: int) -> dict[str, Any]:
+def _candidate_row(item: Scored, run: Run) -> dict[str, Any]:
     """One candidate of the document; losses that are not finite become None.
 
     Its coefficients are those of the n checkpoints; random directions are in ``coefficients``.
     """
-    low, high = bootstrap_interval(item.guard, seed, item.groups)
+    seed, select = run.choices.data.seed, run.choices.guard.select
     row: dict[str, Any] = {
         "name": item.name,
-        "coefficients": coefficient_values(item.candidate.alphas[:, :n].numpy(), blocks),
+        "coefficients": coefficient_values(item.candidate.alphas[:, : run.n].numpy(), run.blocks),
         "fit_loss": finite(item.fit_loss),
         "guard_loss": finite(float(item.guard.mean())),
-        "guard_ci95": [finite(low), finite(high)],
+        "guard_ci95": _interval(item.guard, item, seed),
         "selection_loss": finite(float(item.evidence("loss").mean())),
         "selection_examples": len(item.guard) + (0 if item.unseen is None else len(item.unseen)),
         "test_loss": finite(item.test_loss),
@@ -108,11 +108,19 @@ def _candidate_row(item: Scored, n: int, blocks: Blocks, seed: int) -> dict[str,
         row["blend_of"] = dict(item.candidate.blend_of)
     if item.metrics:
         row["guard_metrics"] = {k: finite(float(v.mean())) for k, v in item.metrics.items()}
+    if select != "loss":
+        values = item.metrics[select.removeprefix("metric:")]
+        row["guard_metric_ci95"] = _interval(values, item, seed)
     if item.test_metrics:
         row["test_metrics"] = {k: finite(v) for k, v in item.test_metrics.items()}
     if item.batch_norm is not None:
         row["batch_norm"] = item.batch_norm
     return row
+
+
+def _interval(values: Tensor, item: Scored, seed: int) -> list[float | None]:
+    """95 % interval of the mean of values of the guard split, (N,)."""
+    return [finite(end) for end in bootstrap_interval(values, seed, item.groups)]
 
 
 def _improvement_row(found: Improvement) -> dict[str, Any]:

@@ -18,6 +18,10 @@ from .progress import Evaluated, Progress
 from .resume import EvaluationLog
 from .subspace import Chart
 
+# The fit begins with this many examples and takes twice as many as long as that moves it.
+_FIRST_SAMPLE = 256
+# A doubling after which less than this much of the sample would be left takes all there are.
+_ALL_FROM = 1.75
 # Fits that ridges are compared by need to be good enough for that, no more; each begins where the
 # one with a stronger ridge ended. Much shorter ones would not tell how far the last fit goes.
 _SHORT = 12, 3e-4
@@ -25,10 +29,17 @@ _SHORT = 12, 3e-4
 
 @dataclass(frozen=True)
 class Effort:
-    """How far a fit goes: evaluations at most, and the relative decrease that ends it."""
+    """How far a fit goes: evaluations at most, and the relative decrease that ends it.
+
+    Attributes:
+        ahead: evaluations that fits after it may take at most, as far as samples of its size go.
+        growing: whether a larger sample may follow.
+    """
 
     evaluations: int
     tolerance: float
+    ahead: int = 0
+    growing: bool = False
 
 
 @dataclass
@@ -54,17 +65,26 @@ class Fits:
         """Examples that the fit may use."""
         return min(self.batches.size, self.sample or self.batches.size)
 
-    @property
-    def whole(self) -> Effort:
-        """Of the fit that counts."""
-        return Effort(self.config.max_evaluations, self.config.tolerance)
+    def grown(self, size: int = _FIRST_SAMPLE) -> int:
+        """``size``, or all there are where a further doubling would hardly add any."""
+        return size if self.limit > _ALL_FROM * size else self.limit
 
-    @property
-    def short(self) -> Effort:
-        """Of fits that a ridge is chosen by, which go no further than the one that counts."""
+    def whole(self, size: int) -> Effort:
+        """Of the fit that counts, of a sample of this size."""
+        config = self.config
+        return Effort(config.max_evaluations, config.tolerance, growing=size < self.limit)
+
+    def trial(self, later: int = 0) -> Effort:
+        """Of a fit that a ridge is chosen by, which goes no further than the one that counts.
+
+        Args:
+            later: how many more of them may follow, before that one.
+        """
         evaluations, tolerance = _SHORT
-        whole = self.whole
-        return Effort(min(evaluations, whole.evaluations), max(tolerance, whole.tolerance))
+        whole = self.whole(self.grown())
+        evaluations = min(evaluations, whole.evaluations)
+        ahead = later * evaluations + whole.evaluations
+        return Effort(evaluations, max(tolerance, whole.tolerance), ahead, whole.growing)
 
     def losses(self, alphas: Tensor, *parts: Sequence[int]) -> Tensor:
         """Loss (no gradient) of each chosen example of the fit split, (M,) float64.
@@ -105,6 +125,10 @@ class Fits:
         def evaluate(z: Tensor) -> tuple[float, Tensor]:
             return self._evaluate(log_name, chart, chosen, ridge, z)
 
+        def observe(number: int, loss: float, best: float) -> None:
+            left = effort.ahead + effort.evaluations - number
+            self._tell(loss, best, left, growing=effort.growing)
+
         def fit(function: Function) -> FitResult:
             return lbfgs(
                 function,
@@ -112,7 +136,7 @@ class Fits:
                 max_evaluations=effort.evaluations,
                 tolerance=effort.tolerance,
                 ridge=ridge,
-                observe=self._observe,
+                observe=observe,
                 at_start=known,
             )
 
@@ -121,14 +145,16 @@ class Fits:
     def first_order(self, name: str, chart: Chart) -> FitResult:
         """Fits all examples as the paper does, by one of its optimizers."""
         ridge = self.config.ridge or 0.0
+        steps = self.config.epochs * len(self.batches.parts(range(self.limit)))
+
+        def observe(step: int, loss: float, best: float) -> None:
+            self._tell(loss, best, steps - step)
 
         def evaluate(z: Tensor, chosen: Sequence[int]) -> tuple[float, Tensor]:
             return self._evaluate(f"{name}/{chosen[0]}", chart, chosen, ridge, z)
 
         def fit(function: Callable[[Tensor, Sequence[int]], tuple[float, Tensor]]) -> FitResult:
-            return first_order(
-                function, chart, self.batches, self.config, self._observe, self.limit
-            )
+            return first_order(function, chart, self.batches, self.config, observe, self.limit)
 
         return self.engine.world.led(evaluate, fit)
 
@@ -140,6 +166,6 @@ class Fits:
         objective = Objective(self.engine, chart, self.batches, chosen, ridge)
         return self.log.answer(name, chart, objective, chosen)(z)
 
-    def _observe(self, number: int, loss: float, best: float) -> None:
+    def _tell(self, loss: float, best: float, left: int, *, growing: bool = False) -> None:
         self._number += 1
-        self.progress(Evaluated(self._number, loss, best))
+        self.progress(Evaluated(self._number, loss, best, left, growing))

@@ -14,10 +14,6 @@ from .ridge import TIE, much_alike, weaker_than
 from .sampling import paired
 from .subspace import Chart
 
-_FIRST_SAMPLE = 256
-# A last doubling that would add less than this much of the sample takes all there are.
-_ALL_FROM = 1.75
-
 
 def grow(
     fits: Fits, name: str, chart: Chart, ridge: float, *, weaker: bool
@@ -30,19 +26,20 @@ def grow(
     Returns:
         The last fit and the number of examples it used.
     """
-    size = _grown(fits, _FIRST_SAMPLE)
+    size = fits.grown()
     # Not where the ridge's path ended: its short fits amplify rounding errors.
     start = torch.zeros(chart.size, dtype=torch.float64)
-    result, moved = fits.minimise(name, chart, range(size), ridge, start, fits.whole), True
+    result = fits.minimise(name, chart, range(size), ridge, start, fits.whole(size))
+    moved = True
     while size < fits.limit and math.isfinite(result.loss):
-        larger, found = _grown(fits, 2 * size), result
+        larger, found = fits.grown(2 * size), result
         if weaker:
             found = _weakened(fits, name, chart, range(size), range(size, larger), result)
             ridge = float(f"{found.ridge * size / larger:.3g}")
         if not moved and found is result:
             break
         size = larger
-        result = fits.minimise(name, chart, range(size), ridge, found.z, fits.whole)
+        result = fits.minimise(name, chart, range(size), ridge, found.z, fits.whole(size))
         moved = _still_moves(fits, chart, found.z, result.z, range(size))
     return result, size
 
@@ -62,7 +59,7 @@ def _weakened(
     groups = fits.batches.groups(fresh)[unseen]
     least = TIE * abs(float(base[base.isfinite()].mean()))
     while len(unseen):
-        other = fits.minimise(name, chart, known, weaker_than(result.ridge), result, fits.short)
+        other = fits.minimise(name, chart, known, weaker_than(result.ridge), result, fits.trial())
         others = fits.losses(chart.alphas(other.z), fresh)
         gain, error = paired(losses[unseen], others[unseen], groups)
         if not gain > max(error, least):
@@ -78,11 +75,6 @@ def _unlike(fits: Fits, losses: Tensor, known: range, fresh: range) -> Tensor:
         return torch.arange(len(fresh))
     told = torch.isin(groups, fits.batches.groups(known))
     return (~told).nonzero().flatten()
-
-
-def _grown(fits: Fits, size: int) -> int:
-    """``size``, or all there are where a further doubling would hardly add any."""
-    return size if fits.limit > _ALL_FROM * size else fits.limit
 
 
 def _still_moves(fits: Fits, chart: Chart, old: Tensor, new: Tensor, chosen: Sequence[int]) -> bool:

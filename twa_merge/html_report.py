@@ -11,9 +11,9 @@ from .document import (
     Document,
     checkpoint_labels,
     coefficient_note,
+    deciding_interval,
     examples,
     folder_name,
-    interval,
     leading_candidates,
     loss_columns,
     metric,
@@ -173,11 +173,10 @@ def _candidates(document: Document) -> str:
 def _drawn(row: Document, selected: str | None) -> Document:
     """What the chart shows of a candidate: the loss, or the metric that decided."""
     if selected is None:
-        guard, test, ends = row.get("guard_loss"), row.get("test_loss"), interval(row, "guard_ci95")
+        guard, test = row.get("guard_loss"), row.get("test_loss")
     else:
-        # The document has no interval of a metric.
         guard, test = (metric_of(row, ("", f"{s}_metrics", selected)) for s in ("guard", "test"))
-        ends = None
+    ends = deciding_interval(row, selected)
     return {"name": _short(str(row["name"])), "guard": guard, "test": test, "ci95": ends}
 
 
@@ -237,15 +236,17 @@ def _tables(document: Document) -> str:
     places = table_decimals(rows, keys)
     metrics = metric_columns(rows, "guard_metrics", "test_metrics")
     metric_places = [metric_decimals(rows, column) for column in metrics]
-    chosen = written_name(document)
+    chosen, selected = written_name(document), metric(document)
+    measure = f"guard {selected}" if selected else "guard loss"
+    interval_places = metric_decimals(rows, ("", "guard_metrics", selected)) if selected else places
     body = []
     for row in leading_candidates(document, len(rows)):
         cells = [str(row["name"]), *(cell(row.get(key), places) for key in keys)]
-        cells += [span(interval(row, "guard_ci95"), places)]
+        cells += [span(deciding_interval(row, selected), interval_places)]
         cells += [cell(metric_of(row, c), d) for c, d in zip(metrics, metric_places, strict=True)]
         cells += [f"{row['cost']:g}" if is_finite(row.get("cost")) else ""]
         body.append((row["name"] == chosen, cells))
-    head = ["candidate", *(k.replace("_", " ") for k in keys), "guard, 95 %"]
+    head = ["candidate", *(k.replace("_", " ") for k in keys), f"{measure}, 95 %"]
     head += [*(heading for heading, _, _ in metrics), "cost, passes over the fit data"]
     others = [
         (False, [str(row["name"]), cell(row.get("guard_loss"), places)])

@@ -11,9 +11,9 @@ from .document import (
     Document,
     checkpoint_labels,
     coefficient_note,
+    deciding_interval,
     examples,
     guard_metric,
-    interval,
     leading_candidates,
     loss_columns,
     metric,
@@ -89,7 +89,7 @@ def _candidates(document: Document) -> str:
             "candidate",
             *([f"guard {_text(selected)}"] if selected else []),
             *(key.replace("_", " ") for key in keys),
-            "guard loss, 95 % interval",
+            f"guard {_text(selected or 'loss')}, 95 % interval",
         ]
     ]
     for row in rows:
@@ -100,7 +100,7 @@ def _candidates(document: Document) -> str:
                 f"**{name}**" if chosen else name,
                 *([cell(guard_metric(row, selected), metric_places)] if selected else []),
                 *(cell(row.get(key), places) for key in keys),
-                span(interval(row, "guard_ci95"), places),
+                span(deciding_interval(row, selected), metric_places if selected else places),
             ]
         )
     return (

@@ -24,11 +24,18 @@ class Advanced:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The fit evaluated its objective once more."""
+    """The fit evaluated its objective once more.
+
+    Attributes:
+        left: evaluations that the stage may still take with samples of this size, at most.
+        growing: whether a larger sample may follow.
+    """
 
     number: int
     loss: float
     best: float
+    left: int | None = None
+    growing: bool = False
 
 
 @dataclass(frozen=True)

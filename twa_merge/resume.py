@@ -138,6 +138,8 @@ class EvaluationLog:
             expected = _COLUMNS if records else _HEADER
             if not (isinstance(record, dict) and record.keys() >= expected):
                 break
+            if not (records or isinstance(record["run"], dict)):
+                break
             records.append(record)
         return records
 
