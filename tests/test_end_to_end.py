@@ -80,15 +80,20 @@ def test_candidates_are_compared_as_written_whatever_the_store(tmp_path):
         weight[0, 0] += 2
         states.append({"weight": weight, "bias": torch.zeros(1)})
     save_run(tmp_path / "run", states)
-    losses = {}
+    losses, of_all = {}, {}
     for store in (StoreConfig("disk"), StoreConfig("device", "int1")):
         document = merge([tmp_path / "run"], Wide(), tmp_path / f"{store.kind}", store=store)
         rows = document["candidates"] + document["other_candidates"]
         losses[store.kind] = {c["name"]: c["guard_loss"] for c in rows}
+        known = document["data"]["guard_examples"] + document["data"]["fit_examples"]
+        assert all(c["selection_examples"] == known for c in document["candidates"])
+        of_all[store.kind] = {c["name"]: c["selection_loss"] for c in document["candidates"]}
     # Which single checkpoint is the best one depends on more than the guard split.
     fixed = {"last", "uniform", "single:1", "single:2", "single:3"} & set(losses["disk"])
     for name in fixed & set(losses["device"]):
         assert abs(losses["device"][name] / losses["disk"][name] - 1) < 1e-5, name
+    for name in fixed & set(of_all["device"]) & set(of_all["disk"]):
+        assert abs(of_all["device"][name] / of_all["disk"][name] - 1) < 1e-5, name
 
 
 @pytest.mark.usefixtures("undrawn")

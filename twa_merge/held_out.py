@@ -56,9 +56,8 @@ class HeldOut:
 
     def __init__(self, run: Run, fitted: Sequence[Fitted], soups: Soups | None) -> None:
         self._fitter, self._jury = run.fitter, run.jury
-        # A metric other than the loss is known on the guard split alone, and so are exact losses
-        # where the fit's store rounds.
-        known = run.choices.guard.select == "loss" and run.jury.engine is run.engine
+        # A metric other than the loss is known on the guard split alone.
+        known = run.choices.guard.select == "loss"
         whole, *by_block = fitted
         last = fitted[-1].path if known else None
         self.parts = last.parts[: last.folds] if last else []
@@ -76,6 +75,9 @@ class HeldOut:
             assert stage.path is not None
             self._alphas[stage.name] = [stage.without(k, whole) for k in folds]
             self._losses[stage.name] = torch.cat(stage.path.losses[stage.path.choice()])
+        if run.jury.engine is not run.engine:
+            # These are of what the fit's store rounds.
+            self._losses.clear()
         if soups:
             self._alphas["greedy"] = [soups.without(part).alphas for part in self.parts]
 
@@ -122,6 +124,8 @@ class HeldOut:
 
     def _losses_of(self, alphas: Tensor, mode: str | None, *parts: Sequence[int]) -> Tensor:
         """With batch norm as it would be written: the fit's own losses normalise by the batch."""
-        if mode is None:
-            return self._fitter.losses(alphas, *parts)
-        return self._jury.losses(alphas, mode, *parts)
+        if mode is not None:
+            return self._jury.losses(alphas, mode, *parts)
+        engine, batches = self._jury.engine, self._fitter.batches
+        engine.set_weights(alphas)
+        return torch.cat([engine.example_losses(batches, p, by_batch=True)[0] for p in parts])
