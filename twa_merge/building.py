@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Collection, Container, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
@@ -96,13 +96,27 @@ def _on_meta(build_model: Callable[[], nn.Module], layout: Layout) -> nn.Module:
     module = build_model()
     if not isinstance(module, nn.Module) or isinstance(module, torch.jit.ScriptModule):
         return module
+    drop_numbers(module)
+    return module
+
+
+def drop_numbers(module: nn.Module) -> None:
+    """Takes the parameters of a module that has been built to the meta device."""
     require_registered(module)
     known: dict[nn.Parameter, nn.Parameter] = {}
     for part in module.modules():
         for name, own in part._parameters.items():
             if own is not None:
                 part._parameters[name] = known.setdefault(own, _without_numbers(own))
-    return module
+
+
+def keep_as_built(module: nn.Module, names: Collection[str]) -> None:
+    """Makes buffers of parameters, for what is neither loaded, nor trained, nor sharded."""
+    for path, part in module.named_modules():
+        for name, own in list(part._parameters.items()):
+            if own is not None and (f"{path}.{name}" if path else name) in names:
+                del part._parameters[name]
+                part.register_buffer(name, own.detach(), persistent=False)
 
 
 def _unsaved(module: nn.Module, layout: Layout) -> list[Any]:
@@ -188,6 +202,15 @@ def widen(module: nn.Module, averaged: Container[str]) -> None:
             tensor.data = torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device).copy_(
                 tensor.data
             )
+
+
+def narrow(module: nn.Module, names: Collection[str]) -> None:
+    """Buffers that were parameters, in bfloat16 as FSDP2 makes those; not of batch norm."""
+    for path, part in module.named_modules():
+        for name, buffer in part._buffers.items():
+            own = f"{path}.{name}" if path else name
+            if buffer is not None and own in names and not isinstance(part, _BatchNorm):
+                part._buffers[name] = buffer.bfloat16() if buffer.is_floating_point() else buffer
 
 
 @contextmanager

@@ -94,6 +94,20 @@ def _missing(module: nn.Module, names: Mapping[str, str]) -> list[str]:
     return [name for name, p in parameters.items() if id(p) not in covered]
 
 
+def frozen_and_unsaved(module: nn.Module, names: Mapping[str, str]) -> list[str]:
+    """Parameters that the checkpoints lack, if all of them are frozen, unlike others.
+
+    Runs that train a part of a model (adapters, a head) may save no more than that.
+
+    Args:
+        names: checkpoint tensor → name in the module.
+    """
+    parameters = dict(module.named_parameters(remove_duplicate=False))
+    trained = {name for name, parameter in parameters.items() if parameter.requires_grad}
+    missing = _missing(module, names)
+    return missing if trained and trained.isdisjoint(missing) else []
+
+
 def _require_one(
     module: nn.Module, layout: Layout, best: Mapping[str, str], guesses: Sequence[Mapping[str, str]]
 ) -> None:
@@ -159,9 +173,10 @@ def require_cover(module: nn.Module, names: Mapping[str, str], layout: Layout) -
             tensor=listing(missing),
             expected=f"every parameter in the checkpoints, e.g. {next(iter(layout.entries))}",
             found=f"{len(missing)} of {len(parameters)} parameters missing",
-            remedy="give the architecture that was trained; where transformers fuses tensors as it "
-            "loads them (mixtures of experts), save the checkpoints once more with "
-            "save_pretrained(..., save_original_format=False)",
+            remedy="give the architecture that was trained; if what is missing was never trained, "
+            "let build_model() load it and freeze it (requires_grad_(False)); where transformers "
+            "fuses tensors as it loads them (mixtures of experts), save the checkpoints once more "
+            "with save_pretrained(..., save_original_format=False)",
         )
     buffers = dict(module.named_buffers(remove_duplicate=False))
     for name, own in names.items():

@@ -13,14 +13,22 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
-from .building import build_module, make_buffers, require_registered, widen
+from .building import (
+    build_module,
+    drop_numbers,
+    keep_as_built,
+    make_buffers,
+    narrow,
+    require_registered,
+    widen,
+)
 from .checkpoints.base import Checkpoint
 from .distributed import World, is_sharded, local_rows
 from .dtypes import Dtype
 from .errors import TaskError
 from .gradient_sums import GradientSums
 from .layout import Entry, Layout, require_tensors_alone
-from .matching import extra_states, match_names, renamed_by, require_cover
+from .matching import extra_states, frozen_and_unsaved, match_names, renamed_by, require_cover
 from .sharding import Sharded, checkpoint_activations, in_one_piece, shard
 from .task import Task
 from .tensors import tensor_rows, torch_dtype
@@ -36,6 +44,7 @@ class LiveModel:
     Attributes:
         module: in evaluation mode, float parameters in float32.
         names: checkpoint tensor → name in the module; tensors the module lacks are left out.
+        as_built: frozen parameters that the checkpoints lack.
         states_as_built: extra states that the module would take and the checkpoints lack.
         unlike: tensors saved as floats that the module keeps as whole numbers or booleans, such as
             counters of a state dict that was halved as a whole: it has the newest checkpoint's.
@@ -52,10 +61,12 @@ class LiveModel:
         *,
         whole: Sharded | None = None,
         gathered_once: bool = False,
+        as_built: Sequence[str] = (),
         states_as_built: Sequence[str] = (),
         unlike: Collection[str] = (),
     ) -> None:
         self.module = module
+        self.as_built = tuple(as_built)
         self.states_as_built = tuple(states_as_built)
         self.unlike = frozenset(unlike)
         self.small_batches = False
@@ -234,7 +245,8 @@ def build(
     """Builds the task's model on this rank's device, without weights.
 
     With several processes it is built on the meta device and sharded by FSDP2 before any memory
-    is taken. Tensors that are not averaged come from ``newest``.
+    is taken. Tensors that are not averaged come from ``newest``. Frozen parameters that no
+    checkpoint holds stay as they are built, whole on every rank.
 
     Raises:
         TaskError: the model cannot be built, or lacks or adds parameters.
@@ -245,8 +257,14 @@ def build(
     module = build_module(task, layout, meta=meta)
     if meta:
         make_buffers(module, layout)
-    own_states = extra_states(module)
     names = match_names(module, layout, renamed_by(task, module, layout))
+    as_built = frozen_and_unsaved(module, names)
+    if as_built and meta:
+        module = build_module(task, layout, meta=False)
+    keep_as_built(module, as_built)
+    if as_built and meta:
+        drop_numbers(module)
+    own_states = extra_states(module)
     states = {name: own for name, own in names.items() if own in own_states}
     require_tensors_alone(layout, states)
     names = {name: own for name, own in names.items() if name not in states}
@@ -254,6 +272,8 @@ def build(
     unlike = {name: own for name, own in names.items() if _is_unlike(module, own, layout[name])}
     names = {name: own for name, own in names.items() if name not in unlike}
     widen(module, {own for name, own in names.items() if layout[name].averaged})
+    if precision == "bf16":
+        narrow(module, as_built)
     if activation_checkpointing:
         checkpoint_activations(module, task)
     if not meta and precision == "fp32" and world.device.type == "cpu":
@@ -275,6 +295,7 @@ def build(
         _gradient_sums(module, whole, world),
         whole=whole,
         gathered_once=once,
+        as_built=as_built,
         states_as_built=[own for own in own_states if own not in states.values()],
         unlike=unlike,
     )

@@ -252,6 +252,13 @@ def note_strangers(live: LiveModel, layout: Layout, progress: Progress) -> None:
                 f"the task's model; they are left out: {listing(layout.extra_states)}."
             )
         )
+    if live.as_built:
+        progress(
+            Noted(
+                "The checkpoints lack parameters that the task's model has frozen; they stay as "
+                f"build_model() leaves them: {listing(live.as_built)}."
+            )
+        )
     if live.states_as_built:
         progress(
             Noted(
