@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from twa_merge.errors import NoImprovement
+
 from .console import is_rank_zero, make_console, stdout_to_stderr, write_json
 
 if TYPE_CHECKING:
@@ -75,8 +77,14 @@ def execute(
     """
     from .live import live_progress
 
-    with stdout_to_stderr(as_json), live_progress(make_console(stderr=True)) as progress:
-        document = work(progress)
+    try:
+        with stdout_to_stderr(as_json), live_progress(make_console(stderr=True)) as progress:
+            document = work(progress)
+    except NoImprovement as error:
+        # What a pipeline bases its own decision on.
+        if as_json and error.document is not None:
+            write_json(error.document)
+        raise
     if as_json:
         write_json(document)
     elif is_rank_zero():

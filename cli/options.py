@@ -298,7 +298,7 @@ def launch_options(function: Function) -> Function:
         Launch,
         {
             "Memory and speed": [
-                opt("nproc", "--nproc", "Processes on this machine.", type=click.IntRange(1),
+                opt("nproc", "--nproc", "Processes on this machine.", type=click.IntRange(1, 1024),
                     default=1, show_default=True),
                 opt("max_restarts", "--max-restarts", "After a process died.",
                     type=click.IntRange(0), default=0),

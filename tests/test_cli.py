@@ -159,6 +159,7 @@ def test_every_command_has_help_with_an_example(
         [*TRAIN, "--optimizer", "sgd", "--lr", "0"],
         [*TRAIN, "--optimizer", "sgd", "--momentum", "1"],
         [*TRAIN, "--nproc", "0"],
+        [*TRAIN, "--nproc", "1000000"],
         ["eval", "run", "--task", "t", "--gather", "model"],
         ["eval", "run", "--task", "t", "--activation-checkpointing"],
         [*TRAIN, "--data", "a.txt", "--data", "b.txt"],
@@ -376,9 +377,17 @@ def test_a_user_error_is_told_without_a_traceback(
     ]
 
 
-def test_no_improvement_exits_with_3(library: Callable[..., list[dict[str, Any]]]) -> None:
-    library(raising(NoImprovement("Nothing beat the best single checkpoint.")))
+def test_no_improvement_exits_with_3(
+    library: Callable[..., list[dict[str, Any]]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    refusal = NoImprovement("Nothing beat the best single checkpoint.")
+    library(raising(refusal))
     assert run(cli, TRAIN) == 3
+    refusal.document = {"chosen": "last"}
+    assert run(cli, TRAIN) == 3
+    assert capsys.readouterr().out == ""
+    assert run(cli, [*TRAIN, "--json"]) == 3
+    assert json.loads(capsys.readouterr().out) == {"chosen": "last"}
 
 
 @pytest.mark.parametrize("error", [ValueError("a bug\nmore"), EOFError(), SystemExit(7)])

@@ -53,6 +53,13 @@ def test_values_of_a_wrong_type_are_refused(
     assert caught.value.details["found"] == repr(value)
 
 
+@pytest.mark.parametrize("given", [{"fit": {"ridge": 1.0}}, {"guard": "quick"}])
+def test_choices_of_another_class_are_refused(given: dict[str, object], tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="of another class") as caught:
+        merge([tmp_path / "run"], LinearTask(), tmp_path / "out", **given)
+    assert caught.value.details["expected"] in ("FitConfig", "GuardConfig")
+
+
 def test_numbers_of_every_library_are_numbers() -> None:
     assert DataConfig(batch_size=np.int64(4), guard_fraction=np.float32(0.5)).batch_size == 4
     assert FitConfig(ridge=1, tolerance=0).ridge == 1

@@ -268,6 +268,10 @@ def test_a_merge_that_is_not_certainly_better_is_named(tmp_path, examples, said)
     with pytest.raises(NoImprovement, match="What was picked, twa, is not certainly") as caught:
         merge([tmp_path / "run"], task, tmp_path / "merged", guard=guard)
     assert re.search(rf"twa: \S+ \[\S+, \S+\]{said}\n", str(caught.value))
+    # For who wants to decide by other figures.
+    found = caught.value.document
+    assert (found["chosen"], found["written"]) == ("twa", False)
+    assert found["improvement"]["certain"] is False
 
 
 class CountsHits(LinearTask):
@@ -328,6 +332,15 @@ def test_two_checkpoints_duplicates_and_frozen_tensors_do_no_harm(tmp_path):
     assert document["subspace"]["rank"] == 1
     document = merge([tmp_path / "run"], task, tmp_path / "o2", selection=Selection(last=2))
     assert len(document["checkpoints"]) == 2
+
+
+def test_a_line_of_checkpoints_has_no_plane(tmp_path):
+    task, _, run, out = make(tmp_path, n=2)
+    said = []
+    merge([run], task, out, progress=said.append, **QUICK)
+    notes = [event.text for event in said if isinstance(event, Noted)]
+    assert any("no landscape: fewer than two of the directions" in note for note in notes)
+    assert "The plane of the checkpoints" not in (out / "report.html").read_text()
 
 
 def test_one_checkpoint_is_a_clear_error(tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import get_type_hints
 
 from .candidates import BY_BLOCK, parse_families
 from .checkpoints.base import Checkpoint
@@ -35,6 +36,17 @@ class Choices:
     store: StoreConfig = field(default_factory=StoreConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     out: OutputConfig = field(default_factory=OutputConfig)
+
+    def __post_init__(self) -> None:
+        """Raises ConfigError where one is of another class."""
+        for name, kind in get_type_hints(type(self)).items():
+            given = getattr(self, name)
+            if not isinstance(given, kind):
+                raise ConfigError(
+                    f"The choices of {name} are of another class.",
+                    expected=kind.__name__,
+                    found=repr(given),
+                )
 
 
 def require_compatible(fit: FitConfig, candidates: str) -> None:

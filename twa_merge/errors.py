@@ -6,8 +6,9 @@ and what to do. The command line prints them and exits with ``exit_code``.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from os import PathLike
+from typing import Any
 
 
 class TwaMergeError(Exception):
@@ -69,9 +70,14 @@ class OutputError(TwaMergeError):
 
 
 class NoImprovement(TwaMergeError):
-    """Nothing beat the best single checkpoint although ``require_improvement`` was set."""
+    """Nothing beat the best single checkpoint although ``require_improvement`` was set.
+
+    Attributes:
+        document: that would have been written, as ``twa_merge.json``, had it been asked for less.
+    """
 
     exit_code = 3
+    document: Mapping[str, Any] | None = None
 
 
 def listing(names: Iterable[str], limit: int = 5) -> str:

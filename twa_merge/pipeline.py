@@ -147,7 +147,9 @@ def merge(
     document |= record(names)
     if choices.guard.require_improvement and not verdict.over_single.certain:
         log.remove()
-        raise _no_improvement(run, verdict)
+        refusal = _no_improvement(run, verdict)
+        refusal.document = document | {"written": False, "timings": clock.rounded()}
+        raise refusal
     with clock.part("report"):
         documents = _documents(run, document, fitted, verdict)
     with clock.part("write"):
@@ -264,7 +266,11 @@ def _plane(run: Run, fitted: Sequence[Fitted], verdict: Verdict) -> dict[str, An
         )
         return None
     try:
-        return landscape(run.fitter, fitted[0], verdict.shown, run.progress)
+        plane = landscape(run.fitter, fitted[0], verdict.shown, run.progress)
+        if plane is None:
+            why = "fewer than two of the directions that were trained lie between checkpoints"
+            run.progress(Noted(f"The report has no landscape: {why}."))
+        return plane
     except TaskError as error:
         # Of several processes one alone may have met it: the others wait for it.
         if run.world.size > 1:

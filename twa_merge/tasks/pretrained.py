@@ -51,8 +51,10 @@ def load_config(source: str | None, near: Sequence[Path], trust_remote_code: boo
             checkpoint=near[0],
             expected="checkpoints of whole models",
             found="adapter_config.json",
-            remedy="choose coefficients yourself, with twa-merge average; or save whole models, "
-            "with PEFT's merge_and_unload(), and merge those",
+            remedy="write a task whose build_model() gives the whole model, all but the adapters "
+            "frozen, and whose model_names() says which tensor is which; or save whole models, "
+            "with PEFT's merge_and_unload(), and merge those; or choose coefficients yourself, "
+            "with twa-merge average",
         )
     source = source or _having(near, ("config.json",))
     if source is None:
