@@ -24,10 +24,13 @@ class Plan:
     nodes: int
     gpu_memory: int | None
     gather: str
+    store: str
+    store_dtype: str
 
     @property
     def asked(self) -> bool:
-        return self.plan or self.gpus is not None or self.gpu_memory is not None or self.nodes > 1
+        on_what = self.gpus is not None or self.gpu_memory is not None or self.nodes > 1
+        return self.plan or on_what or (self.store, self.store_dtype) != ("auto", "auto")
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -36,6 +39,8 @@ class Plan:
             "nodes": self.nodes,
             "gpu_memory": self.gpu_memory,
             "gather": self.gather,
+            "store": self.store,
+            "store_dtype": self.store_dtype,
         }
 
 
@@ -54,6 +59,10 @@ plan_options = group(
                 metavar="SIZE"),
             opt("gather", "--gather", "As `train` would.", type=click.Choice(config.GATHERS),
                 default="auto", show_default=True),
+            opt("store", "--store", "As `train` would.", type=click.Choice(config.STORES),
+                default="auto", show_default=True),
+            opt("store_dtype", "--store-dtype", "As `train` would.",
+                type=click.Choice(config.STORE_DTYPES), default="auto", show_default=True),
         ]
     },
 )  # fmt: skip

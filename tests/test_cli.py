@@ -321,10 +321,12 @@ def test_the_plan_reaches_the_library(library: Callable[..., list[dict[str, Any]
     )
     assert run(cli, ["inspect", "r", "--gpu-memory", "1.5GiB", "--json"]) == 0
     assert run(cli, ["inspect", "r", "--json"]) == 0
-    rest = {"nodes": 1, "gather": "auto"}
+    assert run(cli, ["inspect", "r", "--store-dtype", "int8", "--json"]) == 0
+    rest = {"nodes": 1, "gather": "auto", "store": "auto", "store_dtype": "auto"}
     assert calls[0]["plan"] == {"gpus": 8, "gpu_memory": 80_000_000_000, **rest}
     assert calls[1]["plan"] == {"gpus": 1, "gpu_memory": 3 << 29, **rest}
     assert "plan" not in calls[2]
+    assert calls[3]["plan"]["store_dtype"] == "int8"
 
 
 def test_a_plan_without_gpus_named_is_for_one_a_process(

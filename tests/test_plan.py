@@ -302,6 +302,9 @@ def test_inspect_plans_for_gpus_for_this_cpu_and_for_a_gathered_model(tmp_path):
         plan = inspect([tmp_path / "run"], plan=wanted)["plan"]
         return {place: plan[f"{place} bytes per process"] for place in ("device", "host")}
 
+    wanted = {"gpus": 2, "store": "host", "store_dtype": "int4"}
+    packed = inspect([tmp_path / "run"], plan=wanted)["plan"]
+    assert (packed["store"], packed["store dtype"]) == ("host", "int4")
     # Evaluations, candidates, and the report's picture of the loss.
     little = inspect([tmp_path / "run"], plan={"gpus": 1, "gpu_memory": 1})["plan"]
     work = Work()

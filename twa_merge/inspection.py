@@ -28,8 +28,9 @@ def inspect(
 
     Args:
         plan: ``gpus`` altogether (0 or None for this run's processes on CPUs), ``nodes`` that they
-            are on (one unless given), ``gpu_memory`` of one in bytes, and ``gather`` (``auto``,
-            ``layer`` or ``model``): adds what training would take on them.
+            are on (one unless given), ``gpu_memory`` of one in bytes, and ``gather``, ``store`` and
+            ``store_dtype`` as ``EngineConfig`` and ``StoreConfig`` have them: adds what training
+            would take on them.
 
     Raises:
         CheckpointError: a checkpoint cannot be read, or a number is not finite.
@@ -80,7 +81,8 @@ def _plan(layout: Layout, n: int, wanted: Mapping[str, Any]) -> dict[str, Any]:
     else:
         machine = this_machine(start("cpu"))
     pictures = GRID**2 if can_draw() else 0
-    store, engine = StoreConfig(), EngineConfig(gather=wanted.get("gather", "auto"))
+    engine = EngineConfig(gather=wanted.get("gather", "auto"))
+    store = StoreConfig(wanted.get("store", "auto"), wanted.get("store_dtype", "auto"))
     gather = gathering(layout, n, machine, store, engine)
     work = Work(whole_model=gather == "model", pictures=pictures)
     found = memory_plan(layout, n, machine, store, work=work)
