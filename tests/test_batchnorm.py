@@ -188,6 +188,37 @@ def test_a_checkpoint_keeps_its_own_statistics_whatever_means_take(tmp_path, bat
     assert losses["average"] == losses[batch_norm]
 
 
+def test_statistics_that_no_checkpoint_holds_stay_as_they_are_built(tmp_path):
+    """They cannot be written: nothing may be judged with others."""
+
+    def build():
+        return nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 4), nn.BatchNorm1d(4))
+
+    task = Task(build, examples=200)
+    trained(tmp_path / "whole", task)
+    states = [
+        {k: v for k, v in load_file(path).items() if not k.startswith(("1.running", "1.num"))}
+        for path in sorted((tmp_path / "whole").rglob("*.safetensors"))
+    ]
+    save_run(tmp_path / "run", states)
+    said = []
+    settled = GuardConfig(batch_norm="reestimate")
+    document = merge(
+        [tmp_path / "run"], task, tmp_path / "out", guard=settled, progress=said.append
+    )
+    notes = [event.text for event in said if isinstance(event, Noted)]
+    assert any("running statistics of batch norm in 1;" in note for note in notes)
+    guard = split(task, 0.25, 0).guard
+    x, y = (torch.stack(column) for column in zip(*guard, strict=True))
+    model, written = build().eval(), load_file(tmp_path / "out" / "model.safetensors")
+    for name, state in (("last", states[-1]), (document["chosen"], written)):
+        model.load_state_dict(build().state_dict() | state)
+        with torch.no_grad():
+            expected = float(task.loss(model, (x, y)).double().mean())
+        row = next(row for row in document["candidates"] if row["name"] == name)
+        assert row["guard_loss"] == pytest.approx(expected, rel=1e-5)
+
+
 def test_averaging_tells_that_a_report_had_statistics_of_data(tmp_path):
     task = Task(lambda: nn.Sequential(nn.Linear(6, 4), nn.BatchNorm1d(4), nn.Linear(4, 4)))
     trained(tmp_path / "run", task)

@@ -23,19 +23,30 @@ def has_batch_norm(module: nn.Module) -> bool:
     return bool(_norms(module))
 
 
-def leave_frozen(live: LiveModel, checkpoints: Sequence[Checkpoint]) -> None:
+def leave_frozen(live: LiveModel, checkpoints: Sequence[Checkpoint]) -> list[str]:
     """Leaves batch norm that was frozen in training in evaluation mode, in the fit as well.
 
-    It is told by running statistics that are the same in all checkpoints.
+    It is told by running statistics that are the same in all checkpoints; or that none of them
+    holds, so that others could not be written.
+
+    Returns:
+        The layers whose statistics no checkpoint holds.
     """
     saved = {own: name for name, own in live.names.items()}
+    paths: dict[_BatchNorm, list[str]] = {}
     for path, m in live.module.named_modules(remove_duplicate=False):
-        if not isinstance(m, _BatchNorm):
-            continue
-        names = [saved.get(f"{path}.{kind}".lstrip(".")) for kind in _STATISTICS]
-        if all(name is not None and _is_constant(checkpoints, name) for name in names):
+        if isinstance(m, _BatchNorm) and m.running_mean is not None:
+            paths.setdefault(m, []).append(path)
+    unsaved = []
+    for m, under in paths.items():
+        owns = [f"{path}.{kind}".lstrip(".") for path in under for kind in _STATISTICS]
+        names = [saved[own] for own in owns if own in saved]
+        if all(_is_constant(checkpoints, name) for name in names):
             # What is kept is used all the same.
             m.track_running_stats = False
+        if not names:
+            unsaved.append(under[0])
+    return unsaved
 
 
 @torch.no_grad()

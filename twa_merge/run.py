@@ -101,7 +101,13 @@ def set_up(
             gather=gather,
         )
     note_strangers(live, layout, progress)
-    leave_frozen(live, checkpoints)
+    if unsaved := leave_frozen(live, checkpoints):
+        progress(
+            Noted(
+                f"The checkpoints lack running statistics of batch norm in {listing(unsaved)}; "
+                "they stay as build_model() leaves them."
+            )
+        )
     blocks = _blocks(live, layout, choices.fit)
     shared = {name: live.is_shared(name) for name in layout.averaged}
     store = make_store(
