@@ -91,7 +91,7 @@ class Stage:
     def _time_left(self) -> list[str]:
         if self.evaluated is not None and self.evaluated.left:
             sample = " with this sample" if self.evaluated.growing else ""
-            return [f"at most {duration(self._pace * self.evaluated.left)} left{sample}"]
+            return [f"up to about {duration(self._pace * self.evaluated.left)} left{sample}"]
         if self.total and self.share and self.done:
             return [f"{duration(self.seconds * (1 / self.share - 1))} left"]
         return []

@@ -7,9 +7,11 @@ import pytest
 import torch
 from adapted_task import Adapters
 from launches import assert_same_tensors, document, here, in_turn
+from runs import save_run
 from safetensors.torch import load_file
 
 from twa_merge import evaluate, merge
+from twa_merge.config import FitConfig
 from twa_merge.errors import TaskError
 from twa_merge.progress import Noted
 
@@ -77,3 +79,32 @@ def test_what_stays_as_it_was_built_is_told_and_has_to_be_frozen(merged, tmp_pat
         with pytest.raises(TaskError, match="parameters that the checkpoints lack") as caught:
             merge([merged / "run"], Thawed(), tmp_path / "other")
         assert "freeze it" in caught.value.details["what to do"]
+
+
+class Wide(Adapters):
+    """Built in float64, and looks for the type of parameters that are all frozen."""
+
+    def build_model(self):
+        return super().build_model().double()
+
+    def loss(self, model, batch):
+        x, y = batch
+        assert next(model[0].base.parameters()).dtype is torch.float32
+        return super().loss(model, (x, y))
+
+
+def test_frozen_parameters_are_parameters_in_float32(merged, tmp_path):
+    plain, wide = (
+        merge([merged / "run"], task, tmp_path / type(task).__name__, fit=FitConfig(ridge=0.01))
+        for task in (Adapters(), Wide())
+    )
+    losses = [{r["name"]: r["guard_loss"] for r in d["candidates"]} for d in (plain, wide)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_two_networks_with_one_frozen_part_are_not_guessed_between(merged, tmp_path):
+    states = [load_file(path) for path in sorted((merged / "run").rglob("*.safetensors"))]
+    both = [{f"{n}.{k}": v.clone() for n in ("net", "ema") for k, v in s.items()} for s in states]
+    save_run(tmp_path / "run", both)
+    with pytest.raises(TaskError, match="hold the task's model more than once"):
+        merge([tmp_path / "run"], Adapters(), tmp_path / "out")

@@ -633,12 +633,12 @@ def test_a_fit_says_how_long_it_may_take(monkeypatch: pytest.MonkeyPatch) -> Non
     for number in range(1, 31):
         now[0] += 1.0
         stage.take(Evaluated(number, 2.0, 2.0, 100 - number))
-    assert stage.figures()[-1] == "at most 1:10 left"
+    assert stage.figures()[-1] == "up to about 1:10 left"
     assert stage.share == pytest.approx(0.3)
     for number in range(31, 51):
         now[0] += 4.0
         stage.take(Evaluated(number, 2.0, 2.0, 100 - number, growing=True))
-    assert stage.figures()[-1] == "at most 3:20 left with this sample"
+    assert stage.figures()[-1] == "up to about 3:20 left with this sample"
     stage.take(Evaluated(51, 2.0, 2.0, 0))
     assert "left" not in " ".join(stage.figures())
     assert "left" not in stage.last_line()
@@ -678,9 +678,9 @@ def test_the_line_of_a_fit_is_said_to_its_end(width: int) -> None:
     narrator(Started("Training twa-tensors", None, "evaluations"))
     narrator(Evaluated(1, 1.3282, 1.3282, 200))
     assert narrator.stage is not None
-    narrator.stage._pace = 3600.0
+    narrator.stage._pace = 10.0
     line = narrator._draw()
-    assert "loss + ridge 1.3282  at most" in line.plain
+    assert "loss + ridge 1.3282  up to about" in line.plain
     assert line.plain.endswith("left")
     assert len(line.plain) <= width
     assert ("─" in line.plain) is (width > 80)

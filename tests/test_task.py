@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import sys
 import threading
 import tracemalloc
@@ -410,18 +411,19 @@ class Unmeasured:
         return i
 
 
-def test_a_batch_that_is_read_once_becomes_a_list(tmp_path: Path) -> None:
+@pytest.mark.parametrize("once", [iter, lambda columns: (c for c in columns), itertools.chain])
+def test_a_batch_that_is_read_once_becomes_a_list(once: Callable[..., Any]) -> None:
     class Generated(LinearTask):
         def collate(self, examples: list[Any]) -> Any:
-            return (torch.stack(column) for column in zip(*examples, strict=True))
+            return once([torch.stack(column) for column in zip(*examples, strict=True)])
 
     world = World()
     batches = Batches(Generated().dataset(), Generated(), 8, 0, world)
     for positions, batch, _ in batches.rounds(range(8)):
         for _ in range(2):
             with batches.use(positions, batch) as own:
-                x, _y = own
-                assert x.shape == (8, 6)
+                assert isinstance(own, list)
+                assert own[0].shape == (8, 6)
 
 
 class Columns(Iterator[Tensor]):

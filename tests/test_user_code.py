@@ -190,6 +190,24 @@ def test_an_example_that_no_candidate_has_a_loss_of_is_named_before_the_fit(
         merge([tmp_path / "run"], task, tmp_path / "merged")
 
 
+class Bounded(LinearTask):
+    """Has no loss where a bias is too large."""
+
+    def loss(self, model, batch):
+        return super().loss(model, batch) / (model[0].bias[0] < 10.0)
+
+
+def test_examples_that_one_checkpoint_alone_has_losses_of_are_enough(tmp_path) -> None:
+    task = Bounded()
+    states = task.states(3)
+    for k in (0, 2):
+        states[k]["0.bias"][0] = 20.0
+    save_run(tmp_path / "run", states)
+    document = merge([tmp_path / "run"], task, tmp_path / "merged")
+    row = next(c for c in document["candidates"] if c["name"] == document["chosen"])
+    assert row["guard_loss"] < 1000.0
+
+
 def test_a_loss_that_comes_with_metrics_is_one_number_per_example_too(tmp_path) -> None:
     task = LinearTask()
     task.loss_and_metrics = lambda m, b: (task.loss(m, b).mean(), {})

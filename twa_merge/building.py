@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import warnings
 from collections.abc import Callable, Collection, Container, Iterator
 from contextlib import contextmanager, suppress
@@ -53,7 +54,7 @@ def build_module(task: Task, layout: Layout, *, meta: bool) -> nn.Module:
         )
     for part in module.modules():
         if isinstance(part, nn.SyncBatchNorm):
-            part.__class__ = _by_own_batch(type(part))
+            part.__class__ = _by_own_batch(type(part))  # type: ignore[arg-type]
     return module
 
 
@@ -64,6 +65,7 @@ class _ByOwnBatch(nn.SyncBatchNorm):
         return _BatchNorm.forward(self, input)
 
 
+@functools.cache
 def _by_own_batch(kind: type[nn.SyncBatchNorm]) -> type[nn.SyncBatchNorm]:
     # By its own name, which a task may have among those of its layers. What a derived class does
     # besides stays.
@@ -100,23 +102,16 @@ def _on_meta(build_model: Callable[[], nn.Module], layout: Layout) -> nn.Module:
     return module
 
 
-def drop_numbers(module: nn.Module) -> None:
-    """Takes the parameters of a module that has been built to the meta device."""
+def drop_numbers(module: nn.Module, but: Collection[str] = ()) -> None:
+    """Takes the parameters of a module that has been built to the meta device, but for these."""
     require_registered(module)
+    parameters = module.named_parameters(remove_duplicate=False)
+    kept = {parameter for name, parameter in parameters if name in but}
     known: dict[nn.Parameter, nn.Parameter] = {}
     for part in module.modules():
         for name, own in part._parameters.items():
-            if own is not None:
+            if own is not None and own not in kept:
                 part._parameters[name] = known.setdefault(own, _without_numbers(own))
-
-
-def keep_as_built(module: nn.Module, names: Collection[str]) -> None:
-    """Makes buffers of parameters, for what is neither loaded, nor trained, nor sharded."""
-    for path, part in module.named_modules():
-        for name, own in list(part._parameters.items()):
-            if own is not None and (f"{path}.{name}" if path else name) in names:
-                del part._parameters[name]
-                part.register_buffer(name, own.detach(), persistent=False)
 
 
 def _unsaved(module: nn.Module, layout: Layout) -> list[Any]:
@@ -205,12 +200,12 @@ def widen(module: nn.Module, averaged: Container[str]) -> None:
 
 
 def narrow(module: nn.Module, names: Collection[str]) -> None:
-    """Buffers that were parameters, in bfloat16 as FSDP2 makes those; not of batch norm."""
+    """These parameters in bfloat16, as FSDP2 makes of those that it shards; not of batch norm."""
     for path, part in module.named_modules():
-        for name, buffer in part._buffers.items():
-            own = f"{path}.{name}" if path else name
-            if buffer is not None and own in names and not isinstance(part, _BatchNorm):
-                part._buffers[name] = buffer.bfloat16() if buffer.is_floating_point() else buffer
+        for name, own in part._parameters.items():
+            mine = own is not None and (f"{path}.{name}" if path else name) in names
+            if own is not None and mine and own.is_floating_point():
+                own.data = own.data if isinstance(part, _BatchNorm) else own.data.bfloat16()
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .batches import Batches
-from .candidates import single, window
+from .candidates import Candidate, single, window
 from .errors import ConfigError, TaskError, listing
 from .guard import Scored
 from .progress import Started
@@ -18,8 +18,8 @@ from .run import Run
 def require_comparable(run: Run) -> None:
     """Looks at what candidates are compared by and reported on, before anything is trained.
 
-    All losses of the guard split by the last checkpoint, and by two other candidates where they
-    are not finite; metrics, and losses of test data, by one batch. A collective.
+    All losses of the guard split by the last checkpoint, and by the mean and the other ones where
+    some are not finite; metrics, and losses of test data, by one batch. A collective.
 
     Raises:
         ConfigError: the task does not have the metric that --select names.
@@ -27,18 +27,25 @@ def require_comparable(run: Run) -> None:
     """
     run.progress(Started("Looking at the guard split"))
     jury, select = run.jury, run.choices.guard.select
-    broken = torch.ones(len(jury.guard_sample), dtype=torch.bool)
-    for alphas in (single(run.n, run.n - 1), window(run.n, run.n), single(run.n, 0)):
-        run.engine.set_weights(alphas[None])
-        broken &= ~run.engine.example_losses(jury.guard, jury.guard_sample)[0].isfinite()
-        if not broken.any():
-            break
-    else:
-        raise _without_loss(jury.guard, broken, "last, uniform and the first checkpoint")
+    _require_losses(run)
     if select != "loss":
         _require_metric(run, select.removeprefix("metric:"))
     if jury.test is not None:
         run.engine.example_losses(jury.test, _one_batch(jury.test), with_metrics=True)
+
+
+def _require_losses(run: Run) -> None:
+    jury = run.jury
+    broken = torch.ones(len(jury.guard_sample), dtype=torch.bool)
+    singles = [single(run.n, i) for i in reversed(range(run.n))]
+    for alphas in (singles[0], window(run.n, run.n), *singles[1:]):
+        looked_at = Candidate("", alphas[None], 0)
+        for mode in jury.modes(looked_at):
+            jury.apply(looked_at.alphas, mode)
+            broken &= ~jury.engine.example_losses(jury.guard, jury.guard_sample)[0].isfinite()
+            if not broken.any():
+                return
+    raise _without_loss(jury.guard, broken, "every single checkpoint and their mean")
 
 
 def _require_metric(run: Run, name: str) -> None:

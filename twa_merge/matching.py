@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 
 from torch import nn
 from torch.nn.parameter import is_lazy
@@ -124,7 +124,7 @@ def _require_one(
         }
 
     others = [names for names in guesses if pairs(names) != pairs(best)]
-    if others and not _missing(module, best):
+    if others and set(_missing(module, best)) == set(frozen_and_unsaved(module, best)):
         either, other = (next(iter(found)) for found in (best, others[0]))
         raise TaskError(
             "The checkpoints hold the task's model more than once.",
@@ -136,11 +136,14 @@ def _require_one(
         )
 
 
-def require_cover(module: nn.Module, names: Mapping[str, str], layout: Layout) -> None:
+def require_cover(
+    module: nn.Module, names: Mapping[str, str], layout: Layout, as_built: Collection[str] = ()
+) -> None:
     """Checks that the checkpoints can be loaded into the module, and trained in it.
 
     Args:
         names: checkpoint tensor → name in the module.
+        as_built: parameters that need not be loaded.
 
     Raises:
         TaskError: a tensor is complex or of another shape, or a parameter is lazy or missing.
@@ -166,7 +169,7 @@ def require_cover(module: nn.Module, names: Mapping[str, str], layout: Layout) -
             remedy="give their sizes (nn.Linear instead of nn.LazyLinear), or pass an example "
             "through the model in build_model()",
         )
-    missing = _missing(module, names)
+    missing = [name for name in _missing(module, names) if name not in as_built]
     if missing:
         raise TaskError(
             "The model has parameters that the checkpoints lack.",

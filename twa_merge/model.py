@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from .building import (
     build_module,
     drop_numbers,
-    keep_as_built,
     make_buffers,
     narrow,
     require_registered,
@@ -261,14 +260,12 @@ def build(
     as_built = frozen_and_unsaved(module, names)
     if as_built and meta:
         module = build_module(task, layout, meta=False)
-    keep_as_built(module, as_built)
-    if as_built and meta:
-        drop_numbers(module)
+        drop_numbers(module, but=as_built)
     own_states = extra_states(module)
     states = {name: own for name, own in names.items() if own in own_states}
     require_tensors_alone(layout, states)
     names = {name: own for name, own in names.items() if name not in states}
-    require_cover(module, names, layout)
+    require_cover(module, names, layout, as_built)
     unlike = {name: own for name, own in names.items() if _is_unlike(module, own, layout[name])}
     names = {name: own for name, own in names.items() if name not in unlike}
     widen(module, {own for name, own in names.items() if layout[name].averaged})
@@ -282,7 +279,7 @@ def build(
     if meta or precision == "bf16":
         require_registered(module)
         copied = {own for name, own in names.items() if not layout[name].averaged}
-        copied.update(unlike.values())
+        copied.update(unlike.values(), as_built)
         whole = shard(module, task, world, precision, reshard=not once, copied=copied)
     module._apply(
         lambda t: torch.empty_like(t, device=world.device) if t.is_meta else t.to(world.device)

@@ -27,7 +27,8 @@ class Evaluated:
     """The fit evaluated its objective once more.
 
     Attributes:
-        left: evaluations that the stage may still take with samples of this size, at most.
+        left: evaluations that the stage may still take with samples of this size, as far as it
+            knows.
         growing: whether a larger sample may follow.
     """
 

@@ -6,9 +6,8 @@ import copy
 import inspect
 import random
 from array import array
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from types import GeneratorType
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -320,17 +319,15 @@ def _require_map_style(data: Any, what: str) -> None:
         len(data)
 
 
-# Not every iterator: a batch of a class of its own may be one, and has more to it.
-_READ_ONCE = GeneratorType, zip, map, filter
-
-
 def collate_of(task: Task) -> Callable[[list[Any]], Any]:
     collate = getattr(task, "collate", None) or default_collate
 
     def collated(examples: list[Any]) -> Any:
         batch = collate(examples)
         # What is read once would be empty in the next evaluation.
-        return list(batch) if isinstance(batch, _READ_ONCE) else batch
+        # A batch of a class of its own may be an iterator, too, and has more to it.
+        own = type(batch).__module__ not in ("builtins", "itertools")
+        return list(batch) if isinstance(batch, Iterator) and not own else batch
 
     return collated
 
