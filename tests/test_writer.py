@@ -922,7 +922,8 @@ def test_torchrun(tmp_path: Path) -> None:
         try:
             merge(sys.argv[2], sys.argv[4], world=world)
         except TwaMergeError as error:
-            print(f"rank {world.rank}: {error.details['tensor']}", flush=True)
+            # At once: what two processes write in parts is mixed.
+            os.write(1, f"rank {world.rank}: {error.details['tensor']}\\n".encode())
         stop()
         """,
         run,
