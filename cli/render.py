@@ -38,11 +38,11 @@ from .pictures import bars, fitted, new_table, signed_map
 # More rows than this are a list to search, not a table to read; the document has them all.
 _MOST_CANDIDATES = 16
 _MOST_BARS = 40
+_MOST_BLOCKS = 16
 _PLUS = "+/- 95 %"
 
 # A row of a table of candidates → what stands in one of its columns.
 Cell = Callable[[Document], Text]
-_MOST_BLOCKS = 16
 
 
 def show_train(document: Document, console: Console, output: Path) -> None:

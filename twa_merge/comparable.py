@@ -79,12 +79,11 @@ def require_finite(guard: Batches, winner: Scored, select: str) -> None:
     Raises:
         TaskError: even of the winner some are not finite.
     """
-    for cost in (winner.guard, winner.cost_of(select)):
-        broken = ~cost.isfinite()
-        if broken.any() and cost is winner.guard:
-            raise _without_loss(guard, broken, winner.name)
-        if broken.any():
-            raise _without_number(select.removeprefix("metric:"), guard, broken, winner.name)
+    losses, costs = (~cost.isfinite() for cost in (winner.guard, winner.cost_of(select)))
+    if losses.any():
+        raise _without_loss(guard, losses, winner.name)
+    if costs.any():
+        raise _without_number(select.removeprefix("metric:"), guard, costs, winner.name)
 
 
 def _without_loss(guard: Batches, broken: Tensor, whose: str) -> TaskError:

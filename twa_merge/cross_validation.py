@@ -19,7 +19,12 @@ _SAMPLE = 256
 def cross_validate(
     fits: Fits, name: str, chart: Chart, before: Fitted | None, folds: int | None
 ) -> RidgePath:
-    """Cross-validates the ridge, fold by fold until its gain on unseen examples is settled."""
+    """Cross-validates the ridge, fold by fold until its gain on unseen examples is settled.
+
+    Args:
+        before: the stage whose solution the chart's base is; its folds are these.
+        folds: how many of them; None: until it is settled.
+    """
     sample = range(min(fits.limit, _SAMPLE))
     groups, fewest = fits.batches.groups(sample), 1
     if before and before.path:

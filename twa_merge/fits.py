@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from .batches import Batches
@@ -94,8 +93,7 @@ class Fits:
         """
         self.engine.set_weights(alphas)
         self.evaluations += self.units(sum(map(len, parts)))
-        found = [self.engine.example_losses(self.batches, p, by_batch=True)[0] for p in parts]
-        return torch.cat(found)
+        return self.engine.losses_of_parts(self.batches, parts, by_batch=True)
 
     def units(self, losses: int) -> float:
         """What so many losses take, in evaluations of loss and gradient of all examples."""

@@ -126,6 +126,6 @@ class HeldOut:
         """With batch norm as it would be written: the fit's own losses normalise by the batch."""
         if mode is not None:
             return self._jury.losses(alphas, mode, *parts)
-        engine, batches = self._jury.engine, self._fitter.batches
+        engine = self._jury.engine
         engine.set_weights(alphas)
-        return torch.cat([engine.example_losses(batches, p, by_batch=True)[0] for p in parts])
+        return engine.losses_of_parts(self._fitter.batches, parts, by_batch=True)

@@ -225,6 +225,13 @@ class Engine:
         result = dict(zip(names, summed, strict=True))
         return result.pop(""), result
 
+    def losses_of_parts(
+        self, batches: Batches, parts: Sequence[Sequence[int]], *, by_batch: bool = False
+    ) -> Tensor:
+        """Losses of the chosen examples, (M,) float64; no batch holds examples of two parts."""
+        found = [self.example_losses(batches, part, by_batch=by_batch)[0] for part in parts]
+        return torch.cat(found)
+
     def _columns(
         self, batches: Batches, positions: Sequence[int], batch: Any, with_metrics: bool
     ) -> dict[str, Tensor]:

@@ -118,7 +118,7 @@ class Jury:
             parts: the chosen ones; no batch holds examples of two parts.
         """
         self.apply(alphas, mode)
-        return torch.cat([self.engine.example_losses(self.fit, part)[0] for part in parts])
+        return self.engine.losses_of_parts(self.fit, parts)
 
     def complete(self, scored: Sequence[Scored]) -> None:
         """Adds fit and test losses: reported, never chosen by."""
